@@ -1,0 +1,1 @@
+"""A recommender that learns from what its users did a moment ago."""

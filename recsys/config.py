@@ -1,0 +1,375 @@
+"""Configuration is a value: a TOML file and RECSYS_ environment variables, read once, into frozen models.
+
+`RECSYS_RANKING__PORT=8001` sets `ranking.port`. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recsys.errors import ConfigError
+
+PREFIX = "RECSYS_"
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LogConfig(Section):
+    """The event log."""
+
+    kind: Literal["sqlite", "kafka"] = "sqlite"
+    """`sqlite`: one file a topic in the data folder; `kafka`: a broker, with a local spool in the data folder."""
+    bootstrap_servers: str = "127.0.0.1:9092"
+    """Kafka brokers, host:port, comma-separated."""
+    topic_prefix: str = ""
+    """Put before each topic's name in Kafka, so that several systems can share a broker."""
+    partitions: int = Field(1, ge=1, le=256)
+    """Partitions of `impression` and `feedback` when they are created (Kafka)."""
+    spool_bytes: int = Field(256 * 2**20, ge=2**16)
+    """Bytes of accepted records that may wait for the broker; beyond it feedback answers 503."""
+    retention_bytes: int = Field(4 * 2**30, ge=2**20)
+    """Bytes kept of each topic of the embedded log once every reader is past them."""
+
+
+class StateConfig(Section):
+    """Per-user state."""
+
+    kind: Literal["sqlite", "redis"] = "sqlite"
+    """Where user state lives."""
+    url: str = "redis://127.0.0.1:6379/0"
+    """Redis address."""
+    prefix: str = "recsys"
+    """Put before each Redis key."""
+    history_len: int = Field(50, ge=1, le=1000)
+    """Events of each type kept per user."""
+    seen_len: int = Field(1000, ge=1, le=100_000)
+    """Items last seen kept per user."""
+
+
+class CatalogueConfig(Section):
+    """The item columns that features, filters and reasons use."""
+
+    attributes: tuple[str, ...] = ("category", "tags")
+    """Names of item attributes; each is a slot. A value is a string or a number; a list where multi-valued."""
+    multivalued: tuple[str, ...] = ("tags",)
+    """Attributes of which up to `max_values` values are used; of the others, the first."""
+    max_values: int = Field(4, ge=1, le=32)
+    """Values of a multi-valued attribute that are used; the rest is cut."""
+
+
+class FeaturesConfig(Section):
+    """What the models see."""
+
+    context: tuple[str, ...] = ()
+    """Context fields of a request that become slots."""
+    history_types: tuple[str, ...] = ("click", "like", "purchase")
+    """Feedback types that enter a user's history."""
+    history_len: int = Field(30, ge=1, le=200)
+    """Newest history events that the models attend to."""
+    history_attributes: tuple[str, ...] = ("category", "tags")
+    """Attributes of history items that the models attend to, beside the item itself."""
+    crosses: tuple[tuple[str, str], ...] = (("user", "category"), ("user", "tags"), ("history", "item"))
+    """Pairs that feed the wide part: `user` or a context field or `history` (each of the newest `cross_history` items) × `item` or an attribute."""
+    cross_history: int = Field(5, ge=0, le=50)
+    """History items crossed with the candidate."""
+    affinity_decay: float = Field(0.8, gt=0, le=1)
+    """Weight of the n-th newest history event in attribute affinity is this to the n: .8 gives the last three half of the sum."""
+    counter_half_life_s: float = Field(86_400.0, gt=0)
+    """Half-life of the impression and positive counters behind rate features, seconds of log time."""
+
+
+class TaskConfig(Section):
+    """One thing the ranker predicts."""
+
+    name: str
+    """Key of `predictions`."""
+    types: tuple[str, ...]
+    """Feedback types that make the label 1."""
+    min_value: float | None = None
+    """Feedback counts only from this `value` on."""
+    group: str = "inter"
+    """HoME category: tasks of one group share level-2 experts."""
+    window_s: float = Field(60.0, ge=0)
+    """The label is final this long after the impression; 0: at once."""
+    weight: float = 1.0
+    """Weight of the task in the score that ranks."""
+    prior: float = Field(0.05, gt=0, lt=1)
+    """Rate assumed before anything is learned."""
+
+
+class ModelConfig(Section):
+    """DIN + HoME ranker with a wide part, and the two-tower retrieval model."""
+
+    dim: int = Field(16, ge=4, le=128)
+    """Width of each embedding."""
+    attention: tuple[int, ...] = (32, 16)
+    """DIN attention layers."""
+    experts: int = Field(2, ge=1, le=8)
+    """Experts of each HoME group."""
+    expert_hidden: tuple[int, ...] = (64, 32)
+    """Layers of one expert."""
+    tower_hidden: tuple[int, ...] = (16,)
+    """Layers of one task tower."""
+    feature_gate_rank: int = Field(16, ge=1)
+    """Rank of HoME's feature gate."""
+    tower_dim: int = Field(32, ge=4, le=256)
+    """Width of user and item vectors of the two-tower model."""
+    temperature: float = Field(0.1, gt=0)
+    """Two-tower softmax temperature."""
+    dense_learning_rate: float = Field(0.003, gt=0)
+    """Adam step of dense weights."""
+    row_learning_rate: float = Field(0.05, gt=0)
+    """Adagrad step of embedding rows."""
+    wide_learning_rate: float = Field(0.05, gt=0)
+    """Adagrad step of wide weights."""
+    init_scale: float = Field(0.05, ge=0)
+    """New embeddings are uniform in ± this."""
+    affinity_prior: float = 5.0
+    """Starting logit weight of attribute affinity (0–1): the first personalisation, before anything is learned."""
+    covisit_prior: float = 0.5
+    """Starting logit weight of log co-visits with the user's history."""
+    popularity_prior: float = 0.2
+    """Starting logit weight of log popularity."""
+
+
+class TableConfig(Section):
+    """The embedding table."""
+
+    implementation: Literal["cpu", "reference"] = "cpu"
+    """`reference` is the slow oracle."""
+    capacity: int = Field(2_000_000, ge=1000)
+    """Rows of each layout; a full table is an error, never a merge. Memory is touched only as rows come."""
+    admission: int = Field(1, ge=1)
+    """Occurrences in training before a key gets its own row."""
+    expiry_s: float | None = 90 * 86_400.0
+    """Rows not seen for this long are forgotten."""
+
+
+class TrainingConfig(Section):
+    """The online trainer."""
+
+    batch_size: int = Field(256, ge=1, le=65_536)
+    """Largest number of examples of one gradient step."""
+    publish_ms: int = Field(100, ge=1)
+    """Rows are published at least this often."""
+    dense_publish_s: float = Field(2.0, gt=0)
+    """Dense weights are published this often."""
+    checkpoint_s: float = Field(30.0, gt=0)
+    """A checkpoint is taken this often."""
+    expire_every_steps: int = Field(100, ge=1)
+    """The expiry sweep goes on at every this many steps."""
+    breaker_rate: tuple[float, float] = (0.0, 0.98)
+    """Click rate of the last `breaker_examples` outside these bounds stops learning."""
+    breaker_examples: int = Field(2000, ge=100)
+    """Examples behind the breaker's rate."""
+    two_tower: bool = True
+    """Train the retrieval towers."""
+
+
+class RetrievalConfig(Section):
+    """Candidate sources: how many candidates each may bring."""
+
+    sources: dict[str, int] = Field(
+        default_factory=lambda: {"covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
+    )
+    """Source name → most candidates: covisited, followed, nearest, trending."""
+    trending_half_life_s: float = Field(1800.0, gt=0)
+    """Half-life of the trending counts."""
+    covisit_half_life_s: float = Field(86_400.0, gt=0)
+    """Half-life of the co-visit counts."""
+    covisit_backward: float = Field(0.2, ge=0, le=1)
+    """Weight of earlier←later pairs; later←earlier pairs weigh 1."""
+    covisit_neighbours: int = Field(100, ge=1)
+    """Neighbours kept of each item."""
+    covisit_window: int = Field(3, ge=1)
+    """Events of the same session before an event that it is paired with; at most 3 count."""
+    covisit_history: int = Field(3, ge=1)
+    """Newest items of the session (without one: of the history) whose neighbours are candidates."""
+    count_types: tuple[str, ...] = ("click", "like", "purchase")
+    """Feedback types that trending and co-visits count."""
+    session_gap_s: float = Field(1800.0, gt=0)
+    """Without session ids, a pause this long starts a new session."""
+    exact_buffer: int = Field(50_000, ge=1)
+    """New, changed and recently touched items searched exactly beside the index."""
+    rebuild_s: float = Field(600.0, gt=0)
+    """A new retrieval generation is built this often."""
+
+
+class RankingConfig(Section):
+    """The ranking service."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(8000, ge=0, le=65535)
+    """HTTP port of the API."""
+    scorer: Literal["model", "sources"] = "model"
+    """`sources`: rank by source scores alone."""
+    draw_position: int = Field(0, ge=0)
+    """This position (from 1) is drawn at random from the best `draw_pool`; 0: none."""
+    draw_pool: int = Field(20, ge=2, le=50)
+    """Candidates a drawn position is drawn from."""
+    draw_temperature: float = Field(0.5, gt=0)
+    """Softmax temperature of the draw, in units of the score's logit."""
+    draw_floor: float = Field(0.005, ge=0, lt=0.02)
+    """Smallest probability of each candidate of the pool."""
+    exclude: Literal["session", "history", "none"] = "history"
+    """Items not shown again: those clicked in this session, all in the history, or none."""
+    deadline_ms: float = Field(200.0, gt=0)
+    """Time a request may take; stages that would start after it are skipped and the answer is `degraded`."""
+    max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    """Larger bodies are refused with 413."""
+    max_inflight: int = Field(64, ge=1)
+    """Requests under way at once; beyond it 503 with Retry-After."""
+    log_impressions: bool = True
+    """Write impressions; off only in read-only copies."""
+
+
+class ParameterConfig(Section):
+    """The parameter service."""
+
+    address: str = ""
+    """gRPC address, `host:port` or `unix:/path`; empty: a Unix socket in the data folder."""
+    metrics_port: int = Field(8001, ge=0, le=65535)
+    """HTTP port of /metrics, /healthz, /readyz."""
+    snapshot_s: float = Field(60.0, gt=0)
+    """A snapshot is taken this often."""
+
+
+class TrainerConfig(Section):
+    """The trainer service."""
+
+    metrics_port: int = Field(8002, ge=0, le=65535)
+    """HTTP port of /metrics, /healthz, /readyz."""
+    threads: int = Field(1, ge=1)
+    """Torch threads; one thread sums, so that a replay is bit-equal."""
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    data_dir: Path = Path("recsys-data")
+    """Folder of the embedded log, user state, journal, checkpoints and snapshots."""
+    seed: int = 0
+    """Seeds row initialisation, dense weights and draws."""
+    log: LogConfig = LogConfig()
+    state: StateConfig = StateConfig()
+    catalogue: CatalogueConfig = CatalogueConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    tasks: tuple[TaskConfig, ...] = (
+        TaskConfig(name="click", types=("click",), window_s=60.0),
+        TaskConfig(name="like", types=("like", "purchase"), window_s=600.0, weight=0.5, prior=0.01),
+    )
+    model: ModelConfig = ModelConfig()
+    table: TableConfig = TableConfig()
+    training: TrainingConfig = TrainingConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    ranking: RankingConfig = RankingConfig()
+    parameter: ParameterConfig = ParameterConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Config:
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"tasks must have distinct names and be at least one, got {names}")
+        attributes = set(self.catalogue.attributes)
+        for name, chosen in (
+            ("catalogue.multivalued", self.catalogue.multivalued),
+            ("features.history_attributes", self.features.history_attributes),
+        ):
+            if not set(chosen) <= attributes:
+                raise ValueError(
+                    f"{name}: {sorted(set(chosen) - attributes)[0]!r} is not one of catalogue.attributes {sorted(attributes)}"
+                )
+        left = {"user", "history", *self.features.context}
+        right = {"item", *self.catalogue.attributes}
+        for first, second in self.features.crosses:
+            if first not in left or second not in right:
+                raise ValueError(
+                    f"features.crosses: ({first!r}, {second!r}) must pair one of {sorted(left)} with one of {sorted(right)}"
+                )
+        unknown = set(self.retrieval.sources) - {"covisited", "followed", "nearest", "trending"}
+        if unknown:
+            raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
+        return self
+
+    @property
+    def parameter_address(self) -> str:
+        """Where the parameter service listens."""
+        return self.parameter.address or f"unix:{(self.data_dir / 'parameter.sock').absolute()}"
+
+
+def load(path: Path | str | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Read the file (none: defaults), let the environment override, validate. ConfigError names field, value and remedy."""
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {str(path)!r} does not exist: check --config") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
+    _override(raw, os.environ if environ is None else environ)
+    return parse(raw)
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """Validate a parsed TOML document."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _override(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
+    for name, text in sorted(environ.items()):
+        if not name.startswith(PREFIX):
+            continue
+        path = name[len(PREFIX) :].lower().split("__")
+        target = raw
+        for part in path[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"environment variable {name}: {part!r} is not a section")
+        target[path[-1]] = _value(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    field = ".".join(path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _known(path[:-1]), n=1, cutoff=0.0)
+        return f"{field} is not a known key; did you mean {'.'.join([*path[:-1], *near])!r}?"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field} = {error['input']!r}: {message}" if path else message
+
+
+def _known(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = TaskConfig if part == "tasks" else model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,79 @@
+"""The errors an operator can meet, and what to do about each.
+
+RecsysError
+├── ConfigError          the configuration is wrong: fix the named field
+├── BadInput             a caller's message or file is wrong: fix the named field
+├── LogError
+│   ├── LogTruncated     a saved position is no longer in the log: `--accept-gap`, or restore the log
+│   ├── LogFull          the spool or disk is full: free space, or bring the broker back
+│   └── LogUnavailable   the broker cannot be reached: it is retried; check its address
+├── StateUnavailable     the user-state store cannot be reached: answers are context-only until it is back
+├── TableFull            the embedding table is at its declared capacity: raise `table.capacity` or expire sooner
+├── SnapshotCorrupt      a file is torn or flipped: an older snapshot is used; delete the named file
+├── SchemaMismatch       features written by another slot list: restart both processes with one configuration
+├── Fenced               a newer trainer took over: this one stops itself
+├── FolderLocked         another process uses the data folder: stop it, or choose another `data_dir`
+└── ParametersUnavailable  the parameter service cannot be reached: last known rows are used
+"""
+
+from __future__ import annotations
+
+
+class RecsysError(Exception):
+    """Base of all errors that this project raises on purpose. The message names the thing, the value and the remedy."""
+
+
+class ConfigError(RecsysError):
+    """The configuration is wrong."""
+
+
+class BadInput(RecsysError):
+    """A message or a file from outside is wrong; `field` names where."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class LogError(RecsysError):
+    """The event log failed."""
+
+
+class LogTruncated(LogError):
+    """A saved position lies before the log's beginning or beyond its end."""
+
+
+class LogFull(LogError):
+    """Nothing more can be accepted."""
+
+
+class LogUnavailable(LogError):
+    """The broker cannot be reached."""
+
+
+class StateUnavailable(RecsysError):
+    """The user-state store cannot be reached."""
+
+
+class TableFull(RecsysError):
+    """The embedding table is at its declared capacity."""
+
+
+class SnapshotCorrupt(RecsysError):
+    """A snapshot or checkpoint file is torn or flipped."""
+
+
+class SchemaMismatch(RecsysError):
+    """Features or parameters of another slot list."""
+
+
+class Fenced(RecsysError):
+    """A newer trainer took over."""
+
+
+class FolderLocked(RecsysError):
+    """Another process uses the data folder."""
+
+
+class ParametersUnavailable(RecsysError):
+    """The parameter service cannot be reached."""

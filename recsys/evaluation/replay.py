@@ -1,0 +1,301 @@
+"""Replay: the whole loop over event files, offline, in event time, through the same code as the services.
+
+Test, then train: each impression is scored by what serving could have known, then learned from. A click log has no
+impressions; there an answer is made before each click that is not a session's first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys.config import Config
+from recsys.evaluation.metrics import NextItem, Progressive
+from recsys.evaluation.serving import ServingCopy
+from recsys.features.build import Features, encode
+from recsys.features.catalogue import Catalogue
+from recsys.features.counters import RateCounters
+from recsys.features.schema import Schema
+from recsys.keys import key_of
+from recsys.ranking.pipeline import Pipeline, Work
+from recsys.ranking.request import Answer, Request
+from recsys.ranking.sources import Sources
+from recsys.state.memory import MemoryState
+from recsys.training.trainer import StepReport, Trainer
+from recsys.types import Feedback, Float32, HistoryEvent, Impression, Item, UserUpdate
+
+Event = tuple[int, str, Item | Impression | Feedback]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a replay sees the stream; seconds of event time."""
+
+    report_from_ms: int = 0
+    delay_s: float = 0.0
+    """Scoring sees parameters and others' counters exactly this old; the user's own history live."""
+    sync_interval_s: float = 0.0
+    """Scoring sees them as at the last multiple of this since the first impression (or feedback)."""
+    freeze_user: bool = False
+    """The user's own history and counters are as old, too."""
+    sample: float = 1.0
+    """Share of requests answered and scored, by a hash of the session (of the user where there are none)."""
+    n: int = 20
+
+
+class Replay:
+    """One run. Feed events in time order, then take `result`."""
+
+    def __init__(self, config: Config, options: Options, folder: Path) -> None:
+        self.config, self.options = config, options
+        self.schema = Schema.of(config)
+        self.store = MemoryState(config.state.history_len, config.state.seen_len)
+        self.sources = Sources(config, self.schema, Catalogue(self.schema))
+        self.trainer = (
+            Trainer(config, folder)
+            if config.ranking.scorer == "model" or config.retrieval.sources.get("nearest")
+            else None
+        )
+        self.copy = ServingCopy(
+            config,
+            self.schema,
+            self.sources.catalogue,
+            self.trainer,
+            live=not (options.delay_s or options.sync_interval_s),
+        )
+        self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.copy.scorer, self.copy.generations)
+        if not options.freeze_user and (options.delay_s or options.sync_interval_s):
+            self.sources.user_rates = RateCounters(
+                config.features.counter_half_life_s, tuple(task.prior for task in config.tasks)
+            )
+        self._types = set(config.features.history_types)
+        self._click_types = set(config.retrieval.count_types)
+        self._later: deque[tuple[int, Callable[[], None]]] = deque()
+        self._origin_ms: int | None = None
+        self._visible_ms = -(2**62)
+        self.progressive = Progressive(self.schema.tasks)
+        self.next_item = NextItem()
+        self._waiting: list[tuple[Impression, Features]] = []
+        self._predictions: dict[str, tuple[str, Float32]] = {}
+        self._untrained = 0
+        self._requests = 0
+        self.events = 0
+        self._reported = 0
+        self._has_impressions = False
+        self._started = time.perf_counter()
+
+    def run(self, events: Iterable[Event], on_progress: Callable[[int, int], None] = lambda *_: None) -> dict[str, Any]:
+        """Replay all of them; `on_progress(events, event time)` now and then."""
+        now_ms = 0
+        for now_ms, kind, message in events:
+            if kind == "item":
+                self.item(message)  # type: ignore[arg-type]
+            else:
+                self._advance(now_ms, kind)
+                if kind == "impression":
+                    self.impression(message, now_ms)  # type: ignore[arg-type]
+                else:
+                    self.feedback(message, now_ms)  # type: ignore[arg-type]
+            self.events += 1
+            if self.events % 2000 == 0:
+                on_progress(self.events, now_ms)
+        self._train(now_ms + 1 + int(max(task.window_s for task in self.config.tasks) * 1000))
+        return self.result()
+
+    def item(self, item: Item) -> None:
+        """An upsert or delete, effective at once everywhere."""
+        self.sources.item(item)
+        if self.trainer:
+            self.trainer.item(item)
+
+    def _advance(self, now_ms: int, kind: str) -> None:
+        """Apply what has become visible to scoring by `now_ms`."""
+        options = self.options
+        if kind == "impression" and not self._has_impressions:
+            self._has_impressions = True
+            self._origin_ms = now_ms
+        if self._origin_ms is None:
+            self._origin_ms = now_ms
+        visible = now_ms - int(options.delay_s * 1000)
+        if options.sync_interval_s:
+            step = int(options.sync_interval_s * 1000)
+            visible = min(visible, self._origin_ms + (now_ms - self._origin_ms) // step * step)
+        if visible > self._visible_ms:
+            if options.sync_interval_s and self._untrained:
+                self._train(visible + 1)
+            self._visible_ms = visible
+            while self._later and self._later[0][0] <= visible:
+                self._later.popleft()[1]()
+            if self.copy.behind(visible):
+                self._score_waiting()
+                self.copy.advance(visible)
+
+    def _when_visible(self, time_ms: int, apply: Callable[[], None]) -> None:
+        if not (self.options.delay_s or self.options.sync_interval_s):
+            apply()
+        else:
+            self._later.append((time_ms, apply))
+
+    def impression(self, impression: Impression, now_ms: int) -> None:
+        """Compute its features as of now, score it later with today's parameters, open it, count it."""
+        if self._chosen(impression.session_id, impression.user_id):
+            features = self._features_of(impression, now_ms)
+            if features is not None:
+                self._waiting.append((impression, features))
+                self._open(replace(impression, schema=self.schema.hash, features=encode(features)), now_ms)
+        self._count_impression(impression, now_ms)
+
+    def _features_of(self, impression: Impression, now_ms: int) -> Features | None:
+        if self.trainer is None:
+            return None
+        request = Request(request_id=impression.request_id, user_id=impression.user_id, context=impression.context)
+        work = Work(request=request, now_ms=now_ms, deadline=float("inf"))
+        self.pipeline.load_state(work)
+        rows = self.sources.catalogue.rows([item.item_id for item in impression.items])
+        if (rows < 0).any():
+            return None
+        user = self.pipeline.user_of(work)
+        return self.pipeline.features_of(impression.user_id, user, work.history_rows, rows, now_ms)
+
+    def _open(self, impression: Impression, now_ms: int) -> None:
+        assert self.trainer is not None
+        self.trainer.impression(impression, now_ms, StepReport())
+        self._untrained += len(impression.items)
+        if self._untrained >= self.config.training.batch_size:
+            self._train(now_ms)
+
+    def _count_impression(self, impression: Impression, now_ms: int) -> None:
+        rows = self.sources.catalogue.rows([item.item_id for item in impression.items])
+        if self.sources.user_rates is not self.sources.rates:
+            self.sources.user_rates.impression(impression.user_id, rows[rows >= 0], now_ms)
+        self._when_visible(now_ms, lambda: _ignore(self.sources.impression(impression, now_ms)))
+
+    def feedback(self, feedback: Feedback, now_ms: int) -> None:
+        """Answer first if this is a click log's next click; then history, counters, joiner."""
+        event = HistoryEvent(
+            time_ms=now_ms,
+            event_id=feedback.event_id,
+            item_id=feedback.item_id,
+            type=feedback.type,
+            session_id=feedback.session_id,
+        )
+        history = self.store.get(feedback.user_id).history
+        if not self._has_impressions and feedback.type in self._click_types and feedback.request_id is None:
+            feedback = self._answer_before(feedback, event, history, now_ms)
+        if feedback.type in self._types:
+            update = UserUpdate(user_id=feedback.user_id, events=(event,))
+            if self.options.freeze_user:
+                self._when_visible(now_ms, lambda: self.store.apply((update,), {}))
+            else:
+                self.store.apply((update,), {})
+        self._count_feedback(feedback, history, event, now_ms)
+        if self.trainer:
+            self.trainer.feedback(feedback, now_ms, StepReport())
+
+    def _count_feedback(
+        self, feedback: Feedback, history: tuple[HistoryEvent, ...], event: HistoryEvent, now_ms: int
+    ) -> None:
+        if self.sources.user_rates is not self.sources.rates and feedback.request_id:
+            for index, task in enumerate(self.config.tasks):
+                if feedback.type in task.types:
+                    self.sources.user_rates.positive(feedback.user_id, -1, index, now_ms)
+        self._when_visible(now_ms, lambda: _ignore(self.sources.feedback(feedback, history, event, now_ms)))
+
+    def _answer_before(
+        self, feedback: Feedback, event: HistoryEvent, history: tuple[HistoryEvent, ...], now_ms: int
+    ) -> Feedback:
+        """Show a list before the click; the click belongs to it if its item was shown."""
+        if not self.sources.session_rows(history, event) and not self._in_session(history, event):
+            return feedback
+        learning = self.config.ranking.scorer == "model"
+        reported = now_ms >= self.options.report_from_ms
+        if not (learning or reported) or not self._chosen(feedback.session_id, feedback.user_id):
+            return feedback
+        answer = self._answer(feedback, now_ms)
+        shown = [item.item_id for item in answer.items]
+        if reported:
+            self.next_item.add(shown, feedback.item_id)
+        if learning and answer.impression.features:
+            self._open(answer.impression, now_ms)
+        self._count_impression(answer.impression, now_ms)
+        return replace(feedback, request_id=answer.request_id) if feedback.item_id in shown else feedback
+
+    def _in_session(self, history: tuple[HistoryEvent, ...], event: HistoryEvent) -> bool:
+        return event.session_id is not None and any(past.session_id == event.session_id for past in history)
+
+    def _answer(self, feedback: Feedback, now_ms: int) -> Answer:
+        self._requests += 1
+        request = Request(
+            request_id=f"replay-{self._requests}",
+            user_id=feedback.user_id,
+            n=self.options.n,
+            session_id=feedback.session_id,
+            context=feedback.context or {},
+        )
+        return self.pipeline.recommend(request, now_ms)
+
+    def _chosen(self, session_id: str | None, user_id: str) -> bool:
+        if self.options.sample >= 1.0:
+            return True
+        digest = hashlib.blake2b((session_id or user_id).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self.options.sample * 2.0**64
+
+    def _score_waiting(self) -> None:
+        """Score every waiting impression: no parameter has changed since it was shown."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        for (impression, _), predicted in zip(waiting, self.copy.scorer.predict([f for _, f in waiting]), strict=True):
+            self._predictions[impression.request_id] = (impression.user_id, predicted)
+
+    def _train(self, now_ms: int) -> None:
+        """Score what waits, learn what is final, report it."""
+        if self.trainer is None:
+            return
+        self._score_waiting()
+        report = StepReport()
+        self.trainer.train(report, now_ms)
+        self._untrained = 0
+        for path in self.trainer.joiner.take_dropped():
+            path.unlink(missing_ok=True)
+        for emission in report.emissions:
+            self._report(emission.request_id, emission.time_ms, emission.labels, emission.mask)
+        self.copy.learned(now_ms - 1)
+
+    def _report(self, request_id: str, time_ms: int, labels: Any, mask: Any) -> None:
+        user_id, predicted = self._predictions.get(request_id, ("", None))
+        if predicted is None or time_ms < self.options.report_from_ms:
+            return
+        assert self._origin_ms is not None
+        day = (time_ms - self._origin_ms) // 86_400_000
+        for task in np.flatnonzero(mask):
+            users, days = np.full(len(labels), key_of(user_id)), np.full(len(labels), day)
+            self.progressive.add(self.schema.tasks[task], predicted[:, task], labels[:, task], users, days)
+            self._reported += len(labels) if task == 0 else 0
+
+    def result(self) -> dict[str, Any]:
+        """The report's JSON."""
+        seconds = time.perf_counter() - self._started
+        result: dict[str, Any] = {
+            "events": self.events,
+            "seconds": round(seconds, 3),
+            "examples_per_second": round((self._reported or self._requests) / seconds, 1),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        if self._has_impressions:
+            result["tasks"] = self.progressive.report()
+        else:
+            result["next_item"] = self.next_item.report()
+        return result
+
+
+def _ignore(_: object) -> None:
+    pass

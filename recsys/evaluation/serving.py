@@ -1,0 +1,91 @@
+"""The serving copy of a replay: the trainer's own parameters when live, else a copy fed with deltas as they become visible."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from recsys.config import Config
+from recsys.events.deltas import Delta, Version
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.model.layouts import layouts
+from recsys.model.plan import Block
+from recsys.ranking.generation import Generations
+from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
+from recsys.ranking.scorer import Scorer
+from recsys.table.tables import Tables
+from recsys.training.checkpoint import network_bytes
+from recsys.training.publish import row_deltas
+from recsys.training.trainer import Trainer
+
+
+class _Direct:
+    """Parameters read straight from a trainer's tables."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    def lookup(self, blocks: Sequence[Block]) -> Reply:
+        return Reply(
+            values=tuple(self._tables[b.layout].lookup(b.slots, b.keys)[0] for b in blocks), state=ParameterState()
+        )
+
+    def dense(self) -> tuple[int, bytes]:
+        return 0, b""
+
+
+class ServingCopy:
+    """Scorer and generations over what scoring may know."""
+
+    def __init__(
+        self, config: Config, schema: Schema, catalogue: Catalogue, trainer: Trainer | None, *, live: bool
+    ) -> None:
+        self._trainer, self._live = trainer, live
+        self._store = ParameterStore(layouts(config, schema), schema.hash, config.table.implementation)
+        self._later: deque[tuple[int, Delta]] = deque()
+        direct = live and trainer is not None
+        self.scorer = Scorer(config, schema, _Direct(trainer.tables) if direct and trainer else self._store)
+        if direct and trainer:
+            self.scorer.adopt(trainer.learner.model, trainer.towers.model if trainer.towers else None)
+        wanted = trainer is not None and bool(config.retrieval.sources.get("nearest"))
+        self.generations = Generations(config, schema, catalogue, self.scorer) if wanted else None
+        self._rebuild_ms = int(config.retrieval.rebuild_s * 1000)
+        self._built_ms: int | None = None
+
+    def learned(self, now_ms: int) -> None:
+        """The trainer stepped at `now_ms`: remember what changed until it may be seen."""
+        trainer = self._trainer
+        if trainer is None:
+            return
+        if not self._live:
+            version = Version(epoch=1, step=trainer.steps)
+            rows, acknowledge = row_deltas(trainer)
+            delta = Delta(
+                version=version,
+                covers_ms=now_ms,
+                schema=trainer.schema.hash,
+                rows=rows,
+                dense=network_bytes(trainer),
+                dense_version=trainer.steps,
+            )
+            acknowledge()
+            self._later.append((now_ms, delta))
+        elif self.generations is not None and (self._built_ms is None or now_ms - self._built_ms >= self._rebuild_ms):
+            self._built_ms = now_ms
+            self.generations.build(now_ms / 1000)
+
+    def behind(self, visible_ms: int) -> bool:
+        """Whether `advance` would change anything."""
+        return bool(self._later) and self._later[0][0] <= visible_ms
+
+    def advance(self, visible_ms: int) -> None:
+        """Apply every delta up to `visible_ms`."""
+        while self.behind(visible_ms):
+            now_ms, delta = self._later.popleft()
+            self._store.apply(delta, now_ms)
+        self.scorer.poll()
+        self.scorer.refresh()
+        if self.generations is not None and (self._built_ms is None or visible_ms - self._built_ms >= self._rebuild_ms):
+            self._built_ms = visible_ms
+            self.generations.build(visible_ms / 1000)

@@ -1,0 +1,292 @@
+"""The three public messages (`item`, `impression`, `feedback`), versioned JSON: parsed strictly, dumped briefly.
+
+Every parse function takes the bytes of one JSON object, or the object already parsed, and either returns the value or
+raises BadInput that names the field, the value and the remedy. An optional field that is null counts as absent. The
+same rules, as JSON Schema: `recsys.events.schemas`; as prose: `docs/events.md`.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import orjson
+
+from recsys.errors import BadInput
+from recsys.events.fields import (
+    MAX_ID_BYTES,
+    MAX_ITEMS,
+    MAX_NAME_CHARS,
+    MAX_TEXT_BYTES,
+    bad,
+    optional_text,
+    parse_attributes,
+    parse_context,
+    parse_features,
+    parse_id,
+    parse_number,
+    parse_pool,
+    parse_position,
+    parse_predictions,
+    parse_propensity,
+    parse_sources,
+    parse_time,
+    parse_type,
+    shorten,
+)
+from recsys.types import FORGET, Feedback, Impression, Item, ShownItem
+
+__all__ = [
+    "clamp_time",
+    "dump_feedback",
+    "dump_forget",
+    "dump_impression",
+    "dump_item",
+    "parse_context",
+    "parse_feedback",
+    "parse_id",
+    "parse_impression",
+    "parse_item",
+    "shorten",
+]
+
+VERSION = 1
+MAX_MESSAGE_BYTES = 2**20
+"""Kafka brokers refuse larger records by default; a full impression of 100 items is below 50 kB."""
+CLIENT_TIME_WINDOW_MS = 7 * 86_400_000
+"""A client's clock may lag its log by this much (a phone that was offline for a week); older claims are moved up."""
+ACTIVATIONS = ("shown", "deferred")
+
+FEEDBACK_FIELDS = frozenset(
+    ("version", "event_id", "user_id", "item_id", "type", "time_ms", "session_id", "request_id", "value", "context")
+)
+_OPAQUE_FIELDS = ("schema", "features", "policy", "model_version", "generation")
+IMPRESSION_FIELDS = frozenset(
+    ("version", "request_id", "user_id", "time_ms", "items", "context", "session_id", "activation", *_OPAQUE_FIELDS)
+)
+SHOWN_FIELDS = frozenset(("item_id", "position", "sources", "score", "predictions", "propensity", "pool"))
+ITEM_FIELDS = frozenset(("version", "item_id", "title", "attributes", "deleted"))
+
+_NOTHING: dict[str, Any] = {}
+
+
+def parse_feedback(
+    message: bytes | Mapping[str, Any],
+    *,
+    event_id: str | None = None,
+    time_ms: int | None = None,
+    internal: bool = False,
+) -> Feedback:
+    """Parse one feedback message; `event_id` and `time_ms` stand in where the message has none.
+
+    Types that begin with `$` are reserved: refused, but for FORGET where `internal`.
+    """
+    m = _object(message, FEEDBACK_FIELDS)
+    get = m.get
+    event = get("event_id")
+    when = get("time_ms")
+    session = get("session_id")
+    request = get("request_id")
+    value = get("value")
+    context = get("context")
+    kind = parse_type(get("type"), internal=internal)
+    return Feedback(
+        event_id=event_id if event is None and event_id is not None else parse_id(event, "event_id"),
+        user_id=parse_id(get("user_id"), "user_id"),
+        item_id=parse_id(get("item_id"), "item_id"),
+        type=kind,
+        time_ms=time_ms if when is None and time_ms is not None else parse_time(when),
+        session_id=None if session is None else parse_id(session, "session_id"),
+        request_id=None if request is None else parse_id(request, "request_id"),
+        value=None if value is None else parse_number(value, "value"),
+        context=None if context is None else parse_context(context),
+    )
+
+
+def parse_impression(message: bytes | Mapping[str, Any]) -> Impression:
+    """Parse one impression message: one answer shown, all of its items."""
+    m = _object(message, IMPRESSION_FIELDS)
+    get = m.get
+    session, context, schema = get("session_id"), get("context"), optional_text(get("schema"), "schema", MAX_NAME_CHARS)
+    features = parse_features(get("features"))
+    if features and not schema:
+        raise bad("schema", schema, "must name the slot list that `features` was written with")
+    activation = get("activation")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise bad("activation", activation, "must be 'shown' or 'deferred'")
+    return Impression(
+        request_id=parse_id(get("request_id"), "request_id"),
+        user_id=parse_id(get("user_id"), "user_id"),
+        time_ms=parse_time(get("time_ms")),
+        items=_shown_items(get("items")),
+        context=_NOTHING if context is None else parse_context(context),
+        session_id=None if session is None else parse_id(session, "session_id"),
+        activation=activation or "shown",
+        schema=schema,
+        features=features,
+        policy=optional_text(get("policy"), "policy", MAX_ID_BYTES),
+        model_version=optional_text(get("model_version"), "model_version", MAX_ID_BYTES),
+        generation=optional_text(get("generation"), "generation", MAX_ID_BYTES),
+    )
+
+
+def parse_item(message: bytes | Mapping[str, Any], *, key: str | None = None) -> Item:
+    """Parse one item message; an empty value is a delete of the item that the record's `key` names (a tombstone)."""
+    if isinstance(message, bytes) and not message:
+        return Item(item_id=parse_id(key, "key"), deleted=True)
+    m = _object(message, ITEM_FIELDS)
+    item_id = parse_id(m.get("item_id"), "item_id")
+    deleted, attributes = m.get("deleted"), m.get("attributes")
+    if deleted is not None and type(deleted) is not bool:
+        raise bad("deleted", deleted, "must be true or false")
+    if deleted:
+        for field in ("title", "attributes"):
+            if m.get(field) is not None:
+                raise bad(field, m[field], "a deleted item has none: leave it out, or leave out `deleted`")
+        return Item(item_id=item_id, deleted=True)
+    return Item(
+        item_id=item_id,
+        title=optional_text(m.get("title"), "title", MAX_TEXT_BYTES),
+        attributes=_NOTHING if attributes is None else parse_attributes(attributes),
+    )
+
+
+def dump_feedback(feedback: Feedback) -> bytes:
+    """The message of a feedback."""
+    f = feedback
+    message: dict[str, Any] = {
+        "version": VERSION,
+        "event_id": f.event_id,
+        "user_id": f.user_id,
+        "item_id": f.item_id,
+        "type": f.type,
+        "time_ms": f.time_ms,
+    }
+    for name in ("session_id", "request_id", "value", "context"):
+        if (value := getattr(f, name)) is not None:
+            message[name] = value
+    return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def dump_forget(user_id: str, *, event_id: str, time_ms: int) -> bytes:
+    """The internal message after which nothing of the user is kept."""
+    return dump_feedback(Feedback(event_id=event_id, user_id=user_id, item_id=FORGET, type=FORGET, time_ms=time_ms))
+
+
+def dump_impression(impression: Impression) -> bytes:
+    """The message of an impression."""
+    i = impression
+    message: dict[str, Any] = {
+        "version": VERSION,
+        "request_id": i.request_id,
+        "user_id": i.user_id,
+        "time_ms": i.time_ms,
+        "items": [_filled(item, SHOWN_FIELDS) for item in i.items],
+    }
+    message |= _filled(i, IMPRESSION_FIELDS - message.keys() - {"features"})
+    if i.features:
+        message["features"] = base64.b64encode(i.features).decode()
+    return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS)
+
+
+def dump_item(item: Item) -> bytes:
+    """The message of an item."""
+    fields = {"item_id", "deleted"} if item.deleted else ITEM_FIELDS - {"version"}
+    return orjson.dumps(
+        {"version": VERSION, **_filled(item, fields)}, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS
+    )
+
+
+def clamp_time(time_ms: int, log_time_ms: int) -> int:
+    """A client's time, moved into [log time − 7 d, log time]: it may neither lead nor lag without bound."""
+    return min(max(time_ms, log_time_ms - CLIENT_TIME_WINDOW_MS), log_time_ms)
+
+
+def _shown_items(value: Any) -> tuple[ShownItem, ...]:
+    """The items of an impression: 1 to 1,000, distinct."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_ITEMS:
+        raise bad("items", value, f"must be a list of 1 to {MAX_ITEMS} shown items")
+    items = tuple(_shown(v, f"items[{i}]") for i, v in enumerate(value))
+    check_distinct(items)
+    return items
+
+
+def check_distinct(items: Collection[ShownItem]) -> None:
+    """Refuse an impression that shows one item twice: feedback could not be joined."""
+    seen: set[str] = set()
+    for i, item in enumerate(items):
+        if item.item_id in seen:
+            raise bad(f"items[{i}].item_id", item.item_id, "is shown twice: the items of one impression are distinct")
+        seen.add(item.item_id)
+
+
+def _object(message: bytes | Mapping[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
+    if not isinstance(message, dict):
+        message = _decode(message)
+    if not message.keys() <= known:
+        raise _unknown(message, known, "")
+    version = message.get("version")
+    if version != VERSION or type(version) is not int:
+        raise bad("version", version, "must be 1: the version of this message format")
+    return message
+
+
+def _decode(message: Any) -> dict[str, Any]:
+    if not isinstance(message, bytes | bytearray | memoryview):
+        raise bad("message", message, "must be a JSON object")
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise BadInput(
+            f"message = {len(message)} bytes: must be at most {MAX_MESSAGE_BYTES}; send less at once", field="message"
+        )
+    try:
+        value = orjson.loads(message)
+    except orjson.JSONDecodeError as error:
+        raise BadInput(
+            f"message = {shorten(bytes(message))}: is not JSON ({error}); send one UTF-8 JSON object", field="message"
+        ) from None
+    if not isinstance(value, dict):
+        raise bad("message", value, "must be a JSON object")
+    return value
+
+
+def _unknown(message: Mapping[str, Any], known: Iterable[str], where: str) -> BadInput:
+    name = next(n for n in message if n not in known)
+    if not isinstance(name, str):
+        return bad(where or "message", name, "field names must be strings")
+    near = difflib.get_close_matches(name[:MAX_NAME_CHARS], sorted(known), n=1, cutoff=0.0)
+    field = where + name[:MAX_NAME_CHARS].encode("utf-8", "replace").decode()
+    return BadInput(
+        f"{where}{shorten(name)} is not a known field: did you mean {near[0]!r}? "
+        "Fields of your own belong into `context` or `attributes`",
+        field=field,
+    )
+
+
+def _shown(value: Any, where: str) -> ShownItem:
+    if not isinstance(value, dict):
+        raise bad(where, value, "must be an object")
+    if not value.keys() <= SHOWN_FIELDS:
+        raise _unknown(value, SHOWN_FIELDS, where + ".")
+    get = value.get
+    item_id = parse_id(get("item_id"), where + ".item_id")
+    sources, score, predictions, propensity = map(get, ("sources", "score", "predictions", "propensity"))
+    return ShownItem(
+        item_id=item_id,
+        position=parse_position(get("position"), where + ".position"),
+        sources=() if sources is None else parse_sources(sources, where + ".sources"),
+        score=None if score is None else parse_number(score, where + ".score"),
+        predictions=_NOTHING if predictions is None else parse_predictions(predictions, where + ".predictions"),
+        propensity=None if propensity is None else parse_propensity(propensity, where + ".propensity"),
+        pool=parse_pool(get("pool"), item_id, where + ".pool"),
+    )
+
+
+def _filled(value: Any, fields: Collection[str]) -> dict[str, Any]:
+    """The fields that say something: neither None nor empty nor false."""
+    return {
+        name: v
+        for name in fields
+        if (v := getattr(value, name)) is not None and v != "" and v != () and v != {} and v is not False
+    }

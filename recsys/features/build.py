@@ -1,0 +1,208 @@
+"""The one feature function: (user state, item columns, context, counters) to keys and numbers.
+
+Used by ranking, backfill and replay; the trainer learns from what was logged as served. Legend: see `schema.py`;
+K items of one request, T history entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recsys.errors import BadInput
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.keys import cross, key_of
+from recsys.types import Bool, Float32, HistoryEvent, Int32, Int64
+
+Index = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserFeatures:
+    """The shared block: shared keys [S], history keys [T, H], newest first, T ≤ history_len."""
+
+    shared_keys: Int64
+    shared_mask: Bool
+    history_keys: Int64
+    history_mask: Bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """One request's keys and numbers: the shared block and K items: item keys [K, I], crosses [K, C], numbers [K, N]."""
+
+    user: UserFeatures
+    item_keys: Int64
+    item_mask: Bool
+    cross_keys: Int64
+    cross_mask: Bool
+    numbers: Float32
+
+    def take(self, rows: Sequence[int] | Index) -> Features:
+        """The same request with only these of its K items."""
+        chosen = np.asarray(rows, np.int64)
+        return Features(
+            user=self.user,
+            item_keys=self.item_keys[chosen],
+            item_mask=self.item_mask[chosen],
+            cross_keys=self.cross_keys[chosen],
+            cross_mask=self.cross_mask[chosen],
+            numbers=self.numbers[chosen],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signals:
+    """What counters say about the K items, as of the request: see `Schema.numbers`."""
+
+    user_rates: Float32
+    item_rates: Float32
+    popularity: Float32
+    covisit: Float32
+
+
+def user_features(
+    schema: Schema, catalogue: Catalogue, user_id: str, history: Sequence[HistoryEvent], context: Mapping[str, Any]
+) -> UserFeatures:
+    """Keys of the user, the context and the newest `history_len` history events."""
+    shared_keys = np.zeros(len(schema.shared_slots), np.int64)
+    shared_mask = np.zeros(len(schema.shared_slots), np.bool_)
+    shared_keys[0], shared_mask[0] = key_of(user_id), True
+    for column, name in enumerate(schema.context, start=1):
+        if (value := context.get(name)) is not None:
+            shared_keys[column], shared_mask[column] = key_of(value if isinstance(value, str) else str(value)), True
+    recent = history[: -schema.history_len - 1 : -1]
+    width = len(schema.history_slots)
+    rows = catalogue.rows([event.item_id for event in recent])
+    known = np.maximum(rows, 0)
+    keys, mask = catalogue.keys[known, :width], catalogue.mask[known, :width]
+    for position in np.flatnonzero(rows < 0).tolist():
+        keys[position], mask[position] = 0, False
+        keys[position, 0], mask[position, 0] = key_of(recent[position].item_id), True
+    return UserFeatures(shared_keys=shared_keys, shared_mask=shared_mask, history_keys=keys, history_mask=mask)
+
+
+def item_features(
+    schema: Schema, catalogue: Catalogue, user: UserFeatures, rows: Int32, signals: Signals, affinity_decay: float
+) -> Features:
+    """Keys, crosses and numbers of the items at catalogue rows [K]."""
+    item_keys, item_mask = catalogue.keys[rows], catalogue.mask[rows]
+    cross_keys, cross_mask = _crosses(schema, catalogue, user, item_keys, item_mask)
+    numbers = np.empty((len(rows), len(schema.numbers)), np.float32)
+    tasks = len(schema.tasks)
+    numbers[:, :tasks] = signals.user_rates
+    numbers[:, tasks : 2 * tasks] = signals.item_rates
+    numbers[:, 2 * tasks] = np.log1p(signals.popularity)
+    numbers[:, 2 * tasks + 1] = np.log1p(signals.covisit)
+    numbers[:, 2 * tasks + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
+    weights = affinity_decay ** np.arange(len(user.history_keys))
+    for column, (name, _) in enumerate(schema.item_fields[1 : schema.num_history_fields], start=2 * tasks + 3):
+        where = catalogue.columns(name)
+        numbers[:, column] = _affinity(
+            user.history_keys[:, where], user.history_mask[:, where], weights, item_keys[:, where], item_mask[:, where]
+        )
+    return Features(
+        user=user,
+        item_keys=item_keys,
+        item_mask=item_mask,
+        cross_keys=cross_keys,
+        cross_mask=cross_mask,
+        numbers=numbers,
+    )
+
+
+def _affinity(history: Int64, present: Bool, weights: Any, items: Int64, item_present: Bool) -> Float32:
+    """Recency-weighted share of the history whose values an item has [K], in [0, 1]."""
+    if not len(history) or not present.any():
+        return np.zeros(len(items), np.float32)
+    keys, inverse = np.unique(history[present], return_inverse=True)
+    per_key = np.bincount(inverse, np.broadcast_to(weights[:, None], history.shape)[present])
+    found = np.minimum(np.searchsorted(keys, items), len(keys) - 1)
+    hit = (keys[found] == items) & item_present
+    counts = np.maximum(item_present.sum(axis=1), 1)
+    share: Float32 = ((per_key[found] * hit).sum(axis=1) / counts / weights.sum()).astype(np.float32)
+    return share
+
+
+def _crosses(
+    schema: Schema, catalogue: Catalogue, user: UserFeatures, item_keys: Int64, item_mask: Bool
+) -> tuple[Int64, Bool]:
+    num_items = len(item_keys)
+    keys = np.zeros((num_items, len(schema.cross_slots)), np.int64)
+    mask = np.zeros((num_items, len(schema.cross_slots)), np.bool_)
+    start = 0
+    for left, right in schema.crosses:
+        where = catalogue.columns(right)
+        right_keys, right_mask = item_keys[:, where], item_mask[:, where]
+        if left == "history":
+            left_keys, left_mask = (
+                user.history_keys[: schema.cross_history, 0],
+                user.history_mask[: schema.cross_history, 0],
+            )
+            columns = schema.cross_history
+        else:
+            column = 0 if left == "user" else 1 + schema.context.index(left)
+            left_keys, left_mask = user.shared_keys[column : column + 1], user.shared_mask[column : column + 1]
+            columns = 1
+        width, count = right_keys.shape[1], len(left_keys)
+        pairs = cross(left_keys[None, :, None], right_keys[:, None, :]).reshape(num_items, count * width)
+        both = (left_mask[None, :, None] & right_mask[:, None, :]).reshape(num_items, count * width)
+        keys[:, start : start + count * width] = np.where(both, pairs, 0)
+        mask[:, start : start + count * width] = both
+        start += columns * width
+    return keys, mask
+
+
+def encode(features: Features) -> bytes:
+    """Little-endian: history length and item count (uint16), then keys (int64), masks (packed bits), numbers (float32)."""
+    user = features.user
+    keys = (user.shared_keys, user.history_keys, features.item_keys, features.cross_keys)
+    masks = (user.shared_mask, user.history_mask, features.item_mask, features.cross_mask)
+    head = np.array([len(user.history_keys), len(features.item_keys)], "<u2").tobytes()
+    return b"".join(
+        [
+            head,
+            *(np.ascontiguousarray(k, "<i8").tobytes() for k in keys),
+            np.packbits(np.concatenate([m.ravel() for m in masks])).tobytes(),
+            np.ascontiguousarray(features.numbers, "<f4").tobytes(),
+        ]
+    )
+
+
+def decode(schema: Schema, data: bytes) -> Features:
+    """The inverse of `encode`. BadInput when the length does not fit the schema, or a number is not finite."""
+    if len(data) < 4:
+        raise BadInput(f"features: {len(data)} bytes are too few; write them with the same schema", field="features")
+    history, items = (int(n) for n in np.frombuffer(data, "<u2", 2))
+    shapes = [
+        (len(schema.shared_slots),),
+        (history, len(schema.history_slots)),
+        (items, len(schema.item_slots)),
+        (items, len(schema.cross_slots)),
+    ]
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    packed, numbers = (sum(sizes) + 7) // 8, items * len(schema.numbers)
+    expected = 4 + 8 * sum(sizes) + packed + 4 * numbers
+    if len(data) != expected:
+        raise BadInput(
+            f"features: {len(data)} bytes, schema {schema.hash} needs {expected}; write them with the same schema",
+            field="features",
+        )
+    bits = np.unpackbits(np.frombuffer(data, np.uint8, packed, 4 + 8 * sum(sizes)), count=sum(sizes)).astype(np.bool_)
+    keys, masks, start = [], [], 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        keys.append(np.frombuffer(data, "<i8", size, 4 + 8 * start).reshape(shape))
+        masks.append(bits[start : start + size].reshape(shape))
+        start += size
+    values = np.frombuffer(data, "<f4", numbers, expected - 4 * numbers).reshape(items, len(schema.numbers))
+    if not np.isfinite(values).all():
+        raise BadInput("features: a number is not finite; write only finite numbers", field="features")
+    user = UserFeatures(shared_keys=keys[0], shared_mask=masks[0], history_keys=keys[1], history_mask=masks[1])
+    return Features(
+        user=user, item_keys=keys[2], item_mask=masks[2], cross_keys=keys[3], cross_mask=masks[3], numbers=values
+    )

@@ -1,0 +1,126 @@
+"""The catalogue as columns in memory: no item record is fetched or parsed during a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from recsys.features.schema import Schema
+from recsys.keys import key_of
+from recsys.types import Bool, Int32, Int64, Item
+
+
+class Catalogue:
+    """Items by row number. One writer; readers may run beside it: a row's columns are complete before its id is found.
+
+    Rows only grow; a deleted item keeps its row and is not `alive`, an upsert revives it.
+    """
+
+    def __init__(self, schema: Schema, capacity: int = 1024) -> None:
+        self._schema = schema
+        self._rows: dict[str, int] = {}
+        self.ids: list[str] = []
+        self.titles: list[str] = []
+        self.documents: list[bytes] = []
+        width = len(schema.item_slots)
+        self.keys: Int64 = np.zeros((capacity, width), np.int64)
+        self.mask: Bool = np.zeros((capacity, width), np.bool_)
+        self.alive: Bool = np.zeros(capacity, np.bool_)
+        self._columns = self._column_ranges()
+        self._attributes = [name for name, _ in schema.item_fields[1:]]
+        self.labels: dict[tuple[str, int], str] = {}
+        """(attribute, key) -> the value as it was written, for reasons."""
+        self.deleted = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_alive(self) -> int:
+        return len(self.ids) - self.deleted
+
+    def _column_ranges(self) -> dict[str, slice]:
+        ranges, start = {}, 0
+        for name, width in self._schema.item_fields:
+            ranges[name] = slice(start, start + width)
+            start += width
+        return ranges
+
+    def columns(self, field: str) -> slice:
+        """Where a field's columns lie in `keys` and `mask`."""
+        return self._columns[field]
+
+    def row(self, item_id: str) -> int | None:
+        """The item's row, deleted or not; None when it was never seen."""
+        return self._rows.get(item_id)
+
+    def rows(self, item_ids: Sequence[str]) -> Int32:
+        """Rows [n]; -1 where the item was never seen."""
+        get = self._rows.get
+        return np.fromiter((get(i, -1) for i in item_ids), np.int32, len(item_ids))
+
+    def item(self, row: int) -> Item:
+        """The item as it was last written."""
+        return Item(
+            item_id=self.ids[row],
+            title=self.titles[row],
+            attributes=orjson.loads(self.documents[row]),
+            deleted=not self.alive[row],
+        )
+
+    def apply(self, item: Item) -> int:
+        """Upsert or delete; returns the row."""
+        row = self._rows.get(item.item_id)
+        if item.deleted:
+            if row is None:
+                return -1
+            self.deleted += int(self.alive[row])
+            self.alive[row] = False
+            return row
+        if row is None:
+            row = len(self.ids)
+            if row == len(self.alive):
+                self._grow()
+            self._fill(row, item)
+            self.ids.append(item.item_id)
+            self.titles.append(item.title)
+            self.documents.append(orjson.dumps(dict(item.attributes)))
+            self.alive[row] = True
+            self._rows[item.item_id] = row
+            return row
+        self._fill(row, item)
+        self.titles[row] = item.title
+        self.documents[row] = orjson.dumps(dict(item.attributes))
+        self.deleted -= int(not self.alive[row])
+        self.alive[row] = True
+        return row
+
+    def _grow(self) -> None:
+        size = 2 * len(self.alive)
+        self.keys, self.mask = _grown(self.keys, size), _grown(self.mask, size)
+        self.alive = _grown(self.alive, size)
+
+    def _fill(self, row: int, item: Item) -> None:
+        keys = np.zeros(self.keys.shape[1], np.int64)
+        mask = np.zeros(self.keys.shape[1], np.bool_)
+        keys[0], mask[0] = key_of(item.item_id), True
+        for name in self._attributes:
+            value = item.attributes.get(name)
+            if value is None:
+                continue
+            where = self._columns[name]
+            values = value if isinstance(value, list | tuple) else (value,)
+            for column, text in zip(range(where.start, where.stop), values, strict=False):
+                key = key_of(text if isinstance(text, str) else str(text))
+                keys[column], mask[column] = key, True
+                self.labels.setdefault((name, key), str(text))
+        self.keys[row], self.mask[row] = keys, mask
+
+
+def _grown(array: Any, size: int) -> Any:
+    grown = np.zeros((size, *array.shape[1:]), array.dtype)
+    grown[: len(array)] = array
+    return grown

@@ -1,0 +1,112 @@
+"""The slot list: which feature fields exist, in which order, and the hash that names them.
+
+Legend: S shared columns (user, context), H columns of one history entry, I columns of one item, C cross columns,
+N numbers. A column holds one key; a multi-valued field has several columns, padded by a mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import astuple, dataclass
+from functools import cached_property
+
+import numpy as np
+
+from recsys.config import Config
+from recsys.types import Int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """What keys and numbers an example consists of."""
+
+    slots: tuple[str, ...]
+    """Slot names; the index is the slot number used in the table."""
+    context: tuple[str, ...]
+    item_fields: tuple[tuple[str, int], ...]
+    """(slot name, width) of the item's deep fields; the item itself first, then the history attributes."""
+    num_history_fields: int
+    """The first of `item_fields` that describe a history entry, too."""
+    crosses: tuple[tuple[str, str], ...]
+    cross_history: int
+    history_len: int
+    tasks: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> Schema:
+        """The slot list that a configuration declares."""
+        catalogue, features = config.catalogue, config.features
+        width = {a: catalogue.max_values if a in catalogue.multivalued else 1 for a in catalogue.attributes}
+        rest = tuple(a for a in catalogue.attributes if a not in features.history_attributes)
+        item_fields = (("item", 1), *((a, width[a]) for a in (*features.history_attributes, *rest)))
+        crosses = tuple(f"{left}*{right}" for left, right in features.crosses)
+        tasks = tuple(task.name for task in config.tasks)
+        return cls(
+            slots=("user", *(f"context.{c}" for c in features.context), *(name for name, _ in item_fields), *crosses),
+            context=features.context,
+            item_fields=item_fields,
+            num_history_fields=1 + len(features.history_attributes),
+            crosses=features.crosses,
+            cross_history=features.cross_history,
+            history_len=features.history_len,
+            tasks=tasks,
+            numbers=(
+                *(f"user_rate.{t}" for t in tasks),
+                *(f"item_rate.{t}" for t in tasks),
+                "popularity",
+                "covisit",
+                "in_history",
+                *(f"affinity.{a}" for a in features.history_attributes),
+            ),
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """Names the slot list in every impression and delta; another hash is another schema."""
+        return hashlib.blake2b(repr(astuple(self)).encode(), digest_size=8).hexdigest()
+
+    def slot(self, name: str) -> int:
+        return self.slots.index(name)
+
+    @cached_property
+    def shared_slots(self) -> Int32:
+        """Slot of each shared column [S]."""
+        return np.array([0, *(self.slot(f"context.{c}") for c in self.context)], np.int32)
+
+    @cached_property
+    def item_slots(self) -> Int32:
+        """Slot of each item column [I]."""
+        return self._columns(len(self.item_fields))
+
+    @cached_property
+    def history_slots(self) -> Int32:
+        """Slot of each column of a history entry [H]: the first H of `item_slots`."""
+        return self._columns(self.num_history_fields)
+
+    def _columns(self, fields: int) -> Int32:
+        return np.array([self.slot(name) for name, width in self.item_fields[:fields] for _ in range(width)], np.int32)
+
+    @cached_property
+    def cross_slots(self) -> Int32:
+        """Slot of each cross column [C]."""
+        columns: list[int] = []
+        for left, right in self.crosses:
+            columns += (
+                [self.slot(f"{left}*{right}")] * (self.cross_history if left == "history" else 1) * self.width(right)
+            )
+        return np.array(columns, np.int32)
+
+    def width(self, field: str) -> int:
+        """Columns of an item field."""
+        return dict(self.item_fields)[field]
+
+    @cached_property
+    def deep_slots(self) -> tuple[int, ...]:
+        """Slots whose rows hold an embedding and wide weights."""
+        return tuple(range(len(self.slots) - len(self.crosses)))
+
+    @cached_property
+    def wide_slots(self) -> tuple[int, ...]:
+        """Slots whose rows hold wide weights alone: the crosses."""
+        return tuple(range(len(self.slots) - len(self.crosses), len(self.slots)))

@@ -1,0 +1,151 @@
+"""Every Prometheus metric of every process, named here and nowhere else.
+
+Names carry their unit; latencies are histograms; a label has few values (never a user, an item or a request).
+A process exports all of them; what it does not do stays 0 or empty. `docs/metrics.md` is made from this file.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+REGISTRY = CollectorRegistry()
+"""Our own: whatever a library registers globally is not exported."""
+ProcessCollector(registry=REGISTRY)
+
+
+def _seconds(*milliseconds: float) -> tuple[float, ...]:
+    return tuple(ms / 1000 for ms in milliseconds)
+
+
+ANSWER_BUCKETS_S = _seconds(1, 2, 3, 5, 7.5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2000)
+STAGE_BUCKETS_S = _seconds(0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 50, 100, 200, 500)
+FRESHNESS_BUCKETS_S = _seconds(
+    5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000, 10_000, 30_000, 60_000
+)
+WORK_BUCKETS_S = _seconds(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000)
+"""Steps, publishing, checkpoints, snapshots: from a millisecond to a minute."""
+
+_counter = partial(Counter, registry=REGISTRY)
+_gauge = partial(Gauge, registry=REGISTRY)
+_histogram = partial(Histogram, registry=REGISTRY)
+
+# Every process
+READY = _gauge("recsys_ready", "1 while /readyz answers 200, else 0.")
+CONSUMER_LAG = _gauge(
+    "recsys_consumer_lag_records",
+    "Records appended that this consumer has not read yet.",
+    ("topic", "partition", "consumer"),
+)
+DEAD_LETTERS = _counter(
+    "recsys_dead_letters_total",
+    "Messages that could not be used, by topic they came from and reason.",
+    ("topic", "reason"),
+)
+SPOOL_BYTES = _gauge("recsys_spool_bytes", "Bytes accepted that the broker has not acknowledged yet.")
+FRESHNESS_SECONDS = _histogram(
+    "recsys_freshness_seconds",
+    "From feedback accepted (log time) to answers that know it, by kind: user_state, counters, parameters.",
+    ("kind",),
+    buckets=FRESHNESS_BUCKETS_S,
+)
+
+# Ranking
+HTTP_REQUESTS = _counter(
+    "recsys_http_requests_total", "HTTP requests answered, by route template and status code.", ("route", "status")
+)
+RECOMMEND_SECONDS = _histogram(
+    "recsys_recommend_seconds", "Time to answer /v1/recommend, whatever the status.", buckets=ANSWER_BUCKETS_S
+)
+STAGE_SECONDS = _histogram(
+    "recsys_stage_seconds",
+    "Time of one stage of an answer: state, candidates, features, lookup, score, slate, log.",
+    ("stage",),
+    buckets=STAGE_BUCKETS_S,
+)
+FEEDBACK = _counter(
+    "recsys_feedback_total", "Feedback events over HTTP, by outcome: accepted, duplicate, rejected.", ("outcome",)
+)
+DEGRADED = _counter(
+    "recsys_degraded_total", "Answers that had to do without something, by what was missing.", ("reason",)
+)
+SHOWN = _counter(
+    "recsys_shown_total", "Items shown, by candidate source (an item of two sources counts for both).", ("source",)
+)
+LOOKUP_SECONDS = _histogram(
+    "recsys_lookup_seconds",
+    "Time of one row lookup at the parameter service, as the caller sees it.",
+    buckets=STAGE_BUCKETS_S,
+)
+LOOKUP_KEYS = _counter("recsys_lookup_keys_total", "Keys asked of the parameter service.")
+CATALOGUE_ITEMS = _gauge("recsys_catalogue_items", "Items that can be shown.")
+GENERATION_ITEMS = _gauge("recsys_generation_items", "Items in the retrieval index in use.")
+GENERATION_AGE_SECONDS = _gauge("recsys_generation_age_seconds", "Since the retrieval generation in use was built.")
+
+# Embedding table (trainer and parameter)
+TABLE_ROWS = _gauge("recsys_table_rows", "Rows held, by row layout.", ("layout",))
+TABLE_BYTES = _gauge("recsys_table_bytes", "Bytes of the rows and the index, by row layout.", ("layout",))
+TABLE_FOUND_KEYS = _counter("recsys_table_found_keys_total", "Keys looked up that had a row.")
+TABLE_MISSING_KEYS = _counter(
+    "recsys_table_missing_keys_total", "Keys looked up that had no row and got the default vector."
+)
+TABLE_EXPIRED_ROWS = _counter(
+    "recsys_table_expired_rows_total", "Rows forgotten because they were not seen for too long."
+)
+
+# Trainer
+EXAMPLES = _counter("recsys_examples_total", "Labels trained, by task and label (0 or 1).", ("task", "label"))
+JOINED = _counter(
+    "recsys_joined_total",
+    "Feedback at the joiner, by outcome: joined, no_request, no_impression, too_late, duplicate.",
+    ("outcome",),
+)
+OPEN_IMPRESSIONS = _gauge("recsys_open_impressions", "Impressions whose label windows are still open.")
+PROGRESSIVE_LOG_LOSS = _gauge(
+    "recsys_progressive_log_loss",
+    "Mean log loss (nats) of the predictions as served, over the last examples, by task.",
+    ("task",),
+)
+PROGRESSIVE_NORMALIZED_ENTROPY = _gauge(
+    "recsys_progressive_normalized_entropy",
+    "Progressive log loss over the entropy of the label rate, by task; 1 knows only the rate.",
+    ("task",),
+)
+CALIBRATION_RATIO = _gauge(
+    "recsys_calibration_ratio",
+    "Sum of predictions over sum of labels, over the last examples, by task; 1 is right.",
+    ("task",),
+)
+TRAIN_STEP_SECONDS = _histogram(
+    "recsys_train_step_seconds", "Time of one trainer step: join, train, mark touched.", buckets=WORK_BUCKETS_S
+)
+SKIPPED_BATCHES = _counter(
+    "recsys_skipped_batches_total", "Batches not learned because their gradients were not finite."
+)
+JOURNAL_STEPS = _counter("recsys_journal_steps_total", "Steps written to the journal and run.")
+BREAKER_OPEN = _gauge("recsys_breaker_open", "1 while learning waits because the feedback looks broken, else 0.")
+TRAINER_EPOCH = _gauge("recsys_trainer_epoch", "Epoch of this trainer: one more at each start; the higher one wins.")
+CHECKPOINT_SECONDS = _histogram(
+    "recsys_checkpoint_seconds", "Time to write a checkpoint, from the copy to the cut journal.", buckets=WORK_BUCKETS_S
+)
+CHECKPOINT_AGE_SECONDS = _gauge("recsys_checkpoint_age_seconds", "Since the last checkpoint was complete.")
+PUBLISH_SECONDS = _histogram(
+    "recsys_publish_seconds", "Time to publish one delta, until the log acknowledged it.", buckets=WORK_BUCKETS_S
+)
+PUBLISHED_ROWS = _counter("recsys_published_rows_total", "Rows published in deltas.")
+PUBLISHED_TOMBSTONES = _counter(
+    "recsys_published_tombstones_total", "Tombstones of forgotten rows published in deltas."
+)
+
+# Parameter
+DELTAS_APPLIED = _counter("recsys_deltas_applied_total", "Whole deltas applied to the serving copy.")
+PARAMETER_VERSION_STEP = _gauge("recsys_parameter_version_step", "Trainer step of the last delta applied.")
+SNAPSHOT_SECONDS = _histogram(
+    "recsys_snapshot_seconds", "Time to write a snapshot of the serving copy.", buckets=WORK_BUCKETS_S
+)
+
+
+def render() -> bytes:
+    """All metrics in Prometheus text format."""
+    return generate_latest(REGISTRY)

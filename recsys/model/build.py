@@ -1,0 +1,52 @@
+"""From the configuration to networks: one place, so that trainer and ranking agree."""
+
+from __future__ import annotations
+
+from recsys.config import Config
+from recsys.features.schema import Schema
+from recsys.model.ranker import Ranker, RankerSpec
+from recsys.model.two_tower import TwoTower, TwoTowerSpec
+
+
+def ranker(config: Config, schema: Schema) -> Ranker:
+    """The untrained ranker: bit-equal in every process with one configuration."""
+    model = config.model
+    priors = {"popularity": model.popularity_prior, "covisit": model.covisit_prior}
+    num_affinities = max(1, schema.num_history_fields - 1)
+
+    def prior(name: str) -> float:
+        if name.startswith("affinity."):
+            return model.affinity_prior / num_affinities
+        return priors.get(name, 0.5 if "_rate." in name else 0.0)
+
+    spec = RankerSpec(
+        num_shared=len(schema.shared_slots),
+        num_item=len(schema.item_fields),
+        num_history=schema.num_history_fields,
+        history_len=schema.history_len,
+        dim=model.dim,
+        num_numbers=len(schema.numbers),
+        tasks=schema.tasks,
+        groups=tuple(task.group for task in config.tasks),
+        attention=model.attention,
+        experts=model.experts,
+        expert_hidden=model.expert_hidden,
+        tower_hidden=model.tower_hidden,
+        feature_gate_rank=model.feature_gate_rank,
+        number_prior=tuple(prior(name) for name in schema.numbers),
+        task_prior=tuple(task.prior for task in config.tasks),
+    )
+    return Ranker(spec, seed=config.seed)
+
+
+def two_tower(config: Config, schema: Schema) -> TwoTower:
+    """The untrained retrieval towers."""
+    spec = TwoTowerSpec(
+        num_shared=1,
+        num_item=len(schema.item_fields),
+        num_history=schema.num_history_fields,
+        dim=config.model.dim,
+        tower_dim=config.model.tower_dim,
+        temperature=config.model.temperature,
+    )
+    return TwoTower(spec, seed=config.seed)

@@ -1,0 +1,123 @@
+"""Building blocks of the networks. Every weight is drawn from a passed generator: equal seeds give equal bits.
+
+Legend: G groups (a weight matrix each), N rows, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+MOMENTUM = 0.01
+"""Share of a batch in running statistics once they are warm: half follows a drift half as fast, double is noisier."""
+MIN_BATCH = 32
+"""Smaller batches do not carry gradients through their own mean and variance: of one row nothing would be left."""
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator, independent of the global one."""
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform(shape: Sequence[int], fan_in: int, generator: torch.Generator) -> nn.Parameter:
+    """A weight of variance 1 / fan_in, float32 on the CPU."""
+    bound = math.sqrt(3.0 / fan_in)
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+
+
+class GroupedLinear(nn.Module):
+    """One affine map per group: [G, N, inputs] -> [G, N, outputs]."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = uniform((groups, inputs, outputs), inputs, generator)
+        self.bias = nn.Parameter(torch.zeros(groups, 1, outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight).add_(self.bias)  # baddbmm would first copy the bias into every row
+
+
+class MLP(nn.Module):
+    """Affine maps with Swish between them: [N, widths[0]] -> [N, widths[-1]]. Biases start random, so that a zero input has a direction."""
+
+    def __init__(self, widths: Sequence[int], generator: torch.Generator) -> None:
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.weights = nn.ParameterList([uniform((o, i), i, generator) for i, o in pairs])
+        self.biases = nn.ParameterList([uniform((o,), 3 * i, generator) for i, o in pairs])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = nn.functional.linear(nn.functional.silu(x) if layer else x, weight, bias)
+        return x
+
+
+class StreamingNorm(nn.Module):
+    """Batch renormalisation (Ioffe 2017) over dimension -2: [..., N, F] -> the same.
+
+    The value always comes from running statistics (in training: this batch included), so that training and serving
+    see the same function however small or skewed a batch is; the gradient goes through the batch's own mean and
+    variance, as in batch normalisation. Running statistics start at mean 0, variance 1 and forget that start as one batch
+    of many; the variance between batches counts, too. `shape` is that of x without N.
+    """
+
+    mean: torch.Tensor
+    var: torch.Tensor
+    steps: torch.Tensor
+
+    def __init__(self, *shape: int, affine: bool = False, momentum: float = MOMENTUM, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self._momentum, self._epsilon = momentum, epsilon
+        stats = (*shape[:-1], 1, shape[-1])
+        self.register_buffer("mean", torch.zeros(stats))
+        self.register_buffer("var", torch.ones(stats))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.gain = nn.Parameter(torch.ones(stats)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(stats)) if affine else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.shape[-2]:
+            x = self._learn(x)
+        scale = torch.rsqrt(self.var + self._epsilon)
+        shift = -self.mean * scale
+        if self.gain is not None and self.bias is not None:
+            scale, shift = scale * self.gain, torch.addcmul(self.bias, shift, self.gain)
+        return torch.addcmul(shift, x, scale)
+
+    def _learn(self, x: torch.Tensor) -> torch.Tensor:
+        """Update the running statistics; return x itself in value, with the gradient of a batch-normalised x."""
+        var, mean = torch.var_mean(x, -2, correction=0, keepdim=True)
+        self._update(mean.detach(), var.detach())
+        if x.shape[-2] < MIN_BATCH:
+            return x
+        std = torch.sqrt(var + self._epsilon)
+        return torch.addcmul(mean.detach(), (x - mean) / std, std.detach())
+
+    @torch.no_grad()
+    def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        rate = (1.0 / (self.steps + 2)).clamp(min=self._momentum).to(mean.dtype)
+        delta = mean - self.mean
+        new_var = torch.lerp(self.var, var + (1 - rate) * delta.square(), rate)
+        sound = torch.isfinite(new_var)  # one overflow must not poison the statistics for ever
+        self.mean.copy_(torch.where(sound, self.mean + rate * delta, self.mean))
+        self.var.copy_(torch.where(sound, new_var, self.var))
+        self.steps += 1
+
+
+class Dice(nn.Module):
+    """DIN's data-dependent activation (Zhou et al. 2018, eq. 3): [N, F] -> the same.
+
+    f(s) = p s + (1 - p) alpha s with p = sigmoid((s - E[s]) / sqrt(Var[s] + 1e-8)); alpha is learnt, from 0.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = StreamingNorm(width, epsilon=1e-8)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.norm(x))
+        return x * torch.addcmul(self.alpha, gate, 1.0 - self.alpha)

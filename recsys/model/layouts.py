@@ -1,0 +1,29 @@
+"""From the configuration to table layouts: one place, so that trainer, parameter and ranking agree."""
+
+from __future__ import annotations
+
+from recsys.config import Config
+from recsys.features.schema import Schema
+from recsys.table.base import Layout, Segment, SlotPolicy
+
+
+def layouts(config: Config, schema: Schema) -> tuple[Layout, ...]:
+    """`deep`: embedding and one wide weight a task; `wide`: crosses (or one unused slot); `tower`: the two-tower model's own embeddings."""
+    model, policy = config.model, SlotPolicy(admission=config.table.admission, expiry_s=config.table.expiry_s)
+    deep = Segment(name="deep", dim=model.dim, learning_rate=model.row_learning_rate, init_scale=model.init_scale)
+    wide = Segment(name="wide", dim=len(schema.tasks), optimizer="adagrad", learning_rate=model.wide_learning_rate)
+
+    def layout(name: str, segments: tuple[Segment, ...], slots: tuple[int, ...]) -> Layout:
+        return Layout(
+            name=name,
+            segments=segments,
+            slots=dict.fromkeys(slots, policy),
+            capacity=config.table.capacity,
+            seed=config.seed,
+        )
+
+    return (
+        layout("deep", (deep, wide), schema.deep_slots),
+        layout("wide", (wide,), schema.wide_slots or (len(schema.slots),)),
+        layout("tower", (deep,), schema.deep_slots),
+    )

@@ -1,0 +1,167 @@
+"""The ranker: a wide part that knows something at once, and DIN + HoME beside it.
+
+Legend: R requests, M items in all, T history entries (newest first), d embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from recsys.errors import SchemaMismatch
+from recsys.model.din import Activation, TargetAttention
+from recsys.model.home import Home, HomeSpec
+from recsys.model.layers import StreamingNorm, seeded
+
+_NUMBER_LIMIT = 5.0
+"""Normalised numbers are clipped to ± this many standard deviations: one odd counter must not drown the rest."""
+
+_EXAMPLES = 256
+"""Examples that pass the head at once when serving: half adds calls, double makes the allocator fetch fresh pages each time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankerSpec:
+    """Sizes and starting values of a ranker; `groups` names the category of each task."""
+
+    num_shared: int
+    num_item: int
+    num_history: int
+    """Fields of a history entry; they correspond to the first fields of the item."""
+    history_len: int
+    dim: int
+    num_numbers: int
+    tasks: tuple[str, ...]
+    groups: tuple[str, ...]
+    number_prior: tuple[float, ...]
+    """Starting wide weight of each number, the same for all tasks."""
+    task_prior: tuple[float, ...]
+    """Starting probability of each task."""
+    attention: tuple[int, ...] = (32, 16)
+    activation: Activation = "dice"
+    softmax: bool = False
+    experts: int = 2
+    expert_hidden: tuple[int, ...] = (64, 32)
+    tower_hidden: tuple[int, ...] = (16,)
+    feature_gate_rank: int = 16
+
+    def __post_init__(self) -> None:
+        for name, size, expected in (
+            ("groups", len(self.groups), len(self.tasks)),
+            ("task_prior", len(self.task_prior), len(self.tasks)),
+            ("number_prior", len(self.number_prior), self.num_numbers),
+        ):
+            if size != expected:
+                raise ValueError(f"{name} has {size} values, expected {expected}")
+        if not 1 <= self.num_history <= self.num_item:
+            raise ValueError(f"num_history = {self.num_history} must be between 1 and num_item = {self.num_item}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankerInputs:
+    """Tensors of M items of R requests; all numbers finite."""
+
+    shared: torch.Tensor
+    """[R, num_shared, d]"""
+    history: torch.Tensor
+    """[R, T, num_history, d], newest first"""
+    history_mask: torch.Tensor
+    """[R, T] bool"""
+    item: torch.Tensor
+    """[M, num_item, d]"""
+    numbers: torch.Tensor
+    """[M, num_numbers]"""
+    wide: torch.Tensor
+    """[M, tasks]: sum of the wide weights of all keys of the example"""
+    request: torch.Tensor
+    """[M] int64: row of the request"""
+
+
+class Ranker(nn.Module):
+    """logit_t = bias_t + wide_t + numbers · w_t + home_t(embeddings, attention, numbers); home is zero until it has learnt."""
+
+    def __init__(self, spec: RankerSpec, *, seed: int) -> None:
+        super().__init__()
+        generator = seeded(seed)
+        self.spec = spec
+        entry = spec.num_history * spec.dim
+        self.attention = TargetAttention(
+            entry,
+            spec.history_len,
+            spec.attention,
+            generator=generator,
+            activation=spec.activation,
+            softmax=spec.softmax,
+        )
+        self.number_norm = StreamingNorm(spec.num_numbers)
+        width = (spec.num_shared + spec.num_item) * spec.dim + 2 * entry + spec.num_numbers
+        self.home = Home(
+            HomeSpec(
+                width=width,
+                groups=spec.groups,
+                experts=spec.experts,
+                expert_hidden=spec.expert_hidden,
+                tower_hidden=spec.tower_hidden,
+                feature_gate_rank=spec.feature_gate_rank,
+            ),
+            generator,
+        )
+        self.bias = nn.Parameter(torch.tensor([math.log(p / (1 - p)) for p in spec.task_prior]))
+        self.number_weights = nn.Parameter(torch.tensor(spec.number_prior).unsqueeze(1).repeat(1, len(spec.tasks)))
+
+    def forward(self, inputs: RankerInputs) -> torch.Tensor:
+        """Logits [M, tasks]."""
+        wide = torch.addmm(self.bias, inputs.numbers, self.number_weights) + inputs.wide
+        deep = self._deep(inputs)
+        step = len(deep) if self.training else _EXAMPLES  # batch statistics need all at once
+        return wide + torch.cat([self.home(part) for part in deep.split(max(step, 1))])
+
+    def _deep(self, inputs: RankerInputs) -> torch.Tensor:
+        mask = inputs.history_mask
+        history = inputs.history.flatten(2)
+        item = inputs.item.flatten(1)
+        pooled = self.attention(item[:, : history.shape[2]], history, mask, inputs.request)
+        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        mean = torch.bmm(share.unsqueeze(1).to(history.dtype), history).squeeze(1)
+        user = torch.cat([inputs.shared.flatten(1), mean], 1)
+        user = user.expand(len(item), -1) if len(user) == 1 else user[inputs.request]
+        numbers = self.number_norm(inputs.numbers).clamp(-_NUMBER_LIMIT, _NUMBER_LIMIT)
+        return torch.cat([user, pooled, item, numbers], 1)
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum over tasks of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 3, weights [M] -> scalar."""
+    known = torch.where(mask, labels, 0.0)
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, known, reduction="none")
+    return (entropy * mask * weights.unsqueeze(1)).sum() / max(len(logits), 1)
+
+
+def to_bytes(module: nn.Module) -> bytes:
+    """All weights and statistics of a network, as safetensors."""
+    return safetensors.torch.save(
+        {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    )
+
+
+def from_bytes(module: nn.Module, payload: bytes) -> None:
+    """Load what `to_bytes` wrote. SchemaMismatch, and nothing changed, when names, shapes or types differ."""
+    try:
+        state = safetensors.torch.load(payload)
+    except safetensors.SafetensorError as error:
+        raise SchemaMismatch(f"weights are not readable as safetensors ({error}): publish them again") from None
+    expected = module.state_dict()
+    wrong = sorted(expected.keys() ^ state.keys()) or sorted(
+        name
+        for name, value in state.items()
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype
+    )
+    if wrong:
+        raise SchemaMismatch(
+            f"weights {wrong[0]!r} do not fit the configured network: restart all processes with one configuration"
+        )
+    module.load_state_dict(state)

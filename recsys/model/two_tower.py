@@ -1,0 +1,87 @@
+"""Two towers for retrieval, in-batch softmax with sampling-bias correction (Yi et al. 2019).
+
+Legend: R users, N items, B (user, item) pairs of a batch, T history entries (newest first), d embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from recsys.model.layers import MLP, seeded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoTowerSpec:
+    """Sizes of the towers; the first item field is its id, the first `num_history` describe a history entry, too."""
+
+    num_shared: int
+    num_item: int
+    num_history: int
+    dim: int
+    tower_dim: int
+    temperature: float = 0.1
+    hidden: tuple[int, ...] = (64,)
+    id_dropout: float = 0.2
+    """Share of training items shown without their id, so that metadata alone places a new item."""
+    recency_decay: float = 0.9
+    """Weight of each history entry relative to the next newer one: half of the mean lies in the newest 7."""
+
+
+class TwoTower(nn.Module):
+    """User and item vectors of length 1 whose inner product is the affinity."""
+
+    steps: torch.Tensor
+
+    def __init__(self, spec: TwoTowerSpec, *, seed: int) -> None:
+        super().__init__()
+        generator = seeded(seed)
+        self.spec = spec
+        self._seed = seed
+        self.user_tower = MLP(
+            [(spec.num_shared + spec.num_history) * spec.dim, *spec.hidden, spec.tower_dim], generator
+        )
+        self.item_tower = MLP([spec.num_item * spec.dim, *spec.hidden, spec.tower_dim], generator)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def user_vectors(self, shared: torch.Tensor, history: torch.Tensor, history_mask: torch.Tensor) -> torch.Tensor:
+        """shared [R, num_shared, d], history [R, T, num_history, d], history_mask [R, T] bool -> [R, tower_dim]."""
+        rank = torch.arange(history.shape[1], device=history.device)
+        weight = self.spec.recency_decay**rank * history_mask
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
+        mean = torch.bmm(weight.unsqueeze(1).to(history.dtype), history.flatten(2)).squeeze(1)
+        return nn.functional.normalize(self.user_tower(torch.cat([shared.flatten(1), mean], 1)), dim=1)
+
+    def item_vectors(self, item: torch.Tensor) -> torch.Tensor:
+        """item [N, num_item, d] -> [N, tower_dim]; in training some items lose their id."""
+        if self.training and self.spec.id_dropout:
+            item = torch.cat([item[:, :1] * self._kept(len(item)).to(item), item[:, 1:]], 1)
+        return nn.functional.normalize(self.item_tower(item.flatten(1)), dim=1)
+
+    def _kept(self, items: int) -> torch.Tensor:
+        """Which ids stay [N, 1, 1]: drawn from (seed, number of the call), so that a replay from a checkpoint draws the same."""
+        self.steps += 1
+        generator = seeded((self._seed << 32) ^ int(self.steps))
+        return torch.rand(items, 1, 1, generator=generator) >= self.spec.id_dropout
+
+    def loss(
+        self,
+        user: torch.Tensor,
+        item: torch.Tensor,
+        item_keys: torch.Tensor,
+        log_q: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mean weighted cross-entropy of each user's item against the batch's other items.
+
+        user, item [B, tower_dim] (row i of both is a pair), item_keys [B] int64, log_q [B] log probability that the
+        item is in a batch, weights [B] -> scalar. Other rows with the same item are no negatives.
+        """
+        logits = user @ item.T / self.spec.temperature - log_q
+        same = item_keys.unsqueeze(1) == item_keys
+        same.fill_diagonal_(False)
+        target = torch.arange(len(user), device=user.device)
+        entropy = nn.functional.cross_entropy(logits.masked_fill(same, -torch.inf), target, reduction="none")
+        return (entropy * weights).sum() / max(len(user), 1)

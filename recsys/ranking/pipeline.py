@@ -1,0 +1,280 @@
+"""One request: state → candidates → rules → features → score → slate → impression. The same code in service and replay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from recsys import metrics
+from recsys.config import Config
+from recsys.errors import StateUnavailable
+from recsys.features.build import Features, UserFeatures, encode, item_features, user_features
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.ranking import slate
+from recsys.ranking.generation import Generations
+from recsys.ranking.reasons import Reasons
+from recsys.ranking.request import Answer, AsOf, Request
+from recsys.ranking.scorer import Scorer
+from recsys.ranking.sources import Sources
+from recsys.retrieval.mix import mix
+from recsys.state.base import StateStore
+from recsys.types import Float32, HistoryEvent, Impression, Int32, ShownItem, UserState
+
+MIX_LIMIT = 500
+"""Most candidates that are scored: the budget of scoring (6 ms) holds for this many."""
+
+
+@dataclass(slots=True)
+class Work:
+    """One request under way: what each stage found."""
+
+    request: Request
+    now_ms: int
+    deadline: float
+    degraded: list[str] = field(default_factory=list)
+    state: UserState = UserState()
+    history_rows: list[int] = field(default_factory=list)
+    rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    sources: list[tuple[str, ...]] = field(default_factory=list)
+    source_scores: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    user: UserFeatures | None = None
+    features: Features | None = None
+    predictions: Float32 | None = None
+    scores: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def late(self, stage: str) -> bool:
+        """Whether the deadline has passed; then the stage is skipped and the answer says so."""
+        if time.perf_counter() < self.deadline:
+            return False
+        self.degraded.append(f"deadline_{stage}")
+        return True
+
+
+class Pipeline:
+    """Answers requests over one catalogue. Thread-safe as far as its parts are."""
+
+    def __init__(
+        self,
+        config: Config,
+        schema: Schema,
+        store: StateStore,
+        sources: Sources,
+        scorer: Scorer,
+        generations: Generations | None,
+    ) -> None:
+        self._config, self._schema, self._store = config, schema, store
+        self._sources, self._scorer, self._generations = sources, scorer, generations
+        self._catalogue: Catalogue = sources.catalogue
+        self._reasons = Reasons(schema, sources.catalogue)
+        self._quotas = config.retrieval.sources
+        self._use_model = config.ranking.scorer == "model"
+        self._needs_user = self._use_model or bool(self._quotas.get("followed") or self._quotas.get("nearest"))
+        ranking = config.ranking
+        self._draw = slate.Draw(
+            position=ranking.draw_position,
+            pool=ranking.draw_pool,
+            temperature=ranking.draw_temperature,
+            floor=ranking.draw_floor,
+        )
+        self.policy = f"{ranking.scorer}-draw{ranking.draw_position}" if ranking.draw_position else ranking.scorer
+
+    def recommend(self, request: Request, now_ms: int) -> Answer:
+        """The answer as of log time `now_ms`. Nothing missing is fatal: the answer says `degraded` and why."""
+        work = Work(
+            request=request, now_ms=now_ms, deadline=time.perf_counter() + self._config.ranking.deadline_ms / 1000
+        )
+        for name, stage in (
+            ("state", self.load_state),
+            ("candidates", self.find_candidates),
+            ("features", self.build_features),
+            ("score", self.score),
+        ):
+            with metrics.STAGE_SECONDS.labels(name).time():
+                stage(work)
+        with metrics.STAGE_SECONDS.labels("slate").time():
+            return self.answer(work)
+
+    def load_state(self, work: Work) -> None:
+        """History and seen items; none when the store is away."""
+        try:
+            work.state = self._store.get(work.request.user_id)
+        except StateUnavailable:
+            work.degraded.append("no_user_state")
+        limit = self._config.retrieval.covisit_history
+        events = self._session(work) or work.state.history
+        rows = dict.fromkeys(self._catalogue.row(e.item_id) for e in reversed(events))
+        work.history_rows = [r for r in rows if r is not None][:limit]
+
+    def find_candidates(self, work: Work) -> None:
+        """Every source's candidates, mixed, without what rules forbid."""
+        if self._needs_user:
+            work.user = self.user_of(work)
+        if work.request.candidates is not None:
+            rows = self._catalogue.rows(list(dict.fromkeys(work.request.candidates)))
+            found = [("caller", rows[rows >= 0], np.zeros(int((rows >= 0).sum()), np.float32))]
+        else:
+            found = [(name, *self._source(name, quota, work)) for name, quota in self._quotas.items() if quota]
+        forbidden = self.forbidden(work)
+        allowed = []
+        for name, rows, scores in found:
+            keep = self._catalogue.alive[rows]
+            if forbidden:
+                keep &= ~np.isin(rows, list(forbidden))
+            allowed.append((name, rows[keep], scores[keep]))
+        work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
+        names = [name for name, _, _ in allowed]
+        work.sources = [tuple(n for bit, n in enumerate(names) if mask >> bit & 1) for mask in masks.tolist()]
+
+    def user_of(self, work: Work) -> UserFeatures:
+        """The shared block of the request's features."""
+        return user_features(
+            self._schema, self._catalogue, work.request.user_id, work.state.history, work.request.context
+        )
+
+    def forbidden(self, work: Work) -> set[int]:
+        """Rows never shown in this answer: excluded by the caller or by the `exclude` rule."""
+        rule, items = self._config.ranking.exclude, set(work.request.exclude)
+        if rule == "history":
+            items |= {event.item_id for event in work.state.history}
+        elif rule == "session":
+            items |= {event.item_id for event in self._session(work)}
+        return {row for row in map(self._catalogue.row, items) if row is not None}
+
+    def _session(self, work: Work) -> list[HistoryEvent]:
+        """The user's events of the running session, oldest first."""
+        session, history = work.request.session_id, work.state.history
+        if session is not None:
+            return [event for event in history if event.session_id == session]
+        gap_ms, last_ms, events = self._config.retrieval.session_gap_s * 1000, work.now_ms, []
+        for event in reversed(history):
+            if last_ms - event.time_ms > gap_ms:
+                break
+            events.append(event)
+            last_ms = event.time_ms
+        return events[::-1]
+
+    def _source(self, name: str, quota: int, work: Work) -> tuple[Int32, Float32]:
+        sources, now_ms = self._sources, work.now_ms
+        if name == "nearest":
+            return self._nearest(quota, work)
+        with sources.lock:
+            if name == "trending":
+                return sources.trending.top(quota, now_ms)
+            if name == "covisited":
+                return sources.covisits.candidates(work.history_rows, quota, now_ms)
+            return sources.followed.query(self._followed(work), quota)
+
+    def _nearest(self, quota: int, work: Work) -> tuple[Int32, Float32]:
+        empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        if self._generations is None or work.user is None or work.late("nearest"):
+            return empty
+        found = self._generations.search(work.user, quota)
+        return empty if found is None else found
+
+    def _followed(self, work: Work) -> list[tuple[int, int, float]]:
+        """(attribute, key, weight) of the newest history events, recent ones heavier."""
+        assert work.user is not None
+        weights: dict[tuple[int, int], float] = {}
+        decay = self._config.features.affinity_decay
+        for age, (keys, mask) in enumerate(zip(work.user.history_keys[:10], work.user.history_mask[:10], strict=True)):
+            for attribute, (name, _) in enumerate(self._schema.item_fields[1 : self._schema.num_history_fields]):
+                where = self._catalogue.columns(name)
+                for key in keys[where][mask[where]].tolist():
+                    weights[attribute, key] = weights.get((attribute, key), 0.0) + decay**age
+        return [(attribute, key, weight) for (attribute, key), weight in weights.items()]
+
+    def build_features(self, work: Work) -> None:
+        """Keys and numbers of every candidate."""
+        if self._use_model and work.user is not None:
+            work.features = self.features_of(work.request.user_id, work.user, work.history_rows, work.rows, work.now_ms)
+
+    def features_of(
+        self, user_id: str, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int
+    ) -> Features:
+        """The feature function over these rows, with the counters as they are now."""
+        signals = self._sources.signals(user_id, history_rows, rows, now_ms)
+        return item_features(self._schema, self._catalogue, user, rows, signals, self._config.features.affinity_decay)
+
+    def score(self, work: Work) -> None:
+        """The value that ranks: the model's, or the sources' own when there is no model to be had."""
+        work.scores = work.source_scores.astype(np.float64)
+        if work.features is None or not len(work.rows) or work.late("score"):
+            return
+        (work.predictions,) = self._scorer.predict([work.features])
+        work.scores = self._scorer.value(work.predictions)
+        if not self._scorer.available:
+            work.degraded.append("no_parameters")
+
+    def answer(self, work: Work) -> Answer:
+        """Fill the slate and write down what was shown and why."""
+        request = work.request
+        logits = np.log(np.maximum(work.scores, 1e-9)) if work.predictions is not None else work.scores
+        choices = slate.fill(logits, request.n, request.request_id, self._draw)
+        ids = self._catalogue.ids
+        items = tuple(
+            ShownItem(
+                item_id=ids[work.rows[c.candidate]],
+                position=position,
+                sources=work.sources[c.candidate],
+                score=float(work.scores[c.candidate]),
+                predictions=self._predictions(work, c.candidate),
+                propensity=c.propensity,
+                pool=None if c.pool is None else tuple((ids[work.rows[i]], p) for i, p in c.pool),
+            )
+            for position, c in enumerate(choices, start=1)
+        )
+        last = self._last_title(work)
+        reasons = tuple(
+            self._reasons.of(int(work.rows[c.candidate]), work.sources[c.candidate], work.user, last)
+            if work.user
+            else ""
+            for c in choices
+        )
+        state = self._scorer.state
+        model_version = f"{state.version.epoch}.{state.version.step}.{self._scorer.dense_version}"
+        generation = self._generations.name if self._generations else ""
+        impression = Impression(
+            request_id=request.request_id,
+            user_id=request.user_id,
+            time_ms=work.now_ms,
+            items=items,
+            context=request.context,
+            session_id=request.session_id,
+            activation=request.activation,
+            schema=self._schema.hash if work.features is not None else "",
+            features=encode(work.features.take([c.candidate for c in choices]))
+            if work.features is not None and choices
+            else b"",
+            policy=self.policy,
+            model_version=model_version,
+            generation=generation,
+        )
+        return Answer(
+            request_id=request.request_id,
+            items=items,
+            reasons=reasons,
+            degraded=tuple(work.degraded),
+            policy=self.policy,
+            model_version=model_version,
+            generation=generation,
+            parameters=AsOf(
+                positions={"epoch": state.version.epoch, "step": state.version.step}, time_ms=state.covers_ms
+            ),
+            impression=impression,
+        )
+
+    def _predictions(self, work: Work, candidate: int) -> dict[str, float]:
+        if work.predictions is None:
+            return {}
+        return dict(zip(self._schema.tasks, work.predictions[candidate].tolist(), strict=True))
+
+    def _last_title(self, work: Work) -> str:
+        if not work.history_rows:
+            return ""
+        row = work.history_rows[0]
+        return self._catalogue.titles[row] or self._catalogue.ids[row]

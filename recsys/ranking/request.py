@@ -1,0 +1,46 @@
+"""A request and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from recsys.types import Impression, ShownItem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One question. `candidates`: rank only these."""
+
+    request_id: str
+    user_id: str
+    n: int = 20
+    session_id: str | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    candidates: tuple[str, ...] | None = None
+    activation: str = "shown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsOf:
+    """What an answer's part contains: log positions, and the log time up to which every record is in it."""
+
+    positions: Mapping[str, int] = field(default_factory=dict)
+    time_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What is shown, why, and as of when; `impression` is what is logged of it."""
+
+    request_id: str
+    items: tuple[ShownItem, ...]
+    reasons: tuple[str, ...]
+    degraded: tuple[str, ...]
+    policy: str
+    model_version: str
+    generation: str
+    parameters: AsOf
+    impression: Impression

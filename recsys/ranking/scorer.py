@@ -1,0 +1,173 @@
+"""Scoring: features to rows, rows to tensors, tensors to probabilities. Answers from known rows when parameter is away."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+
+from recsys.config import Config
+from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
+from recsys.features.build import Features, UserFeatures
+from recsys.features.schema import Schema
+from recsys.model import build
+from recsys.model.assemble import pool, ranker_inputs
+from recsys.model.layouts import layouts
+from recsys.model.plan import Block, plan, unique_rows
+from recsys.model.ranker import Ranker
+from recsys.model.two_tower import TwoTower
+from recsys.ranking.parameters import Parameters, ParameterState
+from recsys.table.tables import Tables
+from recsys.types import Bool, Float32, Int64
+
+KNOWN_ROWS = 200_000
+"""Rows kept for when parameter is away: 200k × 18 floats is 15 MB; half forgets popular items' neighbours sooner."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Networks:
+    ranker: Ranker
+    towers: TwoTower
+    dense_version: int
+
+
+class Scorer:
+    """Ranker and user tower over looked-up rows. Thread-safe; dense weights are swapped whole by `refresh`."""
+
+    def __init__(self, config: Config, schema: Schema, parameters: Parameters) -> None:
+        self._config, self._schema, self._parameters = config, schema, parameters
+        self._networks = self._build(None, 0)
+        small = [replace(layout, capacity=KNOWN_ROWS) for layout in layouts(config, schema)]
+        self._layouts = small
+        self._known = Tables(small, "cpu")
+        self._refreshing = threading.Lock()
+        self.state = ParameterState()
+        self.available = True
+        self._weights = np.array([task.weight for task in config.tasks])
+
+    @property
+    def dense_version(self) -> int:
+        """Version of the dense weights in use; 0: untrained."""
+        return self._networks.dense_version
+
+    def predict(self, batch: Sequence[Features]) -> list[Float32]:
+        """Probabilities [K, T] of each request's items, from one forward pass."""
+        lay = plan(self._schema, batch)
+        deep, wide = self._rows([lay.deep, lay.wide])
+        self._networks.ranker.eval()
+        with torch.inference_mode():
+            logits = self._networks.ranker(ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim))
+            probabilities: Float32 = torch.sigmoid(logits).numpy()
+        counts = np.cumsum([len(f.item_keys) for f in batch])[:-1]
+        return list(np.split(probabilities, counts))
+
+    def value(self, predictions: Float32) -> npt.NDArray[np.float64]:
+        """What ranks: the weighted sum of the tasks' probabilities [K]."""
+        return predictions.astype(np.float64) @ self._weights
+
+    @property
+    def towers(self) -> TwoTower:
+        """The towers in use."""
+        return self._networks.towers
+
+    def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
+        """The user's vector [tower_dim]; None before anything is known of them."""
+        if not len(user.history_keys):
+            return None
+        block, (shared, past) = unique_rows(
+            [
+                (self._schema.shared_slots[:1], user.shared_keys[None, :1], user.shared_mask[None, :1]),
+                (self._schema.history_slots, user.history_keys[None], user.history_mask[None]),
+            ],
+            "tower",
+        )
+        rows = self._extended(block)
+        fields = self._schema.item_fields[: self._schema.num_history_fields]
+        with torch.inference_mode():
+            history = pool(_take(rows, past), user.history_mask[None], fields)
+            vectors: Float32 = towers.user_vectors(
+                _take(rows, shared), history, torch.from_numpy(user.history_mask[None, :, 0])
+            ).numpy()
+        return vectors[0]
+
+    def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
+        """Item tower over item columns [n, I]: vectors [n, tower_dim]."""
+        block, (items,) = unique_rows([(self._schema.item_slots, keys, mask)], "tower")
+        rows = self._extended(block)
+        with torch.inference_mode():
+            vectors: Float32 = towers.item_vectors(pool(_take(rows, items), mask, self._schema.item_fields)).numpy()
+        return vectors
+
+    def _extended(self, block: Block) -> torch.Tensor:
+        (rows,) = self._rows([block])
+        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+    def _rows(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
+        try:
+            reply = self._parameters.lookup(blocks)
+        except ParametersUnavailable:
+            self.available = False
+            return [torch.from_numpy(self._known[b.layout].lookup(b.slots, b.keys)[0]) for b in blocks]
+        self.available, self.state = True, reply.state
+        # A reply says no width where there is no row.
+        found = [
+            v if len(b.keys) else self._known[b.layout].lookup(b.slots, b.keys)[0]
+            for b, v in zip(blocks, reply.values, strict=True)
+        ]
+        self._remember(blocks, found)
+        return [torch.from_numpy(values) for values in found]
+
+    def _remember(self, blocks: Sequence[Block], values: Sequence[Float32]) -> None:
+        """Keep rows for when parameter is away; a full store starts anew."""
+        for block, rows in zip(blocks, values, strict=True):
+            try:
+                self._known[block.layout].write(block.slots, block.keys, rows, 0)
+            except TableFull:
+                self._known = Tables(self._layouts, "cpu")
+
+    def adopt(self, ranker: Ranker, towers: TwoTower | None) -> None:
+        """Score with these very networks, as they learn: an in-process trainer's, in replay."""
+        self._networks = _Networks(ranker, towers or self._networks.towers, 1)
+
+    def poll(self) -> None:
+        """Ask for the parameters' state without a request. Raises ParametersUnavailable."""
+        self.state = self._parameters.lookup([]).state
+        self.available = True
+
+    def refresh(self) -> bool:
+        """Fetch and swap newer dense weights, if there are any. Raises ParametersUnavailable, SchemaMismatch."""
+        with self._refreshing:
+            if self.state.dense_version == self._networks.dense_version:
+                return False
+            version, payload = self._parameters.dense()
+            if not payload or version == self._networks.dense_version:
+                return False
+            self._networks = self._build(payload, version)
+            return True
+
+    def _build(self, payload: bytes | None, version: int) -> _Networks:
+        ranker, towers = build.ranker(self._config, self._schema), build.two_tower(self._config, self._schema)
+        if payload is not None:
+            state = safetensors.torch.load(payload)
+            try:
+                ranker.load_state_dict(_part(state, "ranker.model."))
+                if self._config.training.two_tower:
+                    towers.load_state_dict(_part(state, "towers.model."))
+            except RuntimeError as error:
+                raise SchemaMismatch(
+                    f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
+                ) from None
+        return _Networks(ranker.eval(), towers.eval(), version)
+
+
+def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _take(rows: torch.Tensor, index: npt.NDArray[np.intp]) -> torch.Tensor:
+    return torch.nn.functional.embedding(torch.from_numpy(index), rows)

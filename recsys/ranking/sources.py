@@ -1,0 +1,145 @@
+"""The streaming sources and counters of one ranking process, fed by its state consumer or by replay."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from recsys.config import Config
+from recsys.events.recent import Recent
+from recsys.features.build import Signals
+from recsys.features.catalogue import Catalogue
+from recsys.features.counters import RateCounters
+from recsys.features.schema import Schema
+from recsys.retrieval.covisits import CoVisits
+from recsys.retrieval.followed import Followed
+from recsys.retrieval.trending import Trending
+from recsys.types import Feedback, HistoryEvent, Impression, Int32, Item
+
+Arrays = dict[str, Any]
+
+
+class Sources:
+    """Trending, co-visits, followed attributes and rates over one catalogue. One writer; readers share its lock."""
+
+    def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
+        self._config, self._schema, self.catalogue = config, schema, catalogue
+        retrieval = config.retrieval
+        self._types = set(retrieval.count_types)
+        self._gap_ms = int(retrieval.session_gap_s * 1000)
+        self.lock = threading.RLock()
+        self.trending = Trending(retrieval.trending_half_life_s)
+        self.covisits = CoVisits(
+            retrieval.covisit_half_life_s, retrieval.covisit_backward, retrieval.covisit_neighbours
+        )
+        self.followed = Followed()
+        self.rates = RateCounters(config.features.counter_half_life_s, tuple(task.prior for task in config.tasks))
+        self.user_rates = self.rates
+        """Where a user's own rates come from: replay may keep them live while the others' are delayed."""
+        self._tasks: dict[str, list[int]] = {}
+        for index, task in enumerate(config.tasks):
+            for kind in task.types:
+                self._tasks.setdefault(kind, []).append(index)
+        self._seen = Recent()
+        self._positives = Recent()
+
+    def item(self, item: Item) -> int:
+        """Upsert or delete in the catalogue and the attribute index; returns the row."""
+        with self.lock:
+            row = self.catalogue.apply(item)
+            if row >= 0:
+                if item.deleted:
+                    self.followed.delete(row)
+                else:
+                    self.followed.upsert(row, self._attribute_keys(row))
+        return row
+
+    def _attribute_keys(self, row: int) -> list[list[int]]:
+        keys, mask = self.catalogue.keys[row], self.catalogue.mask[row]
+        fields = self._schema.item_fields[1 : self._schema.num_history_fields]
+        return [keys[where][mask[where]].tolist() for where in (self.catalogue.columns(name) for name, _ in fields)]
+
+    def feedback(self, feedback: Feedback, history: Sequence[HistoryEvent], event: HistoryEvent, now_ms: int) -> bool:
+        """Count one feedback; `history` is the user's, `event` this feedback in it. False for a duplicate."""
+        if not self._seen.add(feedback.event_id, now_ms):
+            return False
+        row = self.catalogue.row(feedback.item_id)
+        if row is None:
+            return True
+        with self.lock:
+            for task in self._tasks.get(feedback.type, ()):
+                self._positive(feedback, row, task, now_ms)
+            if feedback.type in self._types:
+                self.trending.add(row, now_ms)
+                self.followed.note(row, 1.0)
+                self.covisits.add(row, self.session_rows(history, event), now_ms)
+        return True
+
+    def _positive(self, feedback: Feedback, row: int, task: int, now_ms: int) -> None:
+        threshold = self._config.tasks[task].min_value
+        if threshold is not None and (feedback.value is None or feedback.value < threshold):
+            return
+        if feedback.request_id and self._positives.add(f"{feedback.request_id}\n{feedback.item_id}\n{task}", now_ms):
+            self.rates.positive(feedback.user_id, row, task, now_ms)
+
+    def impression(self, impression: Impression, now_ms: int) -> bool:
+        """Count one impression's items as shown; False for a duplicate."""
+        if not self._seen.add(impression.request_id, now_ms):
+            return False
+        rows = self.catalogue.rows([item.item_id for item in impression.items])
+        with self.lock:
+            self.rates.impression(impression.user_id, rows[rows >= 0], now_ms)
+        return True
+
+    def session_rows(self, history: Sequence[HistoryEvent], event: HistoryEvent) -> list[int]:
+        """Catalogue rows of the same session's earlier counted events, newest first, without the event's own item."""
+        rows: list[int] = []
+        last_ms = event.time_ms
+        for past in reversed(history):
+            if past >= event:
+                continue
+            if event.session_id is not None and past.session_id is not None:
+                if past.session_id != event.session_id:
+                    break
+            elif last_ms - past.time_ms > self._gap_ms:
+                break
+            last_ms = past.time_ms
+            row = self.catalogue.row(past.item_id)
+            if row is not None and past.item_id != event.item_id and past.type in self._types:
+                rows.append(row)
+            if len(rows) == self._config.retrieval.covisit_window:
+                break
+        return rows
+
+    def signals(self, user_id: str, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Signals:
+        """What the counters say about the items at `rows` for this user."""
+        with self.lock:
+            return Signals(
+                user_rates=self.user_rates.user_rates(user_id, now_ms),
+                item_rates=self.rates.item_rates(rows, now_ms),
+                popularity=self.trending.score(rows, now_ms),
+                covisit=self.covisits.score(history_rows, rows, now_ms),
+            )
+
+    def state(self) -> dict[str, Arrays]:
+        """Everything but the catalogue, by rows of today's catalogue, for a snapshot."""
+        with self.lock:
+            return {
+                "trending": self.trending.state(),
+                "covisits": self.covisits.state(),
+                "rates": self.rates.state(),
+                "seen": dict(self._seen.state()),
+                "positives": dict(self._positives.state()),
+            }
+
+    def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int) -> None:
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
+        with self.lock:
+            self.trending.restore(state["trending"], row_map)
+            self.covisits.restore(state["covisits"], row_map)
+            self.rates.restore(state["rates"], row_map)
+            self._seen.restore(state["seen"])
+            self._positives.restore(state["positives"])
+            for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):
+                self.followed.note(row, score)

@@ -1,0 +1,181 @@
+"""Co-visits: which items follow which within a session, as decayed counts of pairs."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from recsys.retrieval.decayed import ForwardDecay
+from recsys.retrieval.trending import mapped
+from recsys.types import Float32, Int32
+
+_MAX_EXPONENT = 400
+"""Half-lives of an item's own clock after which its sums are rescaled; with the time's 512 it stays below float64's 1,023."""
+
+
+class _Neighbours:
+    """The pairs of one item: forward-decayed sums by neighbour, and the clock that counts what was added."""
+
+    __slots__ = ("clock", "sums")
+
+    def __init__(self, sums: dict[int, float], clock: float) -> None:
+        self.sums = sums
+        self.clock = clock
+
+
+class CoVisits:
+    """Decayed counts of item pairs, one writer beside many readers.
+
+    A pair's count halves with every `half_life_s`, and with every `half_life_visits` counts of the same item: what follows a
+    busy item changes within minutes, what follows a quiet one stays known for days. The i-th row before counts `discounts`[i]
+    at `add`; the i-th newest of a history counts `history_discount`^i when read.
+
+    An item keeps its `neighbours` largest pairs exactly as long as it never had twice as many; beyond that a pair that fell out
+    starts again from nothing. `max_pairs` bounds all together: items least recently counted go first. About 100 bytes a pair.
+    """
+
+    def __init__(
+        self,
+        half_life_s: float,
+        backward: float = 0.2,
+        neighbours: int = 100,
+        *,
+        half_life_visits: float = 150.0,
+        discounts: tuple[float, ...] = (1.0, 0.5, 0.25),
+        history_discount: float = 0.2,
+        max_pairs: int = 5_000_000,
+    ) -> None:
+        if neighbours < 1 or max_pairs < 4 * neighbours or half_life_visits <= 0:
+            raise ValueError(
+                f"need neighbours ≥ 1, max_pairs ≥ 4 neighbours, half_life_visits > 0, got {neighbours}, {max_pairs}, {half_life_visits}"
+            )
+        self._decay = ForwardDecay(half_life_s)
+        self._backward = backward
+        self._neighbours = neighbours
+        self._half_life_visits = half_life_visits
+        self._discounts = discounts
+        self._history_discount = history_discount
+        self._max_pairs = max_pairs
+        self._items: OrderedDict[int, _Neighbours] = OrderedDict()
+        self._num_pairs = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs kept now."""
+        return self._num_pairs
+
+    def add(self, row: int, previous_rows: Sequence[int], now_ms: int) -> None:
+        """Count `row` as following the session's earlier rows (distinct, newest first); beyond `discounts` they do not count."""
+        with self._lock:
+            if (factor := self._decay.rescale(now_ms)) is not None:
+                for item in list(self._items):
+                    self._scale(item, factor)
+            weight = self._decay.weight(now_ms)
+            for previous, discount in zip(previous_rows, self._discounts, strict=False):
+                if previous != row:
+                    self._count(previous, row, discount, weight)
+                    if self._backward:
+                        self._count(row, previous, discount * self._backward, weight)
+            while self._num_pairs > self._max_pairs:
+                self._num_pairs -= len(self._items.popitem(last=False)[1].sums)
+
+    def _count(self, source: int, target: int, amount: float, weight: float) -> None:
+        item = self._items.get(source)
+        if item is None:
+            item = self._items[source] = _Neighbours({}, 0.0)
+        else:
+            self._items.move_to_end(source)
+        item.clock += amount
+        exponent = item.clock / self._half_life_visits
+        if exponent > _MAX_EXPONENT:
+            item.clock -= _MAX_EXPONENT * self._half_life_visits
+            exponent -= _MAX_EXPONENT
+            self._scale(source, 2.0**-_MAX_EXPONENT)
+            self._items[source] = item  # even when nothing large enough was left
+        sums = item.sums
+        weight *= amount * 2.0**exponent
+        if target in sums:
+            sums[target] += weight
+            return
+        sums[target] = weight
+        self._num_pairs += 1
+        if len(sums) >= 2 * self._neighbours:
+            item.sums = dict(sorted(sums.items(), key=_best_first)[: self._neighbours])
+            self._num_pairs -= len(sums) - len(item.sums)
+
+    def _scale(self, source: int, factor: float) -> None:
+        item = self._items[source]
+        kept = {target: total * factor for target, total in item.sums.items() if total * factor > 0.0}
+        self._num_pairs -= len(item.sums) - len(kept)
+        item.sums = kept
+        if not kept:
+            del self._items[source]
+
+    def candidates(self, history_rows: Sequence[int], k: int, now_ms: int) -> tuple[Int32, Float32]:
+        """The k best by Σ discount × count over the history (newest first), best first, ties by row; counts as of `now_ms`.
+
+        Rows of the history can be among them. Time is proportional to len(history_rows) × neighbours.
+        """
+        blend, decay = self._blend(history_rows, now_ms)
+        found = np.fromiter(blend.keys(), np.int32, len(blend))
+        totals = np.fromiter(blend.values(), np.float64, len(blend))
+        best = np.lexsort((found, -totals))[:k]
+        return found[best], (totals[best] * decay).astype(np.float32)
+
+    def score(self, history_rows: Sequence[int], candidate_rows: Int32, now_ms: int) -> Float32:
+        """Σ discount × count over the history (newest first) for each candidate [n]; 0 where they never met."""
+        blend, decay = self._blend(history_rows, now_ms)
+        totals = np.array([blend.get(row, 0.0) for row in candidate_rows.tolist()])
+        return (totals * decay).astype(np.float32)
+
+    def _blend(self, history_rows: Sequence[int], now_ms: int) -> tuple[dict[int, float], float]:
+        blend: dict[int, float] = {}
+        discount = 1.0
+        with self._lock:
+            for history_row in history_rows:
+                item = self._items.get(int(history_row))
+                if item is not None and discount > 0.0:
+                    scale = discount * 2.0 ** (-item.clock / self._half_life_visits)
+                    for row, total in item.sums.items():
+                        blend[row] = blend.get(row, 0.0) + scale * total
+                discount *= self._history_discount
+            return blend, self._decay.decay(now_ms)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as arrays: item by item, the least recently counted first."""
+        with self._lock:
+            items = list(self._items.values())
+            return {
+                "clock": np.array(self._decay.state(), np.int64),
+                "sources": np.fromiter(self._items, np.int32, len(items)),
+                "clocks": np.array([item.clock for item in items], np.float64),
+                "sizes": np.array([len(item.sums) for item in items], np.int64),
+                "targets": np.array([target for item in items for target in item.sums], np.int32),
+                "sums": np.array([total for item in items for total in item.sums.values()], np.float64),
+            }
+
+    def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None) -> None:
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
+        sources, sources_kept = mapped(np.repeat(state["sources"], state["sizes"]), row_map)
+        targets, targets_kept = mapped(state["targets"], row_map)
+        both = sources_kept & targets_kept
+        clocks = np.repeat(state["clocks"], state["sizes"])[both].tolist()
+        items: OrderedDict[int, _Neighbours] = OrderedDict()
+        columns = sources[targets_kept[sources_kept]], targets[sources_kept[targets_kept]], state["sums"][both]
+        for source, target, total, clock in zip(*(column.tolist() for column in columns), clocks, strict=True):
+            if source not in items:
+                items[source] = _Neighbours({}, clock)
+            items[source].sums[target] = total
+        with self._lock:
+            self._decay.restore(*state["clock"].tolist())
+            self._items = items
+            self._num_pairs = len(clocks)
+
+
+def _best_first(pair: tuple[int, float]) -> tuple[float, int]:
+    return -pair[1], pair[0]

@@ -1,0 +1,141 @@
+"""Followed: the best items of the attribute values that a user engaged with."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from recsys.retrieval.decayed import ForwardDecay
+from recsys.types import Float32, Int32
+
+_POPULAR = 200
+"""Items kept of a value by popularity: half hides good ones of broad values, double costs query time and memory."""
+_NEWEST = 50
+"""Items kept of a value by age, popular or not."""
+_NEWEST_EVERY = 4
+"""Every fourth place of a value belongs to its newest items, so that new ones get a chance beside popular ones."""
+_HALF_LIFE_NOTES = 100_000
+"""Popularity halves after this many notes: half follows a day's taste, double a season's."""
+
+_Ranked: TypeAlias = tuple[Int32, npt.NDArray[np.float64]]
+
+
+class _Value:
+    """One attribute value: its items by popularity (the last `_POPULAR` to `2 _POPULAR` noted) and by age, newest first."""
+
+    __slots__ = ("name", "newest", "popular", "ranked", "size")
+
+    def __init__(self, name: tuple[int, int]) -> None:
+        self.name = name
+        self.popular: dict[int, None] = {}
+        self.newest: deque[int] = deque(maxlen=_NEWEST)
+        self.ranked: _Ranked | None = None
+        self.size = 0
+
+
+class Followed:
+    """An inverted index from (attribute index, key) to rows. One writer beside many readers.
+
+    A value knows its 200 most popular items exactly and its 50 newest; when one is deleted, an item that fell out earlier
+    comes back only when it is noted again. A query looks at no more than 450 rows a value.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[int, int], _Value] = {}
+        self._items: dict[int, tuple[_Value, ...]] = {}
+        self._popularity = np.zeros(1024)
+        self._decay = ForwardDecay(_HALF_LIFE_NOTES / 1000)  # its clock counts notes
+        self._notes = 0
+        self._lock = threading.Lock()
+
+    def upsert(self, row: int, keys: Sequence[Iterable[int]]) -> None:
+        """File `row` under `keys[attribute index]`; what it was filed under before is replaced. Newness counts from the first time."""
+        with self._lock:
+            before = self._items.get(row, ())
+            values = tuple(
+                self._values.get((a, key)) or self._values.setdefault((a, key), _Value((a, key)))
+                for a, ks in enumerate(keys)
+                for key in dict.fromkeys(ks)
+            )
+            self._items[row] = values
+            for value in values:
+                if value not in before:
+                    value.newest.appendleft(row)
+                    value.size += 1
+                    value.ranked = None
+                    if row < len(self._popularity) and self._popularity[row]:
+                        self._note(value, row)
+            for value in before:
+                if value not in values:
+                    self._leave(value, row)
+
+    def delete(self, row: int) -> None:
+        """Take `row` out; unknown rows are ignored. Its popularity stays, for when it comes back."""
+        with self._lock:
+            for value in self._items.pop(row, ()):
+                self._leave(value, row)
+
+    def _leave(self, value: _Value, row: int) -> None:
+        value.size -= 1
+        value.ranked = None
+        value.popular.pop(row, None)
+        if row in value.newest:
+            value.newest.remove(row)
+        if not value.size:
+            del self._values[value.name]
+
+    def note(self, row: int, amount: float = 1.0) -> None:
+        """Add to the popularity of `row`, whether it is filed yet or not."""
+        with self._lock:
+            self._notes += 1
+            if (factor := self._decay.rescale(self._notes)) is not None:
+                self._popularity *= factor
+            if row >= len(self._popularity):
+                grown = np.zeros(max(row + 1, 2 * len(self._popularity)))
+                grown[: len(self._popularity)] = self._popularity
+                self._popularity = grown
+            self._popularity[row] += amount * self._decay.weight(self._notes)
+            for value in self._items.get(row, ()):
+                self._note(value, row)
+
+    def _note(self, value: _Value, row: int) -> None:
+        value.popular[row] = None
+        value.ranked = None
+        if len(value.popular) > 2 * _POPULAR:
+            value.popular = dict.fromkeys(self._by_popularity(value)[:_POPULAR].tolist())
+
+    def _by_popularity(self, value: _Value) -> Int32:
+        rows = np.fromiter(value.popular, np.int32, len(value.popular))
+        return rows[np.lexsort((rows, -self._popularity[rows]))]
+
+    def _ranked(self, value: _Value) -> _Ranked:
+        """The value's rows and what each place is worth: popular ones in order, every fourth place one of the newest."""
+        if value.ranked is None:
+            popular = self._by_popularity(value)
+            newest = [row for row in value.newest if row not in value.popular]
+            places = np.arange(len(popular))
+            places += places // (_NEWEST_EVERY - 1)
+            new_places = np.arange(1, len(newest) + 1) * _NEWEST_EVERY - 1
+            rows = np.concatenate([popular, np.array(newest, np.int32)])
+            value.ranked = rows, 1.0 / np.sqrt(1.0 + np.concatenate([places, new_places]))
+        return value.ranked
+
+    def query(self, keys: Iterable[tuple[int, int, float]], k: int) -> tuple[Int32, Float32]:
+        """The k best rows for weighted values (attribute index, key, weight), best first, ties by row.
+
+        A row's score is Σ weight / √place over the values it has: heavy values give most, none takes everything, and who has
+        several of them leads.
+        """
+        with self._lock:
+            found = [(*self._ranked(value), weight) for a, key, weight in keys if (value := self._values.get((a, key)))]
+        if not found:
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        rows, where = np.unique(np.concatenate([rows for rows, _, _ in found]), return_inverse=True)
+        scores = np.bincount(where, np.concatenate([weight * worth for _, worth, weight in found]))
+        best = np.argsort(-scores, kind="stable")[:k]
+        return rows[best], scores[best].astype(np.float32)

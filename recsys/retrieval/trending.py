@@ -1,0 +1,120 @@
+"""Trending: decayed counts of items, their top k exact at every instant."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from bisect import insort
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from recsys.retrieval.decayed import ForwardDecay
+from recsys.types import Float32, Int32
+
+_NOTHING = 2.0**-300
+"""A stored sum below this is dropped at a rescale: more than a hundred half-lives old, whatever its size was."""
+
+
+class Trending:
+    """Decayed counts by row, one writer beside many readers.
+
+    Stored sums only grow, so an item enters the `top` largest only by its own `add`: it suffices to watch the rows at or
+    above the top-th largest sum as of some earlier instant, the bar. Memory is 8 bytes a catalogue row.
+    """
+
+    def __init__(self, half_life_s: float, top: int = 1000) -> None:
+        if top < 1:
+            raise ValueError(f"top must be at least 1, got {top}")
+        self._decay = ForwardDecay(half_life_s)
+        self._top = top
+        self._lock = threading.Lock()
+        self.last_ms = 0
+        """The latest time counted; 0 before the first."""
+        self._resize(np.zeros(1024))
+
+    def _resize(self, sums: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        self._sums = sums
+        self._cells: Any = sums.data  # a memoryview: twice as fast as numpy for one element
+        self._bar, self._bar_row = _NOTHING, 0
+        self._above = array("i", np.flatnonzero(sums >= _NOTHING).astype(np.int32).tobytes())
+        if len(self._above) >= 2 * self._top:
+            self._raise_bar()
+
+    def add(self, row: int, now_ms: int, weight: float = 1.0) -> None:
+        """Count `row` once more (`weight` > 0). An older `now_ms` than before counts as what is left of it."""
+        with self._lock:
+            if now_ms > self.last_ms:
+                self.last_ms = now_ms
+            if (factor := self._decay.rescale(now_ms)) is not None:
+                self._resize(np.where(self._sums * factor < _NOTHING, 0.0, self._sums * factor))
+            if row >= len(self._cells):
+                self._grow(row + 1)
+            before = self._cells[row]
+            after = self._cells[row] = before + weight * self._decay.weight(now_ms)
+            if before <= self._bar <= after and not self._is_above(before, row) and self._is_above(after, row):
+                insort(self._above, row)
+                if len(self._above) >= 2 * self._top:
+                    self._raise_bar()
+
+    def _is_above(self, total: float, row: int) -> bool:
+        return total > self._bar or (total == self._bar and row <= self._bar_row)
+
+    def _grow(self, size: int) -> None:
+        sums = np.zeros(max(size, 2 * len(self._sums)))
+        sums[: len(self._sums)] = self._sums
+        self._sums, self._cells = sums, sums.data
+
+    def _raise_bar(self) -> None:
+        rows = np.array(self._above)
+        kept = rows[np.argsort(-self._sums[rows], kind="stable")[: self._top]]
+        self._bar, self._bar_row = float(self._sums[kept[-1]]), int(kept[-1])
+        self._above = array("i", np.sort(kept).tobytes())
+
+    def top(self, k: int, now_ms: int) -> tuple[Int32, Float32]:
+        """The k ≤ `top` largest, best first, ties by row: rows [k] and their counts decayed to `now_ms`."""
+        if k > self._top:
+            raise ValueError(f"k is {k}, but only the top {self._top} are kept: construct Trending with a larger top")
+        with self._lock:
+            rows = np.array(self._above, np.int32)
+            sums = self._sums[rows]
+            decay = self._decay.decay(now_ms)
+        best = np.argsort(-sums, kind="stable")[:k]  # rows ascend, so stable means ties by row
+        return rows[best], (sums[best] * decay).astype(np.float32)
+
+    def score(self, rows: Int32, now_ms: int) -> Float32:
+        """Counts decayed to `now_ms` [n]; 0 for a row never counted."""
+        with self._lock:
+            sums, decay = self._sums, self._decay.decay(now_ms)
+            found = sums.take(rows, mode="clip")
+        return np.where(rows < len(sums), found * decay, 0.0).astype(np.float32)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as arrays."""
+        with self._lock:
+            rows = np.flatnonzero(self._sums).astype(np.int32)
+            return {
+                "clock": np.array([*self._decay.state(), self.last_ms], np.int64),
+                "rows": rows,
+                "sums": self._sums[rows],
+            }
+
+    def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None) -> None:
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
+        rows, kept = mapped(state["rows"], row_map)
+        sums = np.zeros(max(1024, int(rows.max(initial=-1)) + 1))
+        sums[rows] = state["sums"][kept]
+        with self._lock:
+            origin_ms, shift, self.last_ms = state["clock"].tolist()
+            self._decay.restore(origin_ms, shift)
+            self._resize(sums)
+
+
+def mapped(rows: Int32, row_map: Int32 | None) -> tuple[Int32, Any]:
+    """Today's rows of the rows that still exist, and the mask of those."""
+    if row_map is None:
+        return rows, np.ones(len(rows), np.bool_)
+    known = rows < len(row_map)
+    new = np.where(known, row_map[np.where(known, rows, 0)] if len(row_map) else -1, -1).astype(np.int32)
+    return new[new >= 0], new >= 0

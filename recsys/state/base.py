@@ -1,0 +1,34 @@
+"""Per-user state: history and seen items, with the log position they contain, in one store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from recsys.types import UserState, UserUpdate
+
+
+class StateStore(Protocol):
+    """Per-user state. Thread-safe. One writer process; any number of readers.
+
+    Raises StateUnavailable from every method when the store cannot be reached.
+    """
+
+    def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
+        """Apply the updates in order and set the positions ("topic/partition" -> next offset), all in one transaction.
+
+        Idempotent: history is a set ordered by (time_ms, event_id), so applying a record again, or in another order,
+        gives the same state. Keeps the newest `history_len` events of each type and the last `seen_len` distinct seen items
+        (seeing an item again makes it the newest).
+        """
+        ...
+
+    def get(self, user_id: str) -> UserState:
+        """The user's state; an empty one for an unknown user."""
+        ...
+
+    def positions(self) -> dict[str, int]:
+        """The log positions contained in the store: empty for a new store or one that lost its data."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,16 @@
+"""Choose the user-state store that the configuration names."""
+
+from __future__ import annotations
+
+from recsys.config import Config
+from recsys.state.base import StateStore
+from recsys.state.redis import RedisState
+from recsys.state.sqlite import SqliteState
+
+
+def open_state(config: Config) -> StateStore:
+    """Open the store; with Redis nothing is sent until the first call."""
+    state = config.state
+    if state.kind == "redis":
+        return RedisState(state.url, state.prefix, state.history_len, state.seen_len)
+    return SqliteState(config.data_dir / "state.db", state.history_len, state.seen_len)

@@ -1,0 +1,56 @@
+"""The event log in this process's memory: for offline replay and tests. Not durable, never shortened."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+
+from recsys.clock import Clock
+from recsys.errors import LogTruncated
+from recsys.types import Record
+
+
+class MemoryLog:
+    """See EventLog. One partition per topic."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._topics: defaultdict[str, list[Record]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def append(self, topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
+        with self._lock:
+            records = self._topics[topic]
+            now_ms = self._clock.now_ms()
+            if records:
+                now_ms = max(now_ms, records[-1].time_ms)
+            start = len(records)
+            records.extend(
+                Record(topic=topic, partition=0, offset=start + i, key=key, value=value, time_ms=now_ms)
+                for i, (key, value) in enumerate(messages)
+            )
+
+    def flush(self, timeout_s: float = 10.0) -> None:
+        return
+
+    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> list[Record]:
+        records = self._topics[topic]
+        if not 0 <= offset <= len(records):
+            raise LogTruncated(f"{topic}/{partition}: offset {offset} is outside 0..{len(records)}: `--accept-gap`")
+        return records[offset : offset + limit]
+
+    def begin(self, topic: str, partition: int) -> int:
+        return 0
+
+    def end(self, topic: str, partition: int) -> int:
+        return len(self._topics[topic])
+
+    def partitions(self, topic: str) -> int:
+        return 1
+
+    def commit(self, group: str, topic: str, partition: int, offset: int) -> None:
+        return
+
+    def close(self) -> None:
+        return

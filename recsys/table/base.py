@@ -1,0 +1,174 @@
+"""The embedding table's contract: collisionless, growing, expirable. See `docs/table.md` once it is deepened.
+
+Legend: N keys of a call, D width of a row's values (all segments side by side), S width of its optimiser state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from recsys.types import Bool, Float32, Int32, Int64
+
+Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A run of values of a row with its own optimiser: `deep` (an embedding) or `wide` (one weight a task)."""
+
+    name: str
+    dim: int
+    optimizer: Optimizer = "rowwise_adagrad"
+    learning_rate: float = 0.05
+    initial_accumulator: float = 0.1
+    """Adagrad's starting sum of squares; larger damps the first steps."""
+    init_scale: float = 0.0
+    """New rows are uniform in ±init_scale, by a hash of (seed, slot, key, position); 0 gives zeros."""
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotPolicy:
+    """How rows of one slot come and go."""
+
+    admission: int = 1
+    """A key gets its own row when it was seen this many times in training; each occurrence in a call counts."""
+    expiry_s: float | None = None
+    """A row, or the count of a key not yet admitted, not seen for this long (log time) is expired; None: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One physical table: rows of the same segments, shared by many slots."""
+
+    name: str
+    segments: tuple[Segment, ...]
+    slots: dict[int, SlotPolicy]
+    capacity: int = 1_000_000
+    seed: int = 0
+
+    @property
+    def dim(self) -> int:
+        return sum(segment.dim for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touched:
+    """What changed since a cursor's acknowledged version: rows (live) and tombstones (gone). Owned by the caller."""
+
+    version: int
+    slots: Int32
+    keys: Int64
+    removed_slots: Int32
+    removed_keys: Int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Whole rows for checkpoint and restore: values [N, D], state [N, S], last_seen_ms [N]. Owned by the caller."""
+
+    slots: Int32
+    keys: Int64
+    values: Float32
+    state: Float32
+    last_seen_ms: Int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """Occurrence counts of keys not yet admitted, and when each was last counted."""
+
+    slots: Int32
+    keys: Int64
+    counts: Int64
+    last_seen_ms: Int64
+
+
+class Table(Protocol):
+    """One layout's rows. One writer thread; readers may run beside it and never see half a row.
+
+    A row's identity is (slot, key), both compared: nothing is ever merged. Duplicate (slot, key) pairs of one call are
+    combined first, in order of first occurrence. Slots not in the layout raise ValueError.
+    """
+
+    layout: Layout
+
+    def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
+        """Serving: values [N, D] (a fresh array) and found [N]. A missing key gets its slot's shared default row."""
+        ...
+
+    def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
+        """Training: count occurrences (if `admit`), create the rows that are admitted by it, and return values [N, D].
+
+        An unadmitted key gets its slot's shared default row. Touches last-seen, does not mark rows as touched
+        unless created. Raises TableFull before anything changed.
+        """
+        ...
+
+    def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
+        """One optimiser step with gradients [N, D]; duplicates are summed first (float64). Unadmitted keys train the
+        slot's shared default row, never another key's. Non-finite gradients raise ValueError, nothing changed."""
+        ...
+
+    def expire(self, now_ms: int, max_rows: int | None = None) -> int:
+        """Remove rows whose slot's expiry has passed; their memory serves later keys. Looks at up to `max_rows` rows a
+        call, going on where the last call stopped. Counts of unadmitted keys expire too. Returns how many rows went.
+
+        Where a partial sweep stops depends on where rows happen to lie, which a restart changes: a trainer whose replay
+        must be bit-equal calls it without `max_rows`."""
+        ...
+
+    def touched(self, cursor: str) -> Touched:
+        """Everything changed since `acknowledge(cursor, ...)`; without it, all comes again, merged with newer changes.
+
+        A cursor is born with its first call and then gets every row that exists. A key removed and created again is a
+        row; created and removed, a tombstone. Default rows are not in it: see `defaults`.
+        """
+        ...
+
+    def acknowledge(self, cursor: str, version: int) -> None:
+        """Forget, for this cursor, what was touched up to `version`."""
+        ...
+
+    def export(self, slots: Int32, keys: Int64) -> Rows:
+        """Whole rows of live keys, state included. KeyError names a key that is not there."""
+        ...
+
+    def restore(self, rows: Rows) -> None:
+        """Insert or overwrite whole rows (checkpoint load), the last of duplicates. `state` may have width 0: values
+        only, fresh state. Raises TableFull before anything changed."""
+        ...
+
+    def write(self, slots: Int32, keys: Int64, values: Float32, now_ms: int) -> None:
+        """Serving copy: insert or overwrite values (a delta), the last of duplicates; optimiser state stays fresh.
+        Raises TableFull before anything changed."""
+        ...
+
+    def remove(self, slots: Int32, keys: Int64) -> None:
+        """Remove rows (tombstones of a delta); unknown keys are ignored."""
+        ...
+
+    def pending(self) -> Pending:
+        """Counts of unadmitted keys, for the checkpoint."""
+        ...
+
+    def restore_pending(self, pending: Pending) -> None:
+        """Replace all counts of unadmitted keys."""
+        ...
+
+    def defaults(self) -> Rows:
+        """The shared default rows, one per slot of the layout (key 0), with optimiser state."""
+        ...
+
+    def restore_defaults(self, rows: Rows) -> None:
+        """Overwrite the shared default rows of the given slots; `state` may have width 0."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Bytes in use for rows, index and counts; reserved address space that was never touched is not counted."""
+        ...
+
+    def __len__(self) -> int:
+        """Live rows, without the default rows."""
+        ...

@@ -1,0 +1,220 @@
+"""Checkpoint and snapshot files: what changed in all tables since a cursor acknowledged, in one safetensors file.
+
+Tensors are named `<layout>/<field>`; the metadata names format and layouts. Version 1 loads for ever (golden file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_bytes
+from safetensors.numpy import save as to_bytes
+
+from recsys.errors import SchemaMismatch, SnapshotCorrupt
+from recsys.table.base import Pending, Rows, Table
+from recsys.types import Int32, Int64
+
+FORMAT = 1
+_EXPORT_ROWS = 8192
+"""Rows copied in one call: readers of the table wait at most 2 ms for it."""
+
+
+class SegmentFile(TypedDict):
+    """How a manifest names a file: name in its folder, size, BLAKE2b-128 of all bytes."""
+
+    name: str
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutDelta:
+    """What changed in one table: rows and tombstones (disjoint); default rows and counts in full. Arrays are copies."""
+
+    rows: Rows
+    removed_slots: Int32
+    removed_keys: Int64
+    defaults: Rows
+    pending: Pending
+
+
+TablesDelta = Mapping[str, LayoutDelta]
+"""What changed in each table, by name of its layout."""
+
+
+def take(tables: Mapping[str, Table], cursor: str) -> tuple[dict[str, LayoutDelta], dict[str, int]]:
+    """Copy what `cursor` has not acknowledged, and the versions to acknowledge later. For the writer's thread."""
+    deltas, versions = {}, {}
+    for name, table in tables.items():
+        touched = table.touched(cursor)
+        versions[name] = touched.version
+        deltas[name] = LayoutDelta(
+            rows=_export(table, touched.slots, touched.keys),
+            removed_slots=touched.removed_slots,
+            removed_keys=touched.removed_keys,
+            defaults=table.defaults(),
+            pending=table.pending(),
+        )
+    return deltas, versions
+
+
+def _export(table: Table, slots: Int32, keys: Int64) -> Rows:
+    starts = range(0, max(len(keys), 1), _EXPORT_ROWS)
+    parts = [table.export(slots[at : at + _EXPORT_ROWS], keys[at : at + _EXPORT_ROWS]) for at in starts]
+    return Rows(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Rows)})
+
+
+def skip(tables: Mapping[str, Table], cursor: str) -> None:
+    """Acknowledge everything as it is, uncopied: after `load`, for a cursor whose receiver has those files."""
+    acknowledge(tables, cursor, {name: table.touched(cursor).version for name, table in tables.items()})
+
+
+def acknowledge(tables: Mapping[str, Table], cursor: str, versions: Mapping[str, int]) -> None:
+    """Forget, for this cursor, what `take` returned with these versions."""
+    for name, version in versions.items():
+        tables[name].acknowledge(cursor, version)
+
+
+def load(tables: Mapping[str, Table], deltas: Iterable[TablesDelta]) -> None:
+    """Apply deltas, oldest first. SchemaMismatch if they have other layouts than the tables."""
+    for delta in deltas:
+        for name, part in delta.items():
+            _check_fits(name, part, tables)
+        for name, part in delta.items():
+            table = tables[name]
+            table.remove(part.removed_slots, part.removed_keys)
+            table.restore(part.rows)
+            table.restore_defaults(part.defaults)
+            table.restore_pending(part.pending)
+
+
+def write_segment(path: Path, delta: TablesDelta) -> SegmentFile:
+    """Write a file that is either whole or not there: temporary name → fsync → rename → fsync folder."""
+    tensors = {f"{name}/{field}": array for name, part in delta.items() for field, array in _flatten(part).items()}
+    data = to_bytes(tensors, {"format": str(FORMAT), "layouts": json.dumps(sorted(delta))})
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return SegmentFile(name=path.name, bytes=len(data), checksum=_checksum(data))
+
+
+def read_segment(path: Path, checksum: str) -> dict[str, LayoutDelta]:
+    """Read a file back. SnapshotCorrupt names the file if it is missing, torn, flipped or of a later format."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise SnapshotCorrupt(f"segment {str(path)!r} is missing: restore it, or an older snapshot is used") from None
+    if _checksum(data) != checksum:
+        raise SnapshotCorrupt(
+            f"segment {str(path)!r} is torn or flipped ({len(data)} bytes, checksum {_checksum(data)}, "
+            f"expected {checksum}): delete it, and an older snapshot is used"
+        )
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if int(header["format"]) > FORMAT:
+            raise SnapshotCorrupt(
+                f"segment {str(path)!r} has format {header['format']}, this is {FORMAT}: upgrade first"
+            )
+        tensors = from_bytes(data)
+        return {name: _unflatten(name, tensors) for name in json.loads(header["layouts"])}
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise SnapshotCorrupt(f"segment {str(path)!r} is no segment ({error}): delete it") from error
+
+
+def merge_segments(sources: Sequence[tuple[Path, str]], target: Path) -> SegmentFile:
+    """Fold (path, checksum) pairs, oldest first and beginning with a base, into a new base.
+
+    The later row wins; tombstones are applied and dropped. For a background thread: it reads no live table.
+    """
+    parts = [read_segment(path, checksum) for path, checksum in sources]
+    return write_segment(target, {name: _merge([part[name] for part in parts]) for name in parts[-1]})
+
+
+def _merge(parts: Sequence[LayoutDelta]) -> LayoutDelta:
+    def joined(arrays: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        return np.concatenate(list(arrays))
+
+    lengths = [len(part.rows.keys) for part in parts]
+    gone = [len(part.removed_keys) for part in parts]
+    rows = {f.name: joined(getattr(part.rows, f.name) for part in parts) for f in fields(Rows)}
+    slots = np.concatenate([rows["slots"], *(part.removed_slots for part in parts)])
+    keys = np.concatenate([rows["keys"], *(part.removed_keys for part in parts)])
+    age = np.concatenate([np.repeat(np.arange(len(parts)), lengths), np.repeat(np.arange(len(parts)), gone)])
+    order = np.lexsort((age, keys, slots))
+    last = np.ones(len(order), np.bool_)
+    last[:-1] = (np.diff(slots[order]) != 0) | (keys[order][1:] != keys[order][:-1])
+    chosen = order[last]
+    chosen = np.sort(chosen[chosen < sum(lengths)])
+    return LayoutDelta(
+        rows=Rows(**{name: array[chosen] for name, array in rows.items()}),
+        removed_slots=np.zeros(0, np.int32),
+        removed_keys=np.zeros(0, np.int64),
+        defaults=parts[-1].defaults,
+        pending=parts[-1].pending,
+    )
+
+
+def _flatten(part: LayoutDelta) -> dict[str, npt.NDArray[Any]]:
+    flat = {f.name: getattr(part.rows, f.name) for f in fields(Rows)}
+    flat |= {"removed_slots": part.removed_slots, "removed_keys": part.removed_keys}
+    flat |= {f"defaults_{f.name}": getattr(part.defaults, f.name) for f in fields(Rows)}
+    flat |= {f"pending_{f.name}": getattr(part.pending, f.name) for f in fields(Pending)}
+    return {name: np.ascontiguousarray(array) for name, array in flat.items()}
+
+
+def _unflatten(layout: str, tensors: Mapping[str, npt.NDArray[Any]]) -> LayoutDelta:
+    def value(prefix: str, kind: type[Any]) -> Any:
+        return kind(**{f.name: tensors[f"{layout}/{prefix}{f.name}"] for f in fields(kind)})
+
+    return LayoutDelta(
+        rows=value("", Rows),
+        removed_slots=tensors[f"{layout}/removed_slots"],
+        removed_keys=tensors[f"{layout}/removed_keys"],
+        defaults=value("defaults_", Rows),
+        pending=value("pending_", Pending),
+    )
+
+
+def _check_fits(name: str, part: LayoutDelta, tables: Mapping[str, Table]) -> None:
+    if name not in tables:
+        raise SchemaMismatch(f"segment has layout {name!r}, the tables are {sorted(tables)}: use its configuration")
+    layout = tables[name].layout
+    slots = set(np.unique(np.concatenate([part.rows.slots, part.defaults.slots, part.pending.slots])).tolist())
+    if part.rows.values.shape[1] != layout.dim or not slots <= set(layout.slots):
+        raise SchemaMismatch(
+            f"segment's layout {name!r} has dim {part.rows.values.shape[1]} and slots {sorted(slots)}, the table has "
+            f"dim {layout.dim} and slots {sorted(layout.slots)}: use its configuration"
+        )
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+MAX_CHAIN = 8
+"""Files before they are folded into one: half folds twice as often, double makes a restart read twice as many."""
+
+
+def extend(folder: Path, chain: Sequence[SegmentFile], stem: str, delta: TablesDelta) -> list[SegmentFile]:
+    """Write `delta` as `<stem>.safetensors` behind `chain`; a chain grown too long is folded into one base. No file is deleted."""
+    longer = [*chain, write_segment(folder / f"{stem}.safetensors", delta)]
+    if len(longer) <= MAX_CHAIN:
+        return longer
+    return [merge_segments([(folder / s["name"], s["checksum"]) for s in longer], folder / f"{stem}-base.safetensors")]

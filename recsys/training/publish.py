@@ -1,0 +1,89 @@
+"""Publishing what changed: take touched, append, flush, acknowledge. A failed push loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from recsys.events.deltas import Delta, RowDelta, Version, encode_delta
+from recsys.streams.base import EventLog
+from recsys.training.checkpoint import network_bytes
+from recsys.training.trainer import Trainer
+
+CURSOR = "publish"
+SHARD = "0"
+
+
+def row_deltas(trainer: Trainer) -> tuple[tuple[RowDelta, ...], Callable[[], None]]:
+    """What was touched since the last acknowledged publish, copied, and the call that acknowledges it."""
+    touched = {layout: table.touched(CURSOR) for layout, table in trainer.tables.items()}
+    deltas = []
+    for layout, change in touched.items():
+        table = trainer.tables[layout]
+        defaults = table.defaults()
+        deltas.append(
+            RowDelta(
+                layout=layout,
+                slots=change.slots,
+                keys=change.keys,
+                values=table.lookup(change.slots, change.keys)[0],
+                removed_slots=change.removed_slots,
+                removed_keys=change.removed_keys,
+                default_slots=defaults.slots,
+                default_values=np.ascontiguousarray(defaults.values),
+            )
+        )
+
+    def acknowledge() -> None:
+        for layout, change in touched.items():
+            trainer.tables[layout].acknowledge(CURSOR, change.version)
+
+    return tuple(deltas), acknowledge
+
+
+class Publisher:
+    """Row deltas and dense weights of one trainer epoch to topic `parameters`. Not thread-safe."""
+
+    def __init__(self, log: EventLog, trainer: Trainer, epoch: int) -> None:
+        self._log, self._trainer, self._epoch = log, trainer, epoch
+        self.rows = 0
+        self.tombstones = 0
+        self._dense_step = -1
+
+    def publish_rows(self) -> None:
+        """Publish every row touched since the last acknowledged publish. Blocks until they are accepted."""
+        rows, acknowledge = row_deltas(self._trainer)
+        if not any(len(r.keys) or len(r.removed_keys) for r in rows):
+            return
+        self._send(
+            Delta(
+                version=self._version(), covers_ms=self._trainer.covers_ms, schema=self._trainer.schema.hash, rows=rows
+            )
+        )
+        acknowledge()
+        self.rows += sum(len(r.keys) for r in rows)
+        self.tombstones += sum(len(r.removed_keys) for r in rows)
+
+    def publish_dense(self) -> bool:
+        """Publish the dense weights if a step ran since they were last published."""
+        if self._trainer.steps == self._dense_step:
+            return False
+        payload = network_bytes(self._trainer)
+        self._send(
+            Delta(
+                version=self._version(),
+                covers_ms=self._trainer.covers_ms,
+                schema=self._trainer.schema.hash,
+                dense=payload,
+                dense_version=max(1, self._trainer.steps),
+            )
+        )
+        self._dense_step = self._trainer.steps
+        return True
+
+    def _version(self) -> Version:
+        return Version(epoch=self._epoch, step=self._trainer.steps)
+
+    def _send(self, delta: Delta) -> None:
+        self._log.append("parameters", [(SHARD, chunk) for chunk in encode_delta(delta)])

@@ -1,0 +1,192 @@
+"""The trainer as a pure function: `step(records, now_ms)` changes nothing but its state, and depends on nothing else.
+
+What the clock and polling decide (which records, in which order, what time it is) is decided by the caller and journaled.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys.config import Config
+from recsys.errors import BadInput
+from recsys.events import messages
+from recsys.features.build import decode
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.model.layouts import layouts
+from recsys.table.tables import Tables
+from recsys.training.joiner import Emission, Joiner
+from recsys.training.learner import Batch, Learner
+from recsys.training.towers import TowerLearner
+from recsys.types import FORGET, Feedback, Impression, Item, Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A record that could not be used, and why."""
+
+    record: Record
+    reason: str
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step did: for metrics, dead letters and progressive evaluation. Not part of the state."""
+
+    outcomes: dict[str, int] = field(default_factory=dict)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+    emissions: list[Emission] = field(default_factory=list)
+    skipped_batches: int = 0
+    expired: int = 0
+
+    def count(self, outcome: str) -> None:
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+
+class Trainer:
+    """Joiner, ranker and towers over one set of tables. Not thread-safe."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config = config
+        self.schema = Schema.of(config)
+        self.catalogue = Catalogue(self.schema)
+        self.tables = Tables(layouts(config, self.schema), config.table.implementation)
+        self.joiner = Joiner(config.tasks, folder / "open")
+        self.learner = Learner(config, self.schema, self.tables)
+        self.towers = (
+            TowerLearner(config, self.schema, self.tables, self.catalogue) if config.training.two_tower else None
+        )
+        self.steps = 0
+        self.covers_ms = 0
+        self.breaker_open = False
+        self._rate: deque[tuple[int, int]] = deque()
+
+    def step(self, records: Sequence[Record], now_ms: int, learn: bool = True) -> StepReport:
+        """Take the records in order, close what is due at log time `now_ms`, train on it."""
+        report = StepReport()
+        for record in records:
+            self.take(record, report)
+        self.train(report, now_ms, learn)
+        return report
+
+    def train(self, report: StepReport, now_ms: int, learn: bool = True) -> None:
+        """The second half of a step: labels that are final at `now_ms`, then what is due by step number."""
+        report.emissions = list(self.joiner.close(now_ms))
+        if learn:
+            report.skipped_batches += self._learn(report.emissions, now_ms)
+            self._watch(report.emissions)
+        self.covers_ms = max(self.covers_ms, now_ms)
+        self.steps += 1
+        if self.steps % self.config.training.expire_every_steps == 0:
+            report.expired = self.tables.expire(now_ms)
+
+    def take(self, record: Record, report: StepReport) -> None:
+        """Take one record of `item`, `impression` or `feedback`; what cannot be used becomes a dead letter."""
+        try:
+            if record.topic == "item":
+                self.item(messages.parse_item(record.value, key=record.key))
+            elif record.topic == "impression":
+                self.impression(messages.parse_impression(record.value), record.time_ms, report)
+            else:
+                self.feedback(messages.parse_feedback(record.value, internal=True), record.time_ms, report)
+        except BadInput as error:
+            report.dead_letters.append(DeadLetter(record=record, reason=str(error)))
+
+    def item(self, item: Item) -> None:
+        self.catalogue.apply(item)
+
+    def impression(self, impression: Impression, now_ms: int, report: StepReport) -> None:
+        """Open an impression; BadInput when it was written with another schema."""
+        if impression.features and impression.schema != self.schema.hash:
+            raise BadInput(
+                f"schema {impression.schema!r} is unknown, this trainer has {self.schema.hash!r}: restart ranking and trainer with "
+                "one configuration",
+                field="schema",
+            )
+        if impression.features:
+            decode(self.schema, impression.features)
+        report.count("impression_" + self.joiner.impression(impression, now_ms))
+
+    def feedback(self, feedback: Feedback, now_ms: int, report: StepReport) -> None:
+        if feedback.type == FORGET:
+            if self.towers:
+                self.towers.forget(feedback.user_id)
+            report.count("forget")
+            return
+        report.count(self.joiner.feedback(feedback, now_ms))
+        if self.towers:
+            self.towers.feedback(feedback, now_ms)
+
+    def _learn(self, emissions: Sequence[Emission], now_ms: int) -> int:
+        """Train in batches of at most `batch_size` items, never mixing first and later emissions; returns skipped batches."""
+        skipped = 0
+        batch: list[Emission] = []
+        size = 0
+        for emission in emissions:
+            full = size + len(emission.labels) > self.config.training.batch_size
+            if batch and (full or emission.first != batch[0].first):
+                skipped += not self._learn_batch(batch, now_ms)
+                batch, size = [], 0
+            batch.append(emission)
+            size += len(emission.labels)
+        if batch:
+            skipped += not self._learn_batch(batch, now_ms)
+        return skipped
+
+    def _learn_batch(self, batch: Sequence[Emission], now_ms: int) -> bool:
+        shown = [np.flatnonzero(e.shown) for e in batch]
+        chosen = [(e, rows) for e, rows in zip(batch, shown, strict=True) if len(rows)]
+        if not chosen:
+            return True
+        return self.learner.learn(
+            Batch(
+                features=[decode(self.schema, e.features).take(rows) for e, rows in chosen],
+                labels=np.concatenate([e.labels[rows] for e, rows in chosen]),
+                mask=np.concatenate([np.broadcast_to(e.mask, (len(rows), len(e.mask))) for e, rows in chosen]),
+                first=np.array([e.first for e, _ in chosen]),
+            ),
+            now_ms,
+        )
+
+    def _watch(self, emissions: Sequence[Emission]) -> None:
+        """The breaker: the first task's rate over the last `breaker_examples` outside its bounds stops learning."""
+        training = self.config.training
+        for emission in emissions:
+            if emission.mask[0]:
+                self._rate.append((int(emission.shown.sum()), int(emission.labels[emission.shown, 0].sum())))
+        total = sum(n for n, _ in self._rate)
+        while self._rate and total - self._rate[0][0] >= training.breaker_examples:
+            total -= self._rate.popleft()[0]
+        if total >= training.breaker_examples:
+            rate = sum(k for _, k in self._rate) / total
+            low, high = training.breaker_rate
+            self.breaker_open = rate <= low or rate >= high
+
+    def close_breaker(self) -> None:
+        """An operator said to go on."""
+        self.breaker_open = False
+        self._rate.clear()
+
+    def small_state(self) -> dict[str, Any]:
+        """Everything beside tables, networks and catalogue, as JSON-able values."""
+        return {
+            "steps": self.steps,
+            "covers_ms": self.covers_ms,
+            "breaker_open": self.breaker_open,
+            "rate": list(self._rate),
+            "joiner": self.joiner.state(),
+            "towers": self.towers.state() if self.towers else None,
+        }
+
+    def restore_small(self, state: dict[str, Any]) -> None:
+        self.steps, self.covers_ms, self.breaker_open = state["steps"], state["covers_ms"], state["breaker_open"]
+        self._rate = deque((n, k) for n, k in state["rate"])
+        self.joiner.restore(state["joiner"])
+        if self.towers and state["towers"]:
+            self.towers.restore(state["towers"])

@@ -1,0 +1,119 @@
+"""The values that travel between the parts. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NewType, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Int64: TypeAlias = npt.NDArray[np.int64]
+Int32: TypeAlias = npt.NDArray[np.int32]
+Float32: TypeAlias = npt.NDArray[np.float32]
+Bool: TypeAlias = npt.NDArray[np.bool_]
+
+UserId = NewType("UserId", str)
+ItemId = NewType("ItemId", str)
+
+TOPICS = ("item", "impression", "feedback", "parameters", "dead_letter")
+FORGET = "$forget"
+"""Reserved feedback type: everything kept of the user is deleted, in log order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One record of a log. `time_ms` is log time: when the log appended it."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: str
+    value: bytes
+    time_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One catalogue entry: upsert, or delete when `deleted`. Attribute values are strings, numbers or lists of strings."""
+
+    item_id: str
+    title: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feedback:
+    """One action of a user on an item. `time_ms` is the client's claim and only orders history."""
+
+    event_id: str
+    user_id: str
+    item_id: str
+    type: str
+    time_ms: int
+    session_id: str | None = None
+    request_id: str | None = None
+    value: float | None = None
+    context: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownItem:
+    """One item of an impression. `pool` is set at a drawn position: item ids and their probabilities, the shown one included."""
+
+    item_id: str
+    position: int
+    sources: tuple[str, ...] = ()
+    score: float | None = None
+    predictions: Mapping[str, float] = field(default_factory=dict)
+    propensity: float | None = None
+    pool: tuple[tuple[str, float], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Impression:
+    """One answer shown. `features` are the keys and numbers as served (empty when somebody else wrote it)."""
+
+    request_id: str
+    user_id: str
+    time_ms: int
+    items: tuple[ShownItem, ...]
+    context: Mapping[str, Any] = field(default_factory=dict)
+    session_id: str | None = None
+    activation: str = "shown"
+    schema: str = ""
+    features: bytes = b""
+    policy: str = ""
+    model_version: str = ""
+    generation: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class HistoryEvent:
+    """One event of a user's history; ordered by (time, event_id), which is also its identity."""
+
+    time_ms: int
+    event_id: str
+    item_id: str = field(compare=False)
+    type: str = field(compare=False)
+    session_id: str | None = field(compare=False, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserState:
+    """What is known of one user: history in (time, event_id) order, oldest first; item ids last seen, oldest first."""
+
+    history: tuple[HistoryEvent, ...] = ()
+    seen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserUpdate:
+    """What one feedback or impression adds to one user's state; `forget` deletes all that came before it."""
+
+    user_id: str
+    events: tuple[HistoryEvent, ...] = ()
+    seen: tuple[str, ...] = ()
+    forget: bool = False

@@ -1,0 +1,269 @@
+"""`recsys`: the entry point of everything.
+
+Exit codes: 0 done, 1 goal missed, 2 bad input. With --json, stdout holds one JSON object and everything else is on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recsys import config
+from recsys.errors import (
+    BadInput,
+    ConfigError,
+    FolderLocked,
+    LogTruncated,
+    RecsysError,
+    SchemaMismatch,
+    SnapshotCorrupt,
+)
+
+DONE, MISSED, BAD = 0, 1, 2
+_BAD_INPUT = (BadInput, ConfigError, FolderLocked, LogTruncated, SchemaMismatch, SnapshotCorrupt)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except _BAD_INPUT as error:
+        return fail(options, str(error), BAD)
+    except RecsysError as error:
+        return fail(options, str(error), MISSED)
+    except KeyboardInterrupt:
+        return fail(options, "interrupted", 130)
+    except BrokenPipeError:
+        return MISSED
+
+
+def fail(options: argparse.Namespace, message: str, code: int) -> int:
+    """Say what went wrong, on stderr, and in JSON where it was asked for."""
+    print(f"recsys: {message}", file=sys.stderr)
+    if getattr(options, "json", False):
+        print(json.dumps({"ok": False, "why": message}))
+    return code
+
+
+def emit(options: argparse.Namespace, value: dict[str, Any], text: str = "") -> None:
+    """The command's result: JSON alone on stdout, or a text."""
+    print(json.dumps(value) if options.json else text or json.dumps(value, indent=2))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its help and an example."""
+    root = argparse.ArgumentParser(
+        prog="recsys",
+        description="A recommender that learns from what a user did a moment ago.",
+        epilog="Start with: recsys demo",
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _service_commands(commands)
+    _data_commands(commands)
+    _offline_commands(commands)
+    return root
+
+
+def _command(
+    commands: Any, name: str, run: Any, summary: str, example: str, *, config_file: bool = True
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"Example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
+    if config_file:
+        command.add_argument("--config", type=Path, metavar="FILE", help="configuration (TOML); default: embedded mode")
+    return command
+
+
+def _service_commands(commands: Any) -> None:
+    demo = _command(
+        commands, "demo", _demo, "see it learn: three clicks, another list", "recsys demo", config_file=False
+    )
+    demo.add_argument(
+        "--exit", action="store_true", help="stop the services at the end instead of leaving them running"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of the generated catalogue and users")
+    demo.add_argument("--data-dir", type=Path, help="folder to use; default: a temporary one")
+    _command(
+        commands, "up", _up, "start ranking, trainer and parameter", "recsys up --config deploy/configs/kafka.toml"
+    )
+    serve = _command(
+        commands, "serve", _serve, "run one service in the foreground", "recsys serve ranking --config my.toml"
+    )
+    serve.add_argument("service", choices=("ranking", "parameter", "trainer"))
+    serve.add_argument(
+        "--accept-gap", action="store_true", help="trainer: go on although the log lost records it needs"
+    )
+    show = commands.add_parser("config", help="show or check a configuration").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    _command(
+        show, "show", _config_show, "print the whole configuration with defaults", "recsys config show --config my.toml"
+    )
+    _command(
+        show, "check", _config_check, "say whether a configuration is valid", "recsys config check --config my.toml"
+    )
+    trainer = commands.add_parser("trainer", help="operate the trainer").add_subparsers(required=True, metavar="ACTION")
+    resume = _command(trainer, "resume", _resume, "go on after the breaker opened", "recsys trainer resume --skip")
+    how = resume.add_mutually_exclusive_group(required=True)
+    how.add_argument("--learn", action="store_true", help="the feedback is right: learn from what waited")
+    how.add_argument("--skip", action="store_true", help="the feedback was broken: go on after it without learning")
+
+
+def _data_commands(commands: Any) -> None:
+    data = commands.add_parser("data", help="convert public data sets").add_subparsers(required=True, metavar="ACTION")
+    convert = _command(
+        data,
+        "convert",
+        _convert,
+        "data set to event files",
+        "recsys data convert globo clicks.parquet globo/",
+        config_file=False,
+    )
+    convert.add_argument("kind", choices=("kuairand", "globo", "movielens"))
+    convert.add_argument("source", type=Path, help="folder (kuairand, movielens) or file (globo)")
+    convert.add_argument("out", type=Path, help="folder to write items, impressions and feedback to")
+    convert.add_argument("--jsonl", action="store_true", help="write JSON lines instead of Parquet")
+    send = _command(
+        commands, "send", _send, "play event files against running services", "recsys send --events globo/ --rate 200"
+    )
+    send.add_argument("--events", type=Path, nargs="+", required=True, help="event files, or their folder")
+    send.add_argument("--rate", type=float, default=100.0, help="feedback events per second")
+    send.add_argument(
+        "--requests",
+        choices=("all", "first", "none"),
+        default="all",
+        help="ask for a list before each click, once a session, never",
+    )
+    send.add_argument("--to", choices=("http", "kafka"), default="http", help="where the feedback goes")
+    send.add_argument("--limit", type=int, help="stop after this many feedback events")
+    send.add_argument("--url", help="ranking service; default: from the configuration")
+    send.add_argument("--name", help="beginning of the event ids; the same again sends duplicates; default: the time")
+    log = commands.add_parser("log", help="the event log").add_subparsers(required=True, metavar="ACTION")
+    export = _command(log, "export", _export, "a running system's log to event files", "recsys log export out/")
+    export.add_argument("out", type=Path)
+    export.add_argument("--from", dest="from_time", help="ISO time of the first record")
+    export.add_argument("--to", dest="to_time", help="ISO time after the last record")
+    load = _command(
+        commands,
+        "import",
+        _import,
+        "load items or events once, with an outcome per row",
+        "recsys import items items.jsonl",
+    )
+    load.add_argument("kind", choices=("items", "events"))
+    load.add_argument("file", type=Path)
+    load.add_argument("--url", help="ranking service; default: from the configuration")
+    load.add_argument("--outcomes", type=Path, help="file of one outcome a row; default: FILE.outcomes.jsonl")
+
+
+def _offline_commands(commands: Any) -> None:
+    replay = _command(
+        commands,
+        "replay",
+        _replay,
+        "run the whole loop over event files, offline",
+        "recsys replay --events globo/ --json",
+    )
+    replay.add_argument("--events", type=Path, nargs="+", required=True, help="event files, or their folder")
+    replay.add_argument("--report-from", help="ISO time; metrics count from here on")
+    replay.add_argument("--delay", type=float, default=0.0, help="seconds that parameters and others' counters are old")
+    replay.add_argument(
+        "--sync-interval",
+        type=float,
+        default=0.0,
+        help="scoring sees them as at the last multiple of this many seconds",
+    )
+    replay.add_argument("--freeze-user", action="store_true", help="the user's own history and counters, too")
+    replay.add_argument("--sample", type=float, default=1.0, help="share of requests answered and scored")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from services.cli import demo
+
+    return demo.run(options)
+
+
+def _up(options: argparse.Namespace) -> int:
+    from services.cli import run_up
+
+    return run_up.run(options)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import importlib
+
+    from services.common.process import Stop, setup_logging
+
+    loaded = config.load(options.config)
+    setup_logging(options.service)
+    stop = Stop().install()
+    extra = {"accept_gap": options.accept_gap} if options.service == "trainer" else {}
+    importlib.import_module(f"services.{options.service}.main").run(loaded, stop, **extra)
+    return DONE
+
+
+def _config_show(options: argparse.Namespace) -> int:
+    loaded = config.load(options.config)
+    emit(options, loaded.model_dump(mode="json"))
+    return DONE
+
+
+def _config_check(options: argparse.Namespace) -> int:
+    config.load(options.config)
+    emit(options, {"ok": True}, "the configuration is valid")
+    return DONE
+
+
+def _resume(options: argparse.Namespace) -> int:
+    folder = config.load(options.config).data_dir / "trainer"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist: no trainer ever ran with this data_dir; check --config")
+    (folder / "resume").write_text("skip" if options.skip else "learn")
+    emit(options, {"ok": True}, "the trainer goes on within a second")
+    return DONE
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from services.cli import convert
+
+    return convert.run(options)
+
+
+def _send(options: argparse.Namespace) -> int:
+    from services.cli import send
+
+    return send.run(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from services.cli import export
+
+    return export.run(options)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from services.cli import load
+
+    return load.run(options)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from services.cli import replay
+
+    return replay.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

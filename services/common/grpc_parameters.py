@@ -1,0 +1,132 @@
+"""The `Parameters` seam over gRPC: one client for ranking, one servicer for the parameter service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+
+from recsys import metrics
+from recsys.errors import ParametersUnavailable
+from recsys.events.deltas import CHUNK_BYTES, Version
+from recsys.model.plan import Block
+from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
+from services.common import parameter_pb2 as pb
+
+_LOOKUP, _DENSE = "/recsys.v1.Parameters/Lookup", "/recsys.v1.Parameters/Dense"
+_OPTIONS = [("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_message_length", 64 * 2**20)]
+
+
+class GrpcParameters:
+    """Parameters from a parameter service at `address` (host:port or unix:/path). Thread-safe."""
+
+    def __init__(self, address: str, schema: str, timeout_s: float = 0.25) -> None:
+        self._schema, self._timeout_s = schema, timeout_s
+        options = [*_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+        self._channel = grpc.insecure_channel(address, options)
+        self._lookup = self._channel.unary_unary(
+            _LOOKUP,
+            request_serializer=pb.LookupRequest.SerializeToString,
+            response_deserializer=pb.LookupReply.FromString,
+        )
+        self._dense = self._channel.unary_stream(
+            _DENSE, request_serializer=pb.DenseRequest.SerializeToString, response_deserializer=pb.DenseChunk.FromString
+        )
+
+    def lookup(self, blocks: Sequence[Block]) -> Reply:
+        request = pb.LookupRequest(
+            schema=self._schema,
+            blocks=[
+                pb.Block(layout=b.layout, slots=b.slots.astype("<i4").tobytes(), keys=b.keys.astype("<i8").tobytes())
+                for b in blocks
+            ],
+        )
+        try:
+            reply = self._lookup(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise ParametersUnavailable(
+                f"parameter service: {_status(error)}; last known rows are used until it is back"
+            ) from None
+        values = tuple(
+            np.frombuffer(data, "<f4").reshape(len(block.keys), -1 if len(block.keys) else 0).copy()
+            for block, data in zip(blocks, reply.values, strict=True)
+        )
+        version = Version(epoch=reply.epoch, step=reply.step)
+        return Reply(
+            values=values,
+            state=ParameterState(version=version, covers_ms=reply.covers_ms, dense_version=reply.dense_version),
+        )
+
+    def dense(self) -> tuple[int, bytes]:
+        try:
+            chunks = list(self._dense(pb.DenseRequest(), timeout=10.0))
+        except grpc.RpcError as error:
+            raise ParametersUnavailable(
+                f"parameter service: {_status(error)}; the present dense weights stay"
+            ) from None
+        return chunks[0].dense_version, b"".join(chunk.data for chunk in chunks)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def _status(error: grpc.RpcError) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
+
+
+def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
+    """Start serving `store`; OSError naming the address when it cannot be bound."""
+
+    def lookup(request: Any, context: grpc.ServicerContext) -> Any:
+        if request.schema != schema:
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"schema {request.schema!r}, this service has {schema!r}: use one configuration",
+            )
+        with metrics.LOOKUP_SECONDS.time():
+            blocks = [
+                Block(layout=b.layout, slots=np.frombuffer(b.slots, "<i4"), keys=np.frombuffer(b.keys, "<i8"))
+                for b in request.blocks
+            ]
+            try:
+                reply = store.lookup(blocks)
+            except (KeyError, ValueError) as error:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        metrics.LOOKUP_KEYS.inc(sum(len(b.keys) for b in blocks))
+        state = reply.state
+        return pb.LookupReply(
+            values=[np.ascontiguousarray(v, "<f4").tobytes() for v in reply.values],
+            epoch=state.version.epoch,
+            step=state.version.step,
+            covers_ms=state.covers_ms,
+            dense_version=state.dense_version,
+        )
+
+    def dense(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        version, data = store.dense()
+        for start in range(0, max(len(data), 1), CHUNK_BYTES):
+            yield pb.DenseChunk(dense_version=version, data=data[start : start + CHUNK_BYTES])
+
+    server = grpc.server(
+        ThreadPoolExecutor(2, thread_name_prefix="lookup"), options=[*_OPTIONS, ("grpc.so_reuseport", 0)]
+    )
+    handlers = {
+        "Lookup": grpc.unary_unary_rpc_method_handler(
+            lookup, pb.LookupRequest.FromString, pb.LookupReply.SerializeToString
+        ),
+        "Dense": grpc.unary_stream_rpc_method_handler(
+            dense, pb.DenseRequest.FromString, pb.DenseChunk.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("recsys.v1.Parameters", handlers),))
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(
+            f"parameter service cannot listen on {address}: {error}; choose another parameter.address"
+        ) from None
+    server.start()
+    return server

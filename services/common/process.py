@@ -1,0 +1,118 @@
+"""What every process does alike: log lines, signals, the folder's lock, /metrics and health."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import TextIOWrapper
+from pathlib import Path
+
+from recsys import metrics
+from recsys.errors import ConfigError, FolderLocked
+
+logger = logging.getLogger("recsys")
+
+
+def setup_logging(process: str, level: int = logging.INFO) -> None:
+    """One line an event on stderr: time, process, level, message with fields."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {process} %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for noisy in ("kafka", "httpx", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class Stop:
+    """Set by SIGTERM and SIGINT; loops wait on it."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def install(self) -> Stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.set())
+        return self
+
+    def set(self) -> None:
+        self._event.set()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        return self._event.wait(seconds)
+
+
+class FolderLock:
+    """Holds a folder for one process (flock: gone with the process, however it dies)."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        path = folder / f"{name}.lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: TextIOWrapper = path.open("a+")
+        except OSError as error:
+            raise ConfigError(
+                f"data_dir {str(folder)!r} cannot be written ({error.strerror}): make it writable, or set data_dir"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise FolderLocked(
+                f"data_dir {str(folder)!r} is used by another running {name}: stop it, or set another data_dir"
+            ) from None
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class HealthServer:
+    """/metrics, /healthz (alive) and /readyz (`ready` says the reason when not) for a process without an API."""
+
+    def __init__(self, host: str, port: int, ready: Callable[[], str]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.split("?")[0]
+                if path == "/metrics":
+                    self._send(200, metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+                elif path == "/healthz":
+                    self._send(200, b'{"status":"alive"}', "application/json")
+                elif path == "/readyz":
+                    reason = ready()
+                    body = json.dumps({"status": "not ready" if reason else "ready", "reason": reason}).encode()
+                    self._send(503 if reason else 200, body, "application/json")
+                else:
+                    self._send(
+                        404, b'{"title":"not found; try /metrics, /healthz or /readyz"}', "application/problem+json"
+                    )
+
+            def _send(self, status: int, body: bytes, kind: str) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        try:
+            self._server = ThreadingHTTPServer((host, port), Handler)
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({error.strerror}): stop what uses it, or set metrics_port"
+            ) from None
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

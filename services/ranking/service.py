@@ -1,0 +1,212 @@
+"""The ranking process's parts and threads: catalogue, state consumer, dense weights, generations, snapshots."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from recsys import metrics
+from recsys.clock import Clock
+from recsys.config import Config
+from recsys.errors import BadInput, LogError, ParametersUnavailable, RecsysError, StateUnavailable
+from recsys.events import messages
+from recsys.events.recent import Recent
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.ranking import snapshot
+from recsys.ranking.generation import Generations
+from recsys.ranking.pipeline import Pipeline
+from recsys.ranking.request import Answer, Request
+from recsys.ranking.scorer import Scorer
+from recsys.ranking.sources import Sources
+from recsys.ranking.state_consumer import StateConsumer
+from recsys.state.open import open_state
+from recsys.streams.base import EventLog
+from recsys.types import Feedback, Record, UserState
+from services.common.grpc_parameters import GrpcParameters
+from services.common.process import Stop, logger
+
+POLL_S = 0.005
+SNAPSHOT_S = 60.0
+"""Counters are saved this often; what came after is read again from the log."""
+
+
+class RankingService:
+    """Everything behind the HTTP routes. Methods are thread-safe."""
+
+    def __init__(self, config: Config, log: EventLog, clock: Clock, stop: Stop) -> None:
+        self.config, self.log, self.clock, self._stop = config, log, clock, stop
+        self.schema = Schema.of(config)
+        self.store = open_state(config)
+        self._parameters = GrpcParameters(config.parameter_address, self.schema.hash)
+        self.sources = Sources(config, self.schema, Catalogue(self.schema))
+        self.scorer = Scorer(config, self.schema, self._parameters)
+        self.generations = Generations(config, self.schema, self.sources.catalogue, self.scorer)
+        self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.scorer, self.generations)
+        self.consumer = StateConsumer(config, log, clock, self.store, self.sources, self._on_bad)
+        self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
+        self._accepted = Recent()
+        self._accepted_lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self.catalogue_ready = False
+        self.state_ready = False
+
+    def start(self) -> None:
+        """Read the catalogue, restore the counters, then follow everything in threads."""
+        while self._follow_items():
+            pass
+        self.catalogue_ready = True
+        snapshot.load(self.config.data_dir / "ranking", self.sources, self.consumer, self.schema, self.clock.now_ms())
+        loops: list[tuple[str, Callable[[], bool], float]] = [
+            ("items", self._follow_items, POLL_S),
+            ("state", self._follow_state, POLL_S),
+            ("dense", self._follow_dense, 0.2),
+            ("generations", self._build_generation, 0.1),
+            ("snapshot", self._save, SNAPSHOT_S),
+        ]
+        for name, turn, pause_s in loops:
+            thread = threading.Thread(target=self._loop, args=(turn, pause_s), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _loop(self, turn: Callable[[], bool], pause_s: float) -> None:
+        while not self._stop:
+            try:
+                worked = turn()
+            except (LogError, StateUnavailable, ParametersUnavailable) as error:
+                logger.warning("%s", error)
+                worked = False
+                self._stop.wait(0.5)
+            except RecsysError as error:
+                logger.error("%s", error)
+                worked = False
+                self._stop.wait(5.0)
+            if not worked:
+                self._stop.wait(pause_s)
+
+    def not_ready(self) -> str:
+        """Why this process cannot answer well yet; empty when it can."""
+        if not self.catalogue_ready:
+            return "reading the catalogue"
+        return "" if self.state_ready else "reading the state log"
+
+    def recommend(self, request: Request) -> tuple[Answer, bool]:
+        """The answer, logged; False when it could not be logged."""
+        answer = self.pipeline.recommend(request, self.clock.now_ms())
+        logged = False
+        if self.config.ranking.log_impressions and answer.items:
+            with metrics.STAGE_SECONDS.labels("log").time():
+                try:
+                    self.log.append("impression", [(request.user_id, messages.dump_impression(answer.impression))])
+                    logged = True
+                except LogError as error:
+                    logger.warning("impression not logged: %s", error)
+        for reason in answer.degraded:
+            metrics.DEGRADED.labels(reason).inc()
+        for item in answer.items:
+            for source in item.sources:
+                metrics.SHOWN.labels(source).inc()
+        if not logged and answer.items:
+            answer = replace(answer, degraded=(*answer.degraded, "unlogged"))
+            metrics.DEGRADED.labels("unlogged").inc()
+        return answer, logged
+
+    def accept(self, feedback: list[Feedback | BadInput]) -> list[dict[str, str]]:
+        """Append what is good and new; one outcome an event, in order. Raises LogFull, then nothing was accepted."""
+        now_ms = self.clock.now_ms()
+        outcomes: list[dict[str, str]] = []
+        fresh: list[Feedback] = []
+        batch: set[str] = set()
+        with self._accepted_lock:
+            for event in feedback:
+                if isinstance(event, BadInput):
+                    outcomes.append({"event_id": "", "status": "rejected", "reason": str(event)})
+                elif event.event_id in batch or self._accepted.contains(event.event_id):
+                    outcomes.append({"event_id": event.event_id, "status": "duplicate"})
+                else:
+                    batch.add(event.event_id)
+                    fresh.append(event)
+                    outcomes.append({"event_id": event.event_id, "status": "accepted"})
+        if fresh:
+            self.log.append("feedback", [(f.user_id, messages.dump_feedback(f)) for f in fresh])
+            with self._accepted_lock:
+                for event in fresh:
+                    self._accepted.add(event.event_id, now_ms)
+        for outcome in outcomes:
+            metrics.FEEDBACK.labels(outcome["status"]).inc()
+        return outcomes
+
+    def forget(self, user_id: str, event_id: str) -> None:
+        """Forget a user, in log order."""
+        self.log.append(
+            "feedback", [(user_id, messages.dump_forget(user_id, event_id=event_id, time_ms=self.clock.now_ms()))]
+        )
+
+    def user(self, user_id: str) -> UserState:
+        return self.store.get(user_id)
+
+    def _on_bad(self, record: Record, reason: str) -> None:
+        metrics.DEAD_LETTERS.labels(record.topic, "malformed").inc()
+        logger.warning("%s/%d/%d skipped: %s", record.topic, record.partition, record.offset, reason)
+
+    def _follow_items(self) -> bool:
+        worked = False
+        for partition, position in self._item_positions.items():
+            records = self.log.read("item", partition, position, 5000)
+            for record in records:
+                try:
+                    self.generations.changed(self.sources.item(messages.parse_item(record.value, key=record.key)))
+                except BadInput as error:
+                    self._on_bad(record, str(error))
+            if records:
+                self._item_positions[partition] = records[-1].offset + 1
+                worked = True
+        metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
+        return worked
+
+    def _follow_state(self) -> bool:
+        count = self.consumer.turn()
+        self.state_ready = self.state_ready or not count
+        return count > 0
+
+    def _follow_dense(self) -> bool:
+        metrics.READY.set(not self.not_ready())
+        metrics.SPOOL_BYTES.set(getattr(self.log, "spool_bytes", 0))
+        self.scorer.poll()
+        if self.scorer.refresh():
+            logger.info("dense weights %d in use", self.scorer.dense_version)
+        for place, offset in self.consumer.counter_positions.items():
+            topic, partition = place.rsplit("/", 1)
+            metrics.CONSUMER_LAG.labels(topic, partition, "state").set(
+                max(0, self.log.end(topic, int(partition)) - offset)
+            )
+        return False
+
+    def _build_generation(self) -> bool:
+        if self.generations.due(time.monotonic()):
+            self.generations.build(time.monotonic())
+            logger.info("retrieval generation %s over %d items", self.generations.name, self.generations.num_items)
+        self.generations.refresh()
+        metrics.GENERATION_AGE_SECONDS.set(self.generations.age_s(time.monotonic()))
+        metrics.GENERATION_ITEMS.set(self.generations.num_items)
+        return False
+
+    def _save(self) -> bool:
+        if self.state_ready:
+            snapshot.save(self.config.data_dir / "ranking", self.sources, self.consumer, self.schema)
+        return False
+
+    def close(self) -> None:
+        """Stop the threads, save the counters, let go of everything."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=5)
+        try:
+            self._save()
+        except OSError as error:
+            logger.error("counters not saved (%s): they will be read again from the log", error)
+        self._parameters.close()
+        self.store.close()
+        self.log.close()

@@ -1,0 +1,142 @@
+"""The trainer service: joins, learns, publishes, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import torch
+
+from recsys import metrics
+from recsys.clock import SystemClock
+from recsys.config import Config
+from recsys.errors import Fenced, LogUnavailable
+from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
+from recsys.streams.open import open_log
+from recsys.training.runner import CONSUMER, Runner
+from recsys.training.trainer import StepReport
+from services.common.process import FolderLock, HealthServer, Stop, logger
+
+WINDOW = 5000
+"""Examples behind the progressive gauges: half is noisier, double hides a change for longer."""
+
+
+class Progressive:
+    """Progressive loss and calibration of each task over the last `WINDOW` examples: predictions as served, then the label."""
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        self._tasks = tasks
+        self._labels: list[list[np.ndarray]] = [[] for _ in tasks]
+        self._predictions: list[list[np.ndarray]] = [[] for _ in tasks]
+
+    def add(self, report: StepReport) -> None:
+        for emission in report.emissions:
+            for task in np.flatnonzero(emission.mask):
+                known = emission.shown & np.isfinite(emission.predictions[:, task])
+                labels = emission.labels[emission.shown, task]
+                positives = int(labels.sum())
+                metrics.EXAMPLES.labels(self._tasks[task], "1").inc(positives)
+                metrics.EXAMPLES.labels(self._tasks[task], "0").inc(len(labels) - positives)
+                self._labels[task].append(emission.labels[known, task])
+                self._predictions[task].append(emission.predictions[known, task])
+
+    def show(self) -> None:
+        for task, name in enumerate(self._tasks):
+            labels, predictions = self._labels[task], self._predictions[task]
+            while sum(map(len, labels[1:])) >= WINDOW:
+                labels.pop(0), predictions.pop(0)
+            y, p = (np.concatenate(x) if x else np.zeros(0) for x in (labels, predictions))
+            if len(y) and 0 < y.sum() < len(y):
+                metrics.PROGRESSIVE_LOG_LOSS.labels(name).set(log_loss(p, y))
+                metrics.PROGRESSIVE_NORMALIZED_ENTROPY.labels(name).set(normalized_entropy(p, y))
+                metrics.CALIBRATION_RATIO.labels(name).set(calibration(p, y))
+
+
+def observe(report: StepReport, seconds: float) -> None:
+    """Count what one step did."""
+    metrics.TRAIN_STEP_SECONDS.observe(seconds)
+    metrics.JOURNAL_STEPS.inc()
+    for outcome, count in report.outcomes.items():
+        metrics.JOINED.labels(outcome).inc(count)
+    for letter in report.dead_letters:
+        metrics.DEAD_LETTERS.labels(letter.record.topic, "malformed").inc()
+        logger.warning(
+            "dead letter %s/%d/%d: %s",
+            letter.record.topic,
+            letter.record.partition,
+            letter.record.offset,
+            letter.reason,
+        )
+    if report.skipped_batches:
+        metrics.SKIPPED_BATCHES.inc(report.skipped_batches)
+        logger.error("%d batches skipped: their gradients were not finite", report.skipped_batches)
+    metrics.TABLE_EXPIRED_ROWS.inc(report.expired)
+
+
+def gauges(runner: Runner, published: list[int]) -> None:
+    """Set what is measured now and then; `published` holds (rows, tombstones) already counted."""
+    for layout, table in runner.trainer.tables.items():
+        metrics.TABLE_ROWS.labels(layout).set(len(table))
+        metrics.TABLE_BYTES.labels(layout).set(table.memory_bytes())
+    metrics.OPEN_IMPRESSIONS.set(len(runner.trainer.joiner))
+    metrics.BREAKER_OPEN.set(runner.trainer.breaker_open)
+    metrics.TRAINER_EPOCH.set(runner.epoch)
+    metrics.CHECKPOINT_AGE_SECONDS.set(runner.checkpoint_age_s)
+    metrics.PUBLISHED_ROWS.inc(runner.publisher.rows - published[0])
+    metrics.PUBLISHED_TOMBSTONES.inc(runner.publisher.tombstones - published[1])
+    published[:] = runner.publisher.rows, runner.publisher.tombstones
+    for (topic, partition), lag in runner.lag().items():
+        metrics.CONSUMER_LAG.labels(topic, str(partition), CONSUMER).set(lag)
+
+
+def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
+    """Learn until SIGTERM. Raises Fenced when a newer trainer took over."""
+    os.nice(10)
+    torch.set_num_threads(config.trainer.threads)
+    lock = FolderLock(config.data_dir, "trainer")
+    ready = [False]
+    health = HealthServer(config.ranking.host, config.trainer.metrics_port, lambda: "" if ready[0] else "restoring")
+    log = open_log(config, SystemClock(), "trainer")
+    progressive = Progressive(tuple(task.name for task in config.tasks))
+
+    def on_step(report: StepReport, seconds: float) -> None:
+        observe(report, seconds)
+        progressive.add(report)
+
+    runner = Runner(config, log, SystemClock(), on_step)
+    runner.start(accept_gap=accept_gap)
+    ready[0] = True
+    metrics.READY.set(1)
+    logger.info(
+        "trainer epoch %d at step %d, %d items", runner.epoch, runner.trainer.steps, len(runner.trainer.catalogue)
+    )
+    shown, published, was_open, fenced = 0.0, [0, 0], False, False
+    try:
+        while not stop:
+            try:
+                worked = runner.turn()
+            except LogUnavailable as error:
+                logger.warning("%s", error)
+                worked = False
+                stop.wait(0.5)
+            if runner.trainer.breaker_open and not was_open:
+                logger.error(
+                    "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
+                )
+            was_open = runner.trainer.breaker_open
+            if time.monotonic() - shown > 1.0:
+                shown = time.monotonic()
+                progressive.show()
+                gauges(runner, published)
+            if not worked:
+                stop.wait(0.005)
+    except Fenced:
+        fenced = True
+        raise
+    finally:
+        if not fenced:
+            runner.close()
+        health.close()
+        log.close()
+        lock.release()

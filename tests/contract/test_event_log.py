@@ -1,0 +1,470 @@
+"""The contract of EventLog, on every implementation, and what each durable one owes when things break."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from kafka import KafkaAdminClient, TopicPartition
+from kafka.errors import KafkaError
+
+from recsys.clock import ManualClock, SystemClock
+from recsys.config import Config, LogConfig
+from recsys.errors import LogError, LogFull, LogTruncated, LogUnavailable
+from recsys.streams.base import EventLog
+from recsys.streams.kafka import KafkaLog
+from recsys.streams.memory import MemoryLog
+from recsys.streams.open import open_log
+from recsys.streams.sqlite import SqliteLog
+from recsys.testing.servers import Server, free_port, kafka_server
+from recsys.types import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+_numbers = itertools.count()
+KINDS = ["memory", "sqlite", pytest.param("kafka", marks=pytest.mark.system)]
+
+
+class Place:
+    """Opens the log of one test, several times if wanted (memory: always the same)."""
+
+    def __init__(self, kind: str, folder: Path, server: Server | None) -> None:
+        self.kind, self.folder, self.server = kind, folder, server
+        self.prefix = f"t{next(_numbers)}-"
+        self._opened: list[EventLog] = []
+        self.clock = ManualClock(1000)
+
+    def config(self) -> Config:
+        if self.server is None:
+            return Config(data_dir=self.folder)
+        address = f"127.0.0.1:{self.server.port}"
+        return Config(
+            data_dir=self.folder,
+            log=LogConfig(kind="kafka", bootstrap_servers=address, topic_prefix=self.prefix, partitions=3),
+        )
+
+    def open(self, name: str = "one") -> EventLog:
+        if self.kind == "memory":
+            log: EventLog = self._opened[0] if self._opened else MemoryLog(self.clock)
+        else:
+            log = open_log(self.config(), self.clock, name)
+        self._opened.append(log)
+        return log
+
+    def close(self) -> None:
+        for log in self._opened:
+            log.close()
+
+
+@pytest.fixture(params=KINDS)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    place = Place(request.param, tmp_path, request.getfixturevalue("kafka") if request.param == "kafka" else None)
+    yield place
+    place.close()
+
+
+def read_all(log: EventLog, topic: str, partition: int = 0, limit: int = 1000) -> list[Record]:
+    found: list[Record] = []
+    offset, end = log.begin(topic, partition), log.end(topic, partition)
+    while offset < end:
+        records = log.read(topic, partition, offset, limit)
+        assert len(records) <= limit
+        found += records
+        offset = records[-1].offset + 1 if records else offset
+    return found
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "did not become true"
+        time.sleep(0.01)
+
+
+def messages(count: int, start: int = 0) -> list[tuple[str, bytes]]:
+    return [(f"k{i % 7}", b"value %d" % i) for i in range(start, start + count)]
+
+
+def test_records_come_back_in_order_and_exactly_from_any_offset(place: Place) -> None:
+    log = place.open()
+    assert log.read("parameters", 0, log.begin("parameters", 0)) == []
+    for start in range(0, 50, 10):
+        log.append("parameters", messages(10, start))
+    log.flush()
+    records = read_all(log, "parameters", limit=7)
+    assert [(r.key, r.value) for r in records] == messages(50)
+    assert {(r.topic, r.partition) for r in records} == {("parameters", 0)}
+    assert [r.offset for r in records] == sorted({r.offset for r in records})
+    for at in (33, 0, 49, 12):
+        assert log.read("parameters", 0, records[at].offset, 1) == [records[at]]
+    assert log.read("parameters", 0, log.end("parameters", 0)) == []
+
+
+def test_what_is_appended_while_a_reader_waits_at_the_end_arrives(place: Place) -> None:
+    log = place.open()
+    end = log.end("parameters", 0)
+    assert log.read("parameters", 0, end) == []
+    log.append("parameters", messages(1))
+    log.flush()
+    wait_until(lambda: len(log.read("parameters", 0, end)) == 1)
+
+
+def test_one_key_stays_in_one_partition_and_impressions_are_placed_like_feedback(place: Place) -> None:
+    log = place.open()
+    assert log.partitions("impression") == log.partitions("feedback")
+    for _ in range(3):
+        log.append("feedback", messages(70))
+        log.append("impression", messages(70))
+    log.flush()
+    homes: dict[str, dict[str, set[int]]] = {"feedback": {}, "impression": {}}
+    for topic, partition in itertools.product(homes, range(log.partitions("feedback"))):
+        for record in read_all(log, topic, partition):
+            homes[topic].setdefault(record.key, set()).add(partition)
+    assert len(homes["feedback"]) == 7
+    assert all(len(found) == 1 for found in homes["feedback"].values())
+    assert homes["feedback"] == homes["impression"]
+
+
+def test_positions_outside_the_log_are_errors(place: Place) -> None:
+    log = place.open()
+    log.append("parameters", messages(3))
+    log.flush()
+    for wrong in (log.end("parameters", 0) + 1, log.end("parameters", 0) + 1000):
+        with pytest.raises(LogTruncated, match="accept-gap"):
+            log.read("parameters", 0, wrong)
+    assert len(log.read("parameters", 0, log.begin("parameters", 0))) == 3
+
+
+def test_concurrent_appends_keep_each_threads_order_and_lose_nothing(place: Place) -> None:
+    log = place.open()
+
+    def work(name: int) -> None:
+        for i in range(0, 100, 5):
+            log.append("parameters", [(f"t{name}", b"%d" % j) for j in range(i, i + 5)])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.flush()
+    records = read_all(log, "parameters")
+    for name in range(4):
+        assert [r.value for r in records if r.key == f"t{name}"] == [b"%d" % j for j in range(100)]
+
+
+def test_large_and_odd_messages_pass_unchanged(place: Place) -> None:
+    log = place.open()
+    odd = [("", b""), ("ключ\x00\n", bytes(range(256))), ("big", os.urandom(2**20)), ("big", os.urandom(2**20))]
+    log.append("parameters", odd)
+    log.flush()
+    assert [(r.key, r.value) for r in read_all(log, "parameters")] == odd
+
+
+def test_log_time_never_goes_back(place: Place) -> None:
+    log = place.open()
+    for now in (5000, 9000, 2000, 9500):
+        place.clock.set(now)
+        log.append("feedback", [("k", b"x")])
+    log.flush()
+    times = [r.time_ms for p in range(log.partitions("feedback")) for r in read_all(log, "feedback", p)]
+    assert len(times) == 4
+    assert times == sorted(times)
+    if place.kind != "kafka":
+        assert times == [5000, 9000, 9000, 9500]
+
+
+def test_commit_and_flush_accept_what_is_known(place: Place) -> None:
+    log = place.open()
+    log.append("feedback", messages(3))
+    log.flush()
+    log.commit("state", "feedback", 0, log.end("feedback", 0))
+    log.close()
+    log.close()
+
+
+# What is told to another process.
+
+CHILD = """
+import os, sys, signal
+from pathlib import Path
+from recsys.clock import SystemClock
+from recsys.config import parse
+from recsys.streams.open import open_log
+import orjson
+log = open_log(parse(orjson.loads(sys.argv[1])), SystemClock(), "child")
+for i in range(int(sys.argv[2])):
+    log.append("feedback", [(f"k{i % 7}", b"%d" % i)])
+    print(i, flush=True)
+if sys.argv[3] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+log.flush(); log.close()
+"""
+
+
+def run_child(place: Place, count: int, end: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, place.config().model_dump_json(), str(count), end]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(params=KINDS[1:])
+def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    place = Place(request.param, tmp_path, request.getfixturevalue("kafka") if request.param == "kafka" else None)
+    yield place
+    place.close()
+
+
+def test_another_process_sees_the_records_and_kill_9_after_append_loses_nothing(durable: Place) -> None:
+    log = durable.open()
+    killed = run_child(durable, 150, "kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    accepted = {line.encode() for line in killed.stdout.split()}
+    assert len(accepted) == 150
+    if durable.kind == "kafka":
+        durable.open("child").flush()  # the next process of this name sends what its spool kept
+    found = [r for p in range(log.partitions("feedback")) for r in read_all(log, "feedback", p)]
+    assert {r.value for r in found} == accepted
+    for key in {r.key for r in found}:
+        first_seen = list(dict.fromkeys(r.value for r in found if r.key == key))
+        assert first_seen == sorted(first_seen, key=int)
+
+
+def test_records_are_there_after_reopening(durable: Place) -> None:
+    first = durable.open()
+    first.append("parameters", messages(5))
+    first.close()
+    again = durable.open()
+    again.append("parameters", messages(5, 5))
+    again.flush()
+    assert [(r.key, r.value) for r in read_all(again, "parameters")] == messages(10)
+
+
+# SQLite alone.
+
+
+def _append_many(folder: Path, name: str) -> None:
+    log = SqliteLog(folder, clock=SystemClock())
+    for i in range(50):
+        log.append("feedback", [(name, b"%d" % i)] * 2)
+    log.close()
+
+
+def test_several_processes_write_one_sqlite_topic(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_append_many, args=(tmp_path, f"p{n}")) for n in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    log = SqliteLog(tmp_path, clock=SystemClock())
+    records = read_all(log, "feedback")
+    assert [r.offset for r in records] == list(range(300))
+    for n in range(3):
+        assert [r.value for r in records if r.key == f"p{n}"] == [b"%d" % i for i in range(50) for _ in range(2)]
+    log.close()
+
+
+def _append_in_fork(log: SqliteLog) -> None:
+    log.append("feedback", [("child", b"2")])
+    log.close()
+
+
+def test_a_forked_process_goes_on_with_an_open_sqlite_log(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path, clock=SystemClock())
+    log.append("feedback", [("parent", b"1")])
+    child = multiprocessing.get_context("fork").Process(target=_append_in_fork, args=(log,))
+    child.start()
+    child.join(20.0)
+    assert child.exitcode == 0
+    log.append("feedback", [("parent", b"3")])
+    assert [r.value for r in log.read("feedback", 0, 0)] == [b"1", b"2", b"3"]
+    log.close()
+
+
+def test_sqlite_drops_old_records_only_behind_every_committed_group(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path, clock=ManualClock(), retention_bytes=2**20)
+    block = [("k", bytes(100_000))] * 50
+    log.commit("fast", "parameters", 0, 10_000)
+    log.commit("slow", "parameters", 0, 60)
+    for _ in range(4):
+        log.append("parameters", block)
+    wait_until(lambda: log.begin("parameters", 0) == 60)
+    with pytest.raises(LogTruncated, match=r"parameters/0: offset 59 is outside 60\.\.200"):
+        log.read("parameters", 0, 59)
+    assert [r.offset for r in log.read("parameters", 0, 60, 2)] == [60, 61]
+    log.commit("slow", "parameters", 0, 10_000)
+    log.append("parameters", block)
+    wait_until(lambda: log.begin("parameters", 0) > 150)
+    assert log.end("parameters", 0) == 250
+    log.close()
+
+
+def test_sqlite_keeps_the_newest_record_of_every_item(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path, clock=ManualClock(), retention_bytes=2**20)
+    for i in range(6):
+        log.append("item", [(f"item{j}", b"%d" % i + bytes(100_000)) for j in range(25)])
+    wait_until(lambda: len(read_all(log, "item")) < 100)
+    newest = {r.key: r.value[:1] for r in read_all(log, "item")}
+    assert newest == {f"item{j}": b"5" for j in range(25)}
+    assert log.begin("item", 0) == 0
+    log.close()
+
+
+def test_damaged_sqlite_log_names_the_file_and_the_remedy(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path, clock=ManualClock())
+    log.append("feedback", messages(3))
+    log.close()
+    (tmp_path / "feedback.db").write_bytes(b"torn" * 5000)
+    with pytest.raises(LogError, match=r"feedback\.db.*restore it, or move it away"):
+        SqliteLog(tmp_path, clock=ManualClock())
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from recsys.clock import SystemClock
+from recsys.errors import LogFull
+from recsys.streams.sqlite import SqliteLog
+log = SqliteLog(Path(sys.argv[1]), clock=SystemClock())
+log.append("feedback", [("a", b"1")])
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))  # as a full disk: writes beyond fail
+try:
+    log.append("feedback", [("b", bytes(1_000_000))])
+except LogFull as error:
+    print("full", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.append("feedback", [("c", b"3")])
+print([record.key for record in log.read("feedback", 0, 0)])
+"""
+
+
+def test_full_disk_is_log_full_and_nothing_of_that_append_stays(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "full log file" in done.stdout, done.stderr
+    assert "feedback.db" in done.stdout
+    assert done.stdout.rstrip().endswith("['a', 'c']")
+
+
+def test_append_after_close_is_an_error(durable: Place) -> None:
+    log = durable.open()
+    log.close()
+    with pytest.raises(LogError, match="closed"):
+        log.append("feedback", messages(1))
+
+
+# Kafka alone.
+
+
+@pytest.mark.system
+def test_without_the_broker_appends_are_spooled_until_full_and_arrive_after_it_is_back(tmp_path: Path) -> None:
+    with kafka_server(tmp_path) as server:
+        config = LogConfig(kind="kafka", bootstrap_servers=f"127.0.0.1:{server.port}", spool_bytes=2**16)
+        log = KafkaLog(config, tmp_path / "spool", clock=SystemClock())
+        log.append("parameters", messages(10))
+        log.flush()
+        assert len(read_all(log, "parameters")) == 10
+        server.stop()
+        accepted = 10
+        with pytest.raises(LogFull, match="spool_bytes"):
+            while True:
+                log.append("parameters", messages(10, accepted))
+                accepted += 10
+        assert accepted > 1000
+        with pytest.raises(LogUnavailable):
+            log.flush(0.2)
+
+        def away() -> bool:
+            try:
+                log.read("parameters", 0, 10)
+            except LogUnavailable:
+                return True
+            return False
+
+        wait_until(away)
+        server.start()
+        log.flush(30.0)
+        found: list[Record] = []
+
+        def all_read() -> bool:
+            with contextlib.suppress(LogUnavailable):  # reader and admin connections come back one after the other
+                found[:] = read_all(log, "parameters")
+            return bool(found)
+
+        wait_until(all_read)
+        assert list(dict.fromkeys((r.key, r.value) for r in found)) == messages(accepted)
+        log.append("parameters", messages(1))
+        log.close()
+
+
+@pytest.mark.system
+def test_kafka_log_starts_without_the_broker_and_names_it(tmp_path: Path) -> None:
+    log = KafkaLog(LogConfig(kind="kafka", bootstrap_servers=f"127.0.0.1:{free_port()}"), tmp_path, clock=SystemClock())
+    log.append("feedback", messages(1))
+    for call in (
+        lambda: log.read("feedback", 0, 0),
+        lambda: log.end("feedback", 0),
+        lambda: log.partitions("feedback"),
+    ):
+        with pytest.raises(LogUnavailable, match="bootstrap_servers"):
+            call()
+    log.close()
+
+
+@pytest.mark.system
+def test_different_partition_counts_are_refused_and_deleted_records_are_a_gap(tmp_path: Path, kafka: Server) -> None:
+    address = f"127.0.0.1:{kafka.port}"
+    admin = KafkaAdminClient(bootstrap_servers=address)
+    admin.create_topics({"bad-impression": {"num_partitions": 2}, "bad-feedback": {"num_partitions": 3}})
+    with pytest.raises(LogError, match=r"bad-impression \(2 partitions\) and bad-feedback \(3\)"):
+        KafkaLog(
+            LogConfig(kind="kafka", bootstrap_servers=address, topic_prefix="bad-"), tmp_path / "a", clock=SystemClock()
+        )
+    log = KafkaLog(
+        LogConfig(kind="kafka", bootstrap_servers=address, topic_prefix="gap-"), tmp_path / "b", clock=SystemClock()
+    )
+    log.append("feedback", messages(10))
+    log.flush()
+    admin.delete_records({TopicPartition("gap-feedback", 0): 4})
+    wait_until(lambda: log.begin("feedback", 0) == 4)
+    with pytest.raises(LogTruncated, match=r"offset 3 is outside 4\.\.10"):
+        log.read("feedback", 0, 3)
+    assert len(log.read("feedback", 0, 4)) == 6
+    admin.close()
+    log.close()
+
+
+@pytest.mark.system
+def test_committed_positions_show_at_the_broker(tmp_path: Path, kafka: Server) -> None:
+    address = f"127.0.0.1:{kafka.port}"
+    log = KafkaLog(
+        LogConfig(kind="kafka", bootstrap_servers=address, topic_prefix="lag-"), tmp_path, clock=SystemClock()
+    )
+    log.commit("trainer", "feedback", 0, 42)
+    admin = KafkaAdminClient(bootstrap_servers=address)
+    partition = TopicPartition("lag-feedback", 0)
+
+    def committed() -> int:
+        try:
+            found = admin.list_group_offsets({"trainer": [partition]})["trainer"]
+        except KafkaError:  # the broker is still making the topic of positions
+            return -1
+        return found[partition].offset if partition in found else -1
+
+    log.flush()
+    wait_until(lambda: committed() == 42)
+    admin.close()
+    log.close()

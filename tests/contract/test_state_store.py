@@ -1,0 +1,268 @@
+"""The contract of StateStore, on every implementation; the in-memory one is the oracle of the others."""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recsys.config import Config, StateConfig
+from recsys.errors import ConfigError, StateUnavailable
+from recsys.state.base import StateStore
+from recsys.state.memory import MemoryState
+from recsys.state.open import open_state
+from recsys.state.redis import RedisState
+from recsys.state.sqlite import SqliteState
+from recsys.testing.servers import Server, free_port, redis_server
+from recsys.types import HistoryEvent, UserState, UserUpdate
+
+HISTORY_LEN, SEEN_LEN = 5, 4
+Open = Callable[[], StateStore]
+_numbers = itertools.count()
+
+
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.system)])
+def open_new(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Opens another empty store."""
+    opened: list[StateStore] = []
+
+    def make() -> StateStore:
+        if request.param == "memory":
+            store: StateStore = MemoryState(HISTORY_LEN, SEEN_LEN)
+        elif request.param == "sqlite":
+            store = SqliteState(tmp_path / f"{next(_numbers)}.db", HISTORY_LEN, SEEN_LEN)
+        else:
+            server: Server = request.getfixturevalue("redis")
+            store = RedisState(f"redis://127.0.0.1:{server.port}/0", f"test{next(_numbers)}", HISTORY_LEN, SEEN_LEN)
+        opened.append(store)
+        return store
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+def event(time_ms: int, name: str = "", kind: str = "click", item: str = "i") -> HistoryEvent:
+    return HistoryEvent(time_ms=time_ms, event_id=name or f"e{time_ms}", item_id=item, type=kind, session_id=None)
+
+
+def click(user: str, *times: int) -> UserUpdate:
+    return UserUpdate(user_id=user, events=tuple(event(t) for t in times))
+
+
+def test_unknown_user_has_an_empty_state_and_a_new_store_no_positions(open_new: Open) -> None:
+    store = open_new()
+    assert store.get("nobody") == UserState()
+    assert store.positions() == {}
+
+
+def test_history_keeps_the_newest_of_each_type_in_time_order(open_new: Open) -> None:
+    store = open_new()
+    for t in (9, 3, 7, 1, 8, 2, 6):
+        store.apply([click("u", t)], {})
+    store.apply([UserUpdate(user_id="u", events=(event(5, "like", "like"),))], {})
+    history = store.get("u").history
+    assert [e.time_ms for e in history if e.type == "click"] == [3, 6, 7, 8, 9]
+    assert [e.time_ms for e in history] == [3, 5, 6, 7, 8, 9]
+
+
+def test_all_fields_come_back(open_new: Open) -> None:
+    store = open_new()
+    full = HistoryEvent(time_ms=2**40, event_id="ü\n", item_id="片", type="buy", session_id="s:1")
+    store.apply([UserUpdate(user_id="u", events=(full,), seen=("片", "b"))], {})
+    (found,) = store.get("u").history
+    assert (found.time_ms, found.event_id, found.item_id, found.type, found.session_id) == (
+        2**40,
+        "ü\n",
+        "片",
+        "buy",
+        "s:1",
+    )
+    assert store.get("u").seen == ("片", "b")
+
+
+def test_seen_keeps_the_last_distinct_and_seeing_again_renews(open_new: Open) -> None:
+    store = open_new()
+    store.apply([UserUpdate(user_id="u", seen=("a", "b", "c"))], {})
+    store.apply([UserUpdate(user_id="u", seen=("a", "d", "e"))], {})
+    assert store.get("u").seen == ("c", "a", "d", "e")
+
+
+def test_forget_deletes_what_came_before_and_later_updates_apply(open_new: Open) -> None:
+    store = open_new()
+    store.apply([click("u", 1, 2), UserUpdate(user_id="u", seen=("a",)), click("other", 1)], {"feedback/0": 3})
+    store.apply([UserUpdate(user_id="u", forget=True)], {"feedback/0": 4})
+    assert store.get("u") == UserState()
+    assert len(store.get("other").history) == 1
+    store.apply([click("u", 5), UserUpdate(user_id="u", forget=True), click("u", 1)], {"feedback/0": 7})
+    assert [e.time_ms for e in store.get("u").history] == [1]
+    assert store.positions() == {"feedback/0": 7}
+
+
+def test_positions_are_kept_per_partition(open_new: Open) -> None:
+    store = open_new()
+    store.apply([], {"feedback/0": 1, "impression/1": 2**40})
+    store.apply([], {"feedback/0": 5})
+    assert store.positions() == {"feedback/0": 5, "impression/1": 2**40}
+
+
+def test_an_observer_never_sees_updates_without_their_position(open_new: Open) -> None:
+    store = open_new()
+    writer = threading.Thread(target=lambda: [store.apply([click("u", i)], {"feedback/0": i}) for i in range(1, 301)])
+    writer.start()
+    position = 0
+    while position < 300:
+        before = max((e.time_ms for e in store.get("u").history), default=0)
+        position = store.positions().get("feedback/0", 0)
+        after = max((e.time_ms for e in store.get("u").history), default=0)
+        assert before <= position <= after
+    writer.join()
+
+
+HOSTILE = [
+    "u:1",
+    "{u}",
+    "u\x00v",
+    "u\r\nDEL x",
+    "*",
+    "positions",
+    "🦊" * 60,
+    " ",
+    "u",
+    "h:u",
+    "s:u",
+    "' OR 1=1 --",
+    "%s",
+    "\x7f\x1b[",
+]
+
+
+def test_hostile_ids_stay_apart(open_new: Open) -> None:
+    store = open_new()
+    store.apply(
+        [
+            UserUpdate(user_id=name, events=(event(i, name, name, name),), seen=(name,))
+            for i, name in enumerate(HOSTILE)
+        ],
+        {"a/0": 1},
+    )
+    for i, name in enumerate(HOSTILE):
+        state = store.get(name)
+        assert [(e.time_ms, e.event_id, e.item_id, e.type) for e in state.history] == [(i, name, name, name)]
+        assert state.seen == (name,)
+    assert store.positions() == {"a/0": 1}
+
+
+_events = st.builds(event, st.integers(0, 12), st.sampled_from("abc"), st.sampled_from(["click", "like"]))
+# An event id belongs to one event: its type follows from its identity.
+_updates = st.lists(
+    st.tuples(st.sampled_from(["u", "v"]), st.integers(0, 12), st.sampled_from("abc")).map(
+        lambda x: UserUpdate(user_id=x[0], events=(event(x[1], x[2], "click" if x[1] % 3 else "like"),))
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(updates=_updates, data=st.data())
+def test_any_order_with_duplicates_gives_the_history_of_the_sorted_stream(
+    open_new: Open, updates: list[UserUpdate], data: st.DataObject
+) -> None:
+    straight, shuffled = MemoryState(HISTORY_LEN, SEEN_LEN), open_new()
+    once = {(u.user_id, u.events[0]): u for u in updates}
+    straight.apply(sorted(once.values(), key=lambda u: u.events[0]), {})
+    order = data.draw(st.permutations(updates + updates[: len(updates) // 2]))
+    half = len(order) // 2
+    shuffled.apply(order[:half], {})
+    shuffled.apply(order[half:], {})
+    for user in ("u", "v"):
+        expected = sorted({u.events[0] for u in updates if u.user_id == user})
+        newest = [e for kind in ("click", "like") for e in [x for x in expected if x.type == kind][-HISTORY_LEN:]]
+        assert list(shuffled.get(user).history) == sorted(newest)
+        assert shuffled.get(user) == straight.get(user)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    updates=st.lists(
+        st.builds(
+            UserUpdate,
+            user_id=st.sampled_from(["u", "v"]),
+            events=st.lists(_events, max_size=3).map(tuple),
+            seen=st.lists(st.sampled_from("abcdefgh"), max_size=6).map(tuple),
+            forget=st.booleans(),
+        ),
+        max_size=30,
+    )
+)
+def test_every_store_agrees_with_the_one_in_memory(open_new: Open, updates: list[UserUpdate]) -> None:
+    oracle, store = MemoryState(HISTORY_LEN, SEEN_LEN), open_new()
+    oracle.apply(updates, {})
+    for start in range(0, len(updates), 7):
+        store.apply(updates[start : start + 7], {"feedback/0": start})
+    assert [store.get(user) for user in ("u", "v")] == [oracle.get(user) for user in ("u", "v")]
+
+
+def test_sqlite_state_is_there_after_reopening_and_for_other_connections(tmp_path: Path) -> None:
+    writer, reader = (SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN) for _ in range(2))
+    writer.apply([click("u", 1)], {"feedback/0": 9})
+    assert len(reader.get("u").history) == 1
+    assert reader.positions() == {"feedback/0": 9}
+    writer.close()
+    reader.close()
+    again = SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+    assert again.positions() == {"feedback/0": 9}
+    again.close()
+
+
+def test_sqlite_positions_and_updates_fail_together(tmp_path: Path) -> None:
+    store = SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+    breaker = sqlite3.connect(tmp_path / "state.db")
+    breaker.execute("CREATE TRIGGER no BEFORE INSERT ON positions BEGIN SELECT RAISE(ABORT, 'disk says no'); END")
+    breaker.commit()
+    with pytest.raises(StateUnavailable, match="disk says no"):
+        store.apply([click("u", 1)], {"feedback/0": 1})
+    assert store.get("u") == UserState()
+    breaker.execute("DROP TRIGGER no")
+    breaker.commit()
+    store.apply([click("u", 1)], {"feedback/0": 1})
+    assert len(store.get("u").history) == 1
+    breaker.close()
+    store.close()
+
+
+def test_damaged_sqlite_state_names_the_file_and_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "state.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(StateUnavailable, match=r"state\.db.*delete it"):
+        SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+
+
+def test_unreachable_redis_is_unavailable_at_once_and_open_does_not_need_it(tmp_path: Path) -> None:
+    config = Config(data_dir=tmp_path, state=StateConfig(kind="redis", url=f"redis://127.0.0.1:{free_port()}/0"))
+    store = open_state(config)
+    for call in (lambda: store.get("u"), store.positions, lambda: store.apply([click("u", 1)], {})):
+        with pytest.raises(StateUnavailable, match=r"redis://127\.0\.0\.1"):
+            call()
+    with pytest.raises(ConfigError, match=r"state\.url"):
+        RedisState("http://x", "p", 1, 1)
+
+
+@pytest.mark.system
+def test_redis_that_restarts_is_used_again_and_its_loss_shows_in_the_positions(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        store = RedisState(f"redis://127.0.0.1:{server.port}/0", "p", HISTORY_LEN, SEEN_LEN)
+        store.apply([click("u", 1)], {"feedback/0": 1})
+        server.stop()
+        with pytest.raises(StateUnavailable):
+            store.get("u")
+        server.start()
+        assert store.positions() == {}
+        store.apply([click("u", 1)], {"feedback/0": 1})
+        assert len(store.get("u").history) == 1
+        store.close()

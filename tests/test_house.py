@@ -1,0 +1,123 @@
+"""The house rules that no linter knows: sizes, one home for each driver, no silent skips, documents that match the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from tests.documents import DOCUMENTS, ROOT, options
+
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 7
+DRIVERS = {
+    "kafka": ("recsys/streams/kafka.py", "recsys/testing/servers.py"),
+    "redis": ("recsys/state/redis.py", "recsys/testing/servers.py"),
+    "faiss": ("recsys/retrieval/index.py",),
+    "torch": (
+        "recsys/model/",
+        "recsys/training/",
+        "recsys/ranking/scorer.py",
+        "recsys/ranking/generation.py",
+        # These set the number of threads before anything else runs.
+        "services/trainer/main.py",
+        "services/ranking/main.py",
+        "services/cli/replay.py",
+    ),
+}
+UNSEEN = {"__pycache__", "build", "dist", "recsys-data", "node_modules", "shared"}
+FORBIDDEN = ("/wor" + "k/", "/tmp/" + "venv", "TO" + "DO", "FIX" + "ME")
+
+
+def files(*roots: str, suffix: str = "") -> Iterator[Path]:
+    """The repository's own files below the roots; generated code and what git ignores left out."""
+    for root in roots:
+        for path in sorted((ROOT / root).rglob(f"*{suffix}")):
+            parts = path.relative_to(ROOT).parts
+            hidden = any(p in UNSEEN or p.endswith(".egg-info") or (p[0] == "." and p != ".ci") for p in parts[:-1])
+            if path.is_file() and not hidden and "_pb2" not in path.name:
+                yield path
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+CODE = [pytest.param(path, id=named(path)) for path in files("recsys", "services", "load_tests", suffix=".py")]
+TESTS = [pytest.param(path, id=named(path)) for path in files("tests", suffix=".py")]
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_module_and_its_functions_are_small(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{named(path)} has {lines} lines: it has two subjects, split it"
+    for node in functions(path):
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{named(path)}:{node.lineno} {node.name} has {length} lines"
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = sum(argument.arg not in ("self", "cls") for argument in arguments)
+        assert count <= MAX_PARAMETERS, f"{named(path)}:{node.lineno} {node.name} has {count} parameters"
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_driver_is_imported_only_at_its_seam(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            roots = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots = {(node.module or "").split(".")[0]}
+        else:
+            continue
+        for driver in roots & DRIVERS.keys():
+            assert named(path).startswith(DRIVERS[driver]), (
+                f"{named(path)}:{node.lineno} imports {driver}; only {', '.join(DRIVERS[driver])} may"
+            )
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_only_a_missing_device_or_data_skips_a_test(path: Path) -> None:
+    skipping = {"skip", "skipif", "importorskip", "xfail"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") in skipping):
+            continue
+        text = f"{named(path)} {ast.unparse(node)}".lower()
+        assert re.search(r"cuda|gpu|shared", text), (
+            f"{named(path)}:{node.lineno}: raise what is missing and how to install it; only a missing GPU or shared data may skip"
+        )
+
+
+def test_one_faiss_is_installed() -> None:
+    installed = set(packages_distributions().get("faiss", []))
+    assert len(installed) == 1, f"{sorted(installed)} share the module name faiss: uninstall all, then install one"
+
+
+def test_no_file_names_a_workplace_or_leaves_a_note() -> None:
+    found = []
+    top = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
+    for path in [*top, *files("recsys", "services", "load_tests", "tests", "deploy", "docs", ".ci")]:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{named(path)}: {word!r}" for word in FORBIDDEN if word in text]
+    assert not found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_document_matches_the_code(path: str) -> None:
+    committed = (ROOT / path).read_text(encoding="utf-8")
+    assert committed == DOCUMENTS[path](), f"{path} is not what the code says: python -m tests.documents"
+
+
+def test_every_option_says_what_it_is() -> None:
+    silent = [name for name, field in options() if not (field.description or "").strip()]
+    assert not silent, f"options without a docstring: {silent}"

@@ -1,0 +1,57 @@
+"""Configuration: frozen, strict, and clear about what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from recsys.config import Config, load, parse
+from recsys.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "deploy" / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_committed_configurations_are_valid(path: Path) -> None:
+    assert isinstance(load(path, {}), Config)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"rankin": {}}, ["rankin", "'ranking'"]),
+        ({"ranking": {"prt": 1}}, ["ranking.prt", "'ranking.port'"]),
+        ({"ranking": {"port": 99999}}, ["ranking.port", "99999", "65535"]),
+        ({"tasks": []}, ["tasks", "at least one"]),
+        ({"features": {"crosses": [["nobody", "item"]]}}, ["nobody", "user"]),
+        ({"features": {"history_attributes": ["colour"]}}, ["colour", "catalogue.attributes"]),
+        ({"retrieval": {"sources": {"magic": 3}}}, ["magic", "unknown source"]),
+    ],
+)
+def test_what_is_wrong_is_named(raw: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(raw)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_environment_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[ranking]\nport = 1234\n")
+    assert load(path, {}).ranking.port == 1234
+    assert load(path, {"RECSYS_RANKING__PORT": "4321", "RECSYS_LOG__KIND": "kafka"}).ranking.port == 4321
+    with pytest.raises(ConfigError, match=r"ranking\.prt"):
+        load(path, {"RECSYS_RANKING__PRT": "1"})
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "none.toml", {})
+    path = tmp_path / "bad.toml"
+    path.write_text("a = = b")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        load(path, {})
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 3  # type: ignore[misc]

@@ -1,0 +1,157 @@
+"""Keys and numbers: what the one feature function says, and that what is logged comes back as it was."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys.config import Config, parse
+from recsys.errors import BadInput
+from recsys.features.build import Signals, decode, encode, item_features, user_features
+from recsys.features.catalogue import Catalogue
+from recsys.features.counters import RateCounters
+from recsys.features.schema import Schema
+from recsys.keys import cross, key_of, mix
+from recsys.types import HistoryEvent, Item
+
+
+def event(item_id: str, time_ms: int) -> HistoryEvent:
+    return HistoryEvent(time_ms=time_ms, event_id=str(time_ms), item_id=item_id, type="click")
+
+
+def small() -> tuple[Config, Schema, Catalogue]:
+    config = Config()
+    schema = Schema.of(config)
+    catalogue = Catalogue(schema, capacity=2)
+    for number in range(5):
+        tags = [f"t{number}", "all"][: 1 + number % 2]
+        catalogue.apply(
+            Item(item_id=f"i{number}", title=f"T{number}", attributes={"category": f"c{number % 2}", "tags": tags})
+        )
+    return config, schema, catalogue
+
+
+def signals(schema: Schema, size: int) -> Signals:
+    tasks = len(schema.tasks)
+    return Signals(
+        user_rates=np.zeros(tasks, np.float32),
+        item_rates=np.zeros((size, tasks), np.float32),
+        popularity=np.zeros(size, np.float32),
+        covisit=np.zeros(size, np.float32),
+    )
+
+
+def test_affinity_is_the_recency_weighted_share_of_the_history() -> None:
+    _, schema, catalogue = small()
+    user = user_features(schema, catalogue, "u", [event("i0", 1), event("i1", 2), event("i3", 3)], {})
+    features = item_features(schema, catalogue, user, np.array([2, 1], np.int32), signals(schema, 2), 0.5)
+    column = schema.numbers.index("affinity.category")
+    # Newest first: i3 and i1 are of c1 (weights 1, .5), i0 of c0 (weight .25); item 2 is of c0, item 1 of c1.
+    np.testing.assert_allclose(features.numbers[:, column], [0.25 / 1.75, 1.5 / 1.75], rtol=1e-6)
+    assert features.numbers[:, schema.numbers.index("in_history")].tolist() == [0.0, 1.0]
+
+
+def test_history_is_newest_first_and_unknown_items_keep_their_key() -> None:
+    _, schema, catalogue = small()
+    user = user_features(schema, catalogue, "7", [event("i0", 1), event("gone", 2)], {})
+    assert user.shared_keys[0] == 7
+    assert user.history_keys[:, 0].tolist() == [key_of("gone"), key_of("i0")]
+    assert not user.history_mask[0, 1:].any()
+
+
+def test_crosses_pair_present_columns_only() -> None:
+    _, schema, catalogue = small()
+    user = user_features(schema, catalogue, "u", [event("i4", 1)], {})
+    features = item_features(schema, catalogue, user, np.array([0], np.int32), signals(schema, 1), 0.8)
+    pair = cross(np.array([key_of("u")]), np.array([key_of("c0")]))[0]
+    assert features.cross_keys[0, 0] == pair
+    assert features.cross_mask[0, 0]
+    with_history = schema.cross_slots == schema.slot("history*item")
+    assert features.cross_mask[0][with_history].tolist() == [True, False, False, False, False]
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=0, max_size=6),
+    st.lists(st.integers(0, 4), min_size=0, max_size=3, unique=True),
+)
+def test_what_was_encoded_is_decoded(past: list[int], shown: list[int]) -> None:
+    _, schema, catalogue = small()
+    user = user_features(schema, catalogue, "u", [event(f"i{n}", t) for t, n in enumerate(past)], {})
+    features = item_features(schema, catalogue, user, np.array(shown, np.int32), signals(schema, len(shown)), 0.8)
+    back = decode(schema, encode(features))
+    for name in ("item_keys", "item_mask", "cross_keys", "cross_mask", "numbers"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(features, name))
+    for name in ("shared_keys", "shared_mask", "history_keys", "history_mask"):
+        np.testing.assert_array_equal(getattr(back.user, name), getattr(user, name))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 4, 50, -1])
+def test_features_of_another_length_are_refused(cut: int) -> None:
+    _, schema, catalogue = small()
+    user = user_features(schema, catalogue, "u", [], {})
+    data = encode(item_features(schema, catalogue, user, np.array([1], np.int32), signals(schema, 1), 0.8))
+    with pytest.raises(BadInput, match="bytes"):
+        decode(schema, data[:cut])
+
+
+def test_a_number_that_is_not_finite_is_refused() -> None:
+    _, schema, catalogue = small()
+    user = user_features(schema, catalogue, "u", [], {})
+    features = item_features(schema, catalogue, user, np.array([1], np.int32), signals(schema, 1), 0.8)
+    features.numbers[0, 0] = np.nan
+    with pytest.raises(BadInput, match="finite"):
+        decode(schema, encode(features))
+
+
+def test_deleted_items_keep_their_row_and_come_back() -> None:
+    _, _, catalogue = small()
+    row = catalogue.apply(Item(item_id="i1", deleted=True))
+    assert (row, catalogue.num_alive, bool(catalogue.alive[row])) == (1, 4, False)
+    assert catalogue.apply(Item(item_id="i1", title="again")) == row
+    assert (catalogue.num_alive, catalogue.item(row).title) == (5, "again")
+    assert catalogue.apply(Item(item_id="never", deleted=True)) == -1
+
+
+def test_schema_hash_changes_with_the_slots_and_only_with_them() -> None:
+    config = Config()
+    schema = Schema.of(config)
+    before = schema.hash
+    assert schema.item_slots is schema.item_slots  # cached values are no part of it
+    assert Schema.of(config).hash == before
+    assert Schema.of(parse({"features": {"context": ["hour"]}})).hash != before
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("0", 0), ("-1", -1), ("9223372036854775807", 2**63 - 1), ("-9223372036854775808", -(2**63))]
+)
+def test_canonical_integers_are_their_own_key(text: str, key: int) -> None:
+    assert key_of(text) == key
+
+
+@pytest.mark.parametrize("text", ["007", "-0", "+1", "9223372036854775808", "１", " 1", "a"])
+def test_other_strings_are_hashed(text: str) -> None:
+    assert str(key_of(text)) != text.strip()
+    assert -(2**63) <= key_of(text) < 2**63
+
+
+def test_mix_is_the_published_splitmix64() -> None:
+    # First output of splitmix64 seeded with 1234567 (Rosetta Code's published test vector).
+    assert mix(np.array([1234567], np.int64))[0] == 6457827717110365317
+
+
+def test_rates_decay_and_ignore_order() -> None:
+    first, second = (RateCounters(10.0, (0.5,)) for _ in range(2))
+    rows = np.array([3], np.int32)
+    first.impression("u", rows, 0)
+    first.impression("u", rows, 10_000)
+    first.positive("u", 3, 0, 10_000)
+    second.impression("u", rows, 10_000)
+    second.positive("u", 3, 0, 10_000)
+    second.impression("u", rows, 0)
+    shown, positives = 1.5 * 0.5 + 10.0, 1.0 * 0.5 + 5.0  # half a half-life later … twenty seconds after the first
+    expected = np.log(positives / shown / 0.5)
+    np.testing.assert_allclose(first.item_rates(rows, 20_000)[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(first.user_rates("u", 20_000), [expected], rtol=1e-6)
+    # A late record is counted at the time of the newest: an upper bound, the same for both.
+    assert second.item_rates(rows, 20_000)[0] <= first.item_rates(rows, 20_000)[0] + 1e-6
+    assert first.user_rates("unknown", 0).tolist() == [0.0]

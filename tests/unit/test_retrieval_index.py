@@ -1,0 +1,147 @@
+"""The item index and its exact buffer, against comparing every vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recsys.errors import SnapshotCorrupt
+from recsys.retrieval.index import ItemIndex, Searcher
+from recsys.types import Float32, Int32
+
+
+def clustered(count: int, dim: int, seed: int) -> Float32:
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(200, dim))
+    return (centres[generator.integers(0, 200, count)] + 0.6 * generator.normal(size=(count, dim))).astype(np.float32)
+
+
+def exact(rows: Int32, vectors: Float32, user: Float32, k: int) -> list[int]:
+    cosines = vectors @ user / np.linalg.norm(vectors, axis=1)
+    return rows[np.lexsort((rows, -cosines))[:k]].tolist()
+
+
+@pytest.fixture
+def small() -> tuple[Int32, Float32]:
+    return (np.arange(500, dtype=np.int32) * 3 + 1), clustered(500, 8, 1)
+
+
+def test_search_finds_what_comparing_everything_finds(small: tuple[Int32, Float32]) -> None:
+    rows, vectors = small
+    searcher = Searcher(ItemIndex.build(rows, vectors))
+    for seed in range(5):
+        user = np.random.default_rng(seed).normal(size=8).astype(np.float32)
+        found, scores = searcher.search(user, 20)
+        assert found.tolist() == exact(rows, vectors, user, 20)
+        assert np.all(np.diff(scores) <= 0)
+        assert np.all(np.abs(scores) <= 1.0001)
+
+
+def test_buffer_changes_and_deletions_hold_at_once(small: tuple[Int32, Float32]) -> None:
+    rows, vectors = small
+    searcher = Searcher(ItemIndex.build(rows, vectors))
+    generator = np.random.default_rng(2)
+    truth = dict(zip(rows.tolist(), vectors, strict=True))
+    for step in range(300):
+        row = int(generator.integers(0, 1700))
+        if step % 3 == 0:
+            truth.pop(row, None)
+            searcher.delete(row)
+        else:
+            truth[row] = generator.normal(size=8).astype(np.float32)
+            searcher.put(np.array([row], np.int32), truth[row][None])
+    user = generator.normal(size=8).astype(np.float32)
+    alive = np.array(sorted(truth), np.int32)
+    expected = exact(alive, np.stack([truth[row] for row in alive.tolist()]), user, 60)
+    assert searcher.search(user, 30)[0].tolist() == expected[:30]
+    assert (
+        searcher.search(user, 30, exclude=set(expected[:30:2]))[0].tolist()
+        == [r for r in expected if r not in expected[:30:2]][:30]
+    )
+
+
+def test_k_beyond_the_catalogue_gives_all_of_it(small: tuple[Int32, Float32]) -> None:
+    rows, vectors = small
+    searcher = Searcher(ItemIndex.build(rows, vectors))
+    searcher.put(np.array([0], np.int32), vectors[:1])
+    searcher.delete(1)
+    found, _ = searcher.search(vectors[0], 10_000)
+    assert sorted(found.tolist()) == [0, *rows.tolist()[1:]]
+    nothing = Searcher(ItemIndex.build(np.zeros(0, np.int32), np.zeros((0, 8), np.float32)))
+    assert nothing.search(vectors[0], 5)[0].tolist() == []
+    nothing.put(np.array([4], np.int32), vectors[:1])
+    assert nothing.search(vectors[0], 5)[0].tolist() == [4]
+
+
+def test_a_full_buffer_falls_back_to_the_index_and_counts_what_it_lacks(small: tuple[Int32, Float32]) -> None:
+    rows, vectors = small
+    searcher = Searcher(ItemIndex.build(rows, vectors), limit=2)
+    searcher.put(rows[:1], -vectors[:1])
+    assert rows[0] not in searcher.search(vectors[0], 3)[0]
+    searcher.put(np.array([2, 3], np.int32), vectors[1:3])
+    assert searcher.search(vectors[0], 1)[0].tolist() == [int(rows[0])]
+    assert (searcher.num_buffered, searcher.dropped) == (2, 0)
+    searcher.put(np.array([5], np.int32), vectors[3:4])
+    assert (searcher.num_buffered, searcher.dropped) == (2, 1)
+
+
+def test_vectors_without_direction_are_refused_by_name(small: tuple[Int32, Float32]) -> None:
+    rows, vectors = small
+    searcher = Searcher(ItemIndex.build(rows, vectors))
+    broken = vectors.copy()
+    broken[7] = 0
+    with pytest.raises(ValueError, match=f"row {rows[7]}"):
+        ItemIndex.build(rows, broken)
+    with pytest.raises(ValueError, match="row 9"):
+        searcher.put(np.array([9], np.int32), np.full((1, 8), np.nan, np.float32))
+    with pytest.raises(ValueError, match="nan"):
+        searcher.search(np.full(8, np.nan, np.float32), 3)
+    with pytest.raises(ValueError, match="shape"):
+        searcher.search(np.ones(7, np.float32), 3)
+    with pytest.raises(ValueError, match="distinct"):
+        ItemIndex.build(np.array([1, 1], np.int32), vectors[:2])
+    assert searcher.search(np.zeros(8, np.float32), 3)[0].tolist() == []
+
+
+def test_saved_index_answers_the_same_and_a_torn_one_is_refused(small: tuple[Int32, Float32], tmp_path: Path) -> None:
+    rows, vectors = small
+    path = tmp_path / "items.index"
+    index = ItemIndex.build(rows, vectors)
+    index.save(path)
+    index.save(path)
+    first, second = Searcher(index), Searcher(ItemIndex.load(path))
+    for one, other in zip(first.search(vectors[3], 10), second.search(vectors[3], 10), strict=True):
+        np.testing.assert_array_equal(one, other)
+    whole = path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["items.index"]
+    for damaged in (
+        b"",
+        whole[:10],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:-20],
+        whole[:500] + b"\xff\x00" + whole[502:],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(SnapshotCorrupt, match=r"items\.index"):
+            ItemIndex.load(path)
+
+
+def test_large_index_finds_nearly_all_and_is_deterministic(tmp_path: Path) -> None:
+    vectors = clustered(50_400, 8, 3)
+    rows = np.random.default_rng(0).permutation(50_400).astype(np.int32)
+    index = ItemIndex.build(rows, vectors)
+    index.save(tmp_path / "large")
+    searcher, again = Searcher(index), Searcher(ItemIndex.load(tmp_path / "large"))
+    hits = 0
+    for user in clustered(20, 8, 4):
+        expected = exact(rows, vectors, user, 50)
+        searcher.delete(expected[0])
+        again.delete(expected[0])
+        found = searcher.search(user, 50)[0].tolist()
+        assert found == again.search(user, 50)[0].tolist()
+        assert expected[0] not in found
+        hits += len(set(found) & set(expected[1:]))
+    assert hits >= 0.95 * 20 * 49

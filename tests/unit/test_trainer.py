@@ -1,0 +1,217 @@
+"""The trainer: a restart at any gap gives what running straight through gives, bit for bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recsys.clock import ManualClock
+from recsys.config import Config, parse
+from recsys.errors import Fenced, LogTruncated
+from recsys.events import messages
+from recsys.events.deltas import DeltaReader
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.model.layouts import layouts
+from recsys.ranking.parameters import ParameterStore
+from recsys.ranking.pipeline import Pipeline
+from recsys.ranking.request import Request
+from recsys.ranking.scorer import Scorer
+from recsys.ranking.sources import Sources
+from recsys.state.memory import MemoryState
+from recsys.streams.memory import MemoryLog
+from recsys.testing.crash import Abort, AbortAt
+from recsys.testing.world import World
+from recsys.training.runner import Runner
+from recsys.types import Feedback
+
+GAPS = (
+    "journaled",
+    "stepped",
+    "captured",
+    "journal begun",
+    "segment written",
+    "small written",
+    "manifest renamed",
+    "acknowledged",
+    "replayed",
+)
+
+
+def configuration(folder: Path) -> Config:
+    return parse(
+        {
+            "data_dir": str(folder),
+            "tasks": [
+                {"name": "click", "types": ["click"], "window_s": 2},
+                {"name": "like", "types": ["like"], "window_s": 5, "prior": 0.02},
+            ],
+            "model": {"dim": 4, "expert_hidden": [8, 4], "attention": [8], "tower_dim": 4},
+            "training": {"batch_size": 64, "expire_every_steps": 7},
+            "table": {"capacity": 20_000, "expiry_s": 30},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> MemoryLog:
+    """A log of requests answered by the untrained pipeline, and what users did; one second each."""
+    config = configuration(tmp_path_factory.mktemp("world"))
+    clock, world, schema = ManualClock(1_000_000), World(seed=1, num_users=12, num_items=60), Schema.of(config)
+    log, sources = MemoryLog(clock), Sources(config, schema, Catalogue(schema))
+    for item in world.items():
+        sources.item(item)
+        log.append("item", [(item.item_id, messages.dump_item(item))])
+    log.append("item", [("bad", b"not json")])
+    store = ParameterStore(layouts(config, schema), schema.hash)
+    pipeline = Pipeline(config, schema, MemoryState(50, 1000), sources, Scorer(config, schema, store), None)
+    for number in range(60):
+        clock.advance(1000)
+        user = world.any_user()
+        request = Request(
+            request_id=f"r{number}",
+            user_id=world.users[user],
+            n=8,
+            candidates=tuple(i.item_id for i in world.items()[number % 40 : number % 40 + 15]),
+        )
+        answer = pipeline.recommend(request, clock.now_ms())
+        log.append("impression", [(request.user_id, messages.dump_impression(answer.impression))])
+        shown = [item.item_id for item in answer.items]
+        for item_id, clicked in zip(shown, world.clicks(user, shown), strict=True):
+            if clicked:
+                event = Feedback(
+                    event_id=f"{number}-{item_id}",
+                    user_id=request.user_id,
+                    item_id=item_id,
+                    type="click",
+                    time_ms=0,
+                    request_id=f"r{number}",
+                )
+                log.append("feedback", [(request.user_id, messages.dump_feedback(event))])
+    return log
+
+
+def turns(runner: Runner, clock: ManualClock, until: int) -> Iterator[int]:
+    """Run the log's minute in steps of 700 ms; a checkpoint every 20 turns."""
+    turn = runner.trainer.steps
+    while clock.now_ms() < until:
+        clock.advance(700)
+        runner.turn()
+        turn += 1
+        if turn % 20 == 0:
+            runner.checkpoint(wait=True)
+        yield turn
+
+
+class Slowly:
+    """The log as it looks at the clock's time: records stamped later are not there yet."""
+
+    def __init__(self, log: MemoryLog, clock: ManualClock) -> None:
+        self._log, self._clock, self.published = log, clock, MemoryLog(clock)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._log, name)
+
+    def append(self, topic: str, messages: list[tuple[str, bytes]]) -> None:
+        self.published.append(topic, messages)
+
+    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> list[object]:
+        return [r for r in self._log.read(topic, partition, offset, limit) if r.time_ms <= self._clock.now_ms()]
+
+
+END = 1_000_000 + 75_000
+
+
+def run(log: MemoryLog, folder: Path, gap: str = "", count: int = 1) -> tuple[Runner, Slowly, int]:
+    """Run to the end, restarting after each crash; returns the last runner, its log, and how often it crashed."""
+    clock, crashes = ManualClock(1_000_000), 0
+    view = Slowly(log, clock)
+    crash = AbortAt(gap, count)
+    while True:
+        runner = Runner(configuration(folder), view, clock, crash=crash)  # type: ignore[arg-type]
+        try:
+            runner.start()
+            for _ in turns(runner, clock, END):
+                pass
+        except Abort:
+            crashes += 1
+            continue
+        return runner, view, crashes
+
+
+def parameters(runner: Runner) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """Every row and weight, in a canonical order."""
+    found: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    for layout, table in runner.trainer.tables.items():
+        touched = table.touched("comparison")
+        order = np.lexsort((touched.keys, touched.slots))
+        rows = table.export(touched.slots[order], touched.keys[order])
+        found |= {
+            f"{layout}.{name}": getattr(rows, name) for name in ("slots", "keys", "values", "state", "last_seen_ms")
+        }
+    for name, value in runner.trainer.learner.model.state_dict().items():
+        found[f"dense.{name}"] = value.numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(log: MemoryLog, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    runner, view, crashes = run(log, tmp_path_factory.mktemp("straight"))
+    assert crashes == 0
+    assert runner.trainer.steps > 40
+    assert len(runner.trainer.tables["deep"]) > 20
+    letters = view.published.read("dead_letter", 0, 0)
+    assert [r.key for r in letters] == ["item/0/60"]
+    return parameters(runner)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_a_crash_at_any_gap_changes_nothing(gap: str, log: MemoryLog, straight, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    count = {"journaled": 33, "stepped": 47, "replayed": 1}.get(gap, 2)
+    runner, _, crashes = run(log, tmp_path, gap, count)
+    assert crashes == 1
+    crashed = parameters(runner)
+    assert crashed.keys() == straight.keys()
+    for name, expected in straight.items():
+        np.testing.assert_array_equal(crashed[name], expected, err_msg=name)
+
+
+def test_serving_equals_the_trainer_after_a_restart(log: MemoryLog, tmp_path: Path) -> None:
+    runner, view, _ = run(log, tmp_path, "stepped", 55)
+    runner.close()
+    store = ParameterStore(layouts(runner.config, runner.trainer.schema), runner.trainer.schema.hash)
+    reader = DeltaReader()
+    for record in view.published.read("parameters", 0, 0, 100_000):
+        if (delta := reader.feed(record.value)) is not None:
+            store.apply(delta, record.time_ms)
+    assert store.state.version.epoch == runner.epoch == 2
+    for layout, table in runner.trainer.tables.items():
+        touched = table.touched("comparison")
+        served, found = store.tables[layout].lookup(touched.slots, touched.keys)
+        assert found.all()
+        np.testing.assert_array_equal(served, table.lookup(touched.slots, touched.keys)[0])
+        assert len(store.tables[layout]) == len(table), "rows that expired must have left serving, too"
+
+
+def test_a_newer_trainer_fences_the_older_one(log: MemoryLog, tmp_path: Path) -> None:
+    clock = ManualClock(1_000_000)
+    first, second = (Runner(configuration(tmp_path), Slowly(log, clock), clock) for _ in range(2))  # type: ignore[arg-type]
+    first.start()
+    second.start()
+    assert second.epoch == first.epoch + 1
+    first._last["rows"] = 0.0
+    with pytest.raises(Fenced, match="took over"):
+        first.turn()
+
+
+def test_a_log_cut_under_the_checkpoint_is_refused_unless_accepted(log: MemoryLog, tmp_path: Path) -> None:
+    runner, _, _ = run(log, tmp_path)
+    runner.close()
+    clock = ManualClock(END)
+    empty = MemoryLog(clock)
+    with pytest.raises(LogTruncated, match="--accept-gap"):
+        Runner(configuration(tmp_path), empty, clock).start()
+    again = Runner(configuration(tmp_path), empty, clock)
+    again.start(accept_gap=True)
+    assert again.trainer.steps == runner.trainer.steps
