@@ -216,7 +216,7 @@ class RankingConfig(Section):
     """HTTP port of the API."""
     scorer: Literal["model", "sources"] = "model"
     """`sources`: rank by source scores alone."""
-    draw_position: int = Field(0, ge=0)
+    draw_position: int = Field(5, ge=0)
     """This position (from 1) is drawn at random from the best `draw_pool`; 0: none."""
     draw_pool: int = Field(20, ge=2, le=50)
     """Candidates a drawn position is drawn from."""

@@ -72,7 +72,8 @@ class Replay:
             live=not (options.delay_s or options.sync_interval_s),
         )
         self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.copy.scorer, self.copy.generations)
-        if not options.freeze_user and (options.delay_s or options.sync_interval_s):
+        self._is_old = bool(options.delay_s or options.sync_interval_s)
+        if not options.freeze_user and self._is_old:
             self.sources.user_rates = RateCounters(
                 config.features.counter_half_life_s, tuple(task.prior for task in config.tasks)
             )
@@ -132,6 +133,8 @@ class Replay:
             if options.sync_interval_s and self._untrained:
                 self._train(visible + 1)
             self._visible_ms = visible
+            if self._is_old:
+                self.sources.frozen_ms = visible
             while self._later and self._later[0][0] <= visible:
                 self._later.popleft()[1]()
             if self.copy.behind(visible):
@@ -139,7 +142,7 @@ class Replay:
                 self.copy.advance(visible)
 
     def _when_visible(self, time_ms: int, apply: Callable[[], None]) -> None:
-        if not (self.options.delay_s or self.options.sync_interval_s):
+        if not self._is_old:
             apply()
         else:
             self._later.append((time_ms, apply))

@@ -37,6 +37,8 @@ class Sources:
         self.rates = RateCounters(config.features.counter_half_life_s, tuple(task.prior for task in config.tasks))
         self.user_rates = self.rates
         """Where a user's own rates come from: replay may keep them live while the others' are delayed."""
+        self.frozen_ms: int | None = None
+        """Replay: counters are read as at this log time, when it is before the request's."""
         self._tasks: dict[str, list[int]] = {}
         for index, task in enumerate(config.tasks):
             for kind in task.types:
@@ -114,12 +116,14 @@ class Sources:
 
     def signals(self, user_id: str, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Signals:
         """What the counters say about the items at `rows` for this user."""
+        as_of_ms = now_ms if self.frozen_ms is None else min(now_ms, self.frozen_ms)
+        user_ms = as_of_ms if self.user_rates is self.rates else now_ms
         with self.lock:
             return Signals(
-                user_rates=self.user_rates.user_rates(user_id, now_ms),
-                item_rates=self.rates.item_rates(rows, now_ms),
-                popularity=self.trending.score(rows, now_ms),
-                covisit=self.covisits.score(history_rows, rows, now_ms),
+                user_rates=self.user_rates.user_rates(user_id, user_ms),
+                item_rates=self.rates.item_rates(rows, as_of_ms),
+                popularity=self.trending.score(rows, as_of_ms),
+                covisit=self.covisits.score(history_rows, rows, as_of_ms),
             )
 
     def state(self) -> dict[str, Arrays]:

@@ -251,6 +251,11 @@ class KafkaLog:
             raise LogError("the event log is closed: open it again")
         self._spool.append(topic, messages)
 
+    @property
+    def spool_bytes(self) -> int:
+        """Bytes accepted that the broker has not acknowledged."""
+        return self._spool.end - self._spool.sent
+
     def flush(self, timeout_s: float = 10.0) -> None:
         if not self._spool.wait_sent(self._spool.end, timeout_s):
             waiting = self._spool.end - self._spool.sent

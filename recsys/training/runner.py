@@ -106,7 +106,9 @@ class Runner:
                         "log, or restart with --accept-gap to go on from what is left"
                     )
                 loaded[key] = min(max(offset, begin), end)
-            elif not loaded:
+            elif loaded:
+                loaded[key] = max(offset, begin)
+            else:
                 self.positions[key] = begin
 
     def _read_catalogue(self, loaded: dict[str, int]) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,29 @@ from recsys.types import Feedback, Impression
 
 ROOT = Path(__file__).resolve().parents[2]
 RECSYS = (sys.executable, "-m", "services.cli.main")
-NUM_EVENTS = 600
+NUM_EVENTS, LIKE_EVERY = 600, 10
 START_S, LEARN_S = 120.0, 60.0
 
 
 def stream(folder: Path) -> None:
-    """Clicks of the world's users on what they like; every tenth is followed by a like of the same item."""
+    """Clicks of the world's users on what they like; every ninth is followed by a like of the same item."""
     world, rng = World(num_users=60, num_items=80, num_kinds=8), np.random.default_rng(1)
-    items, feedback = world.items(), []
+    items, feedback = world.items(), list[Feedback]()
     ids = np.array([item.item_id for item in items])
     chances = np.stack([world.probability(user, ids.tolist()) ** 2 for user in range(len(world.users))])
     for n in range(NUM_EVENTS):
-        user = world.any_user() if n % 10 else user_of_like(feedback, world)
-        likes = n % 10 == 0 and n > 0
-        item = feedback[-1].item_id if likes else str(rng.choice(ids, p=chances[user] / chances[user].sum()))
-        feedback.append(
-            Feedback(
-                event_id=f"original-{n}",
-                user_id=world.users[user],
-                item_id=item,
-                type="like" if likes else "click",
-                time_ms=1_000 * n,
-            )
+        user = world.any_user()
+        click = Feedback(
+            event_id=f"original-{n}",
+            user_id=world.users[user],
+            item_id=str(rng.choice(ids, p=chances[user] / chances[user].sum())),
+            type="click",
+            time_ms=1000 * n,
         )
+        last = feedback[-1] if feedback else click
+        is_like = n % LIKE_EVERY == LIKE_EVERY - 1
+        feedback.append(replace(click, type="like", user_id=last.user_id, item_id=last.item_id) if is_like else click)
     write_events(folder, items, (), feedback)
-
-
-def user_of_like(feedback: list[Feedback], world: World) -> int:
-    return world.users.index(feedback[-1].user_id) if feedback else 0
 
 
 def run(*arguments: str | Path) -> dict[str, Any]:
@@ -133,7 +129,7 @@ def test_what_is_sent_is_learned_once_exported_and_replayed(settings: tuple[Path
         how = ("--rate", "40", "--to", where, "--name", "sent")
         sent = run("send", "--config", path, "--events", tmp_path / "events", *how)
         assert sent["ok"] and sent["accepted"] == sent["sent"] == NUM_EVENTS
-        assert sent["requests"] == NUM_EVENTS - (NUM_EVENTS - 1) // 10 and sent["shown"] > 20, sent
+        assert sent["requests"] == NUM_EVENTS - NUM_EVENTS // LIKE_EVERY and sent["shown"] > 20, sent
         out = tmp_path / "exported"
         exported = run("log", "export", "--config", path, out)
         assert {name: exported[name] for name in ("items", "feedback", "undecodable")} == {

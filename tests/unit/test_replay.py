@@ -1,0 +1,184 @@
+"""Replay: what scoring may know, and when."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recsys.config import Config, parse
+from recsys.evaluation.replay import Event, Options, Replay
+from recsys.types import Feedback, Impression, Item, ShownItem
+
+SECOND = 1000
+
+
+def counting() -> Config:
+    return parse(
+        {
+            "catalogue": {"attributes": [], "multivalued": []},
+            "features": {"history_types": ["click"], "history_attributes": [], "crosses": []},
+            "training": {"two_tower": False},
+            "retrieval": {"count_types": ["click"], "sources": {"trending": 50}},
+            "ranking": {"scorer": "sources", "exclude": "session"},
+        }
+    )
+
+
+def click(user: str, item: str, second: float, session: str = "s") -> Event:
+    time_ms = int(second * SECOND)
+    return (
+        time_ms,
+        "feedback",
+        Feedback(
+            event_id=f"{user}-{item}-{time_ms}",
+            user_id=user,
+            item_id=item,
+            type="click",
+            time_ms=time_ms,
+            session_id=f"{user}-{session}",
+        ),
+    )
+
+
+def catalogue(*names: str) -> list[Event]:
+    return [(0, "item", Item(item_id=name)) for name in names]
+
+
+def hits(events: Sequence[Event], folder: Path, **options: Any) -> tuple[int, float]:
+    """Answers made, and in how many the next click was shown."""
+    report = Replay(counting(), Options(**options), folder).run(events)["next_item"]
+    return report["predictions"], (report["hit_rate_at_20"] or 0.0) * report["predictions"]
+
+
+def story(second: float) -> list[Event]:
+    """Somebody clicks x at 0 s; u opens a session at 1 s and clicks x at `second`."""
+    return [*catalogue("x", "y"), click("other", "x", 0), click("u", "y", 1), click("u", "x", second)]
+
+
+def test_a_sessions_first_click_is_no_prediction_and_the_next_sees_all_before(tmp_path: Path) -> None:
+    assert hits(story(2), tmp_path) == (1, 1)
+
+
+@pytest.mark.parametrize(("second", "delay", "hit"), [(9.9, 10, 0), (10, 10, 1), (30, 60, 0), (61, 60, 1)])
+def test_delay_hides_others_clicks_for_exactly_so_long(second: float, delay: float, hit: int, tmp_path: Path) -> None:
+    assert hits(story(second), tmp_path, delay_s=delay) == (1, hit)
+
+
+@pytest.mark.parametrize(("second", "hit"), [(99, 0), (100, 1), (150, 1)])
+def test_sync_interval_shows_what_was_known_at_the_last_multiple(second: float, hit: int, tmp_path: Path) -> None:
+    events = [
+        *catalogue("x", "y", "z"),
+        click("first", "z", 0),
+        click("other", "x", 50),
+        click("u", "y", 60),
+        click("u", "x", second),
+    ]
+    assert hits(events, tmp_path, sync_interval_s=100) == (1, hit)
+
+
+def test_own_history_is_live_under_delay_and_frozen_on_demand(tmp_path: Path) -> None:
+    """u's second click on x is not a hit while u's session is known, since what was clicked is not shown again."""
+    events = [
+        *catalogue("x", "y"),
+        click("a", "x", 0),
+        click("u", "y", 200),
+        click("u", "x", 201),
+        click("u", "x", 202),
+    ]
+    assert hits(events, tmp_path, delay_s=100) == (2, 1)
+    frozen = Replay(counting(), Options(delay_s=100, freeze_user=True), tmp_path)
+    frozen.run(events)
+    assert frozen.store.get("u").history == ()
+
+
+def test_report_from_answers_only_from_then_on(tmp_path: Path) -> None:
+    assert hits([*story(2), click("u", "y", 3)], tmp_path, report_from_ms=3 * SECOND)[0] == 1
+
+
+def test_sample_keeps_whole_sessions_and_about_its_share(tmp_path: Path) -> None:
+    """Of 2,000 sessions of two clicks, 30% are answered: outside 540 … 660 happens less than once in 10,000 hashes."""
+    events = [*catalogue("x", "y"), *(click(f"u{n // 2}", "xy"[n % 2], n) for n in range(4000))]
+    answered, _ = hits(events, tmp_path, sample=0.3)
+    assert 540 < answered < 660
+    assert hits(events, tmp_path / "again", sample=0.3)[0] == answered
+
+
+def learning() -> Config:
+    return parse(
+        {
+            "tasks": [{"name": "click", "types": ["click"], "window_s": 0}],
+            "model": {
+                "dim": 4,
+                "expert_hidden": [8, 4],
+                "attention": [8],
+                "row_learning_rate": 0.3,
+                "wide_learning_rate": 0.3,
+            },
+            "training": {"batch_size": 4, "two_tower": False},
+            "retrieval": {"sources": {"trending": 10}},
+        }
+    )
+
+
+def impressions(labels: Sequence[bool], step_s: float = 1.0) -> list[Event]:
+    """One item a request, five users and items in turn; a click at the same instant where the label says so."""
+    events: list[Event] = [(0, "item", Item(item_id=f"i{n}", attributes={"category": f"c{n % 2}"})) for n in range(5)]
+    for number, label in enumerate(labels):
+        time_ms, user, item = int(number * step_s * SECOND), f"u{number % 5}", f"i{number % 3}"
+        shown = (ShownItem(item_id=item, position=1),)
+        events.append(
+            (time_ms, "impression", Impression(request_id=f"r{number}", user_id=user, time_ms=time_ms, items=shown))
+        )
+        if label:
+            feedback = Feedback(
+                event_id=f"e{number}",
+                user_id=user,
+                item_id=item,
+                type="click",
+                time_ms=time_ms,
+                request_id=f"r{number}",
+            )
+            events.append((time_ms, "feedback", feedback))
+    return events
+
+
+def predictions(labels: Sequence[bool], folder: Path, **options: Any) -> list[float]:
+    replay = Replay(learning(), Options(**options), folder)
+    result = replay.run(impressions(labels))
+    assert result["tasks"]["click"]["examples"] == len(labels)
+    return [float(replay._predictions[f"r{n}"][1][0, 0]) for n in range(len(labels))]
+
+
+def test_a_prediction_does_not_depend_on_its_own_label_nor_on_later_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(40) < 0.4).tolist()
+    flipped = [*labels[:20], *(not label for label in labels[20:])]
+    first, second = predictions(labels, tmp_path / "a"), predictions(flipped, tmp_path / "b")
+    assert first[:21] == second[:21]
+    assert first[24:] != second[24:]
+
+
+def test_replaying_twice_gives_the_same_predictions(tmp_path: Path) -> None:
+    labels = [n % 3 == 0 for n in range(30)]
+    assert predictions(labels, tmp_path / "a") == predictions(labels, tmp_path / "b")
+
+
+def test_parameters_stand_still_between_synchronisations(tmp_path: Path) -> None:
+    """With everything frozen for 20 s, equal requests within one interval get equal scores, and the next interval others."""
+    scores = predictions([True] * 60, tmp_path, sync_interval_s=20, freeze_user=True)
+    per_interval = [[scores[n] for n in range(start, start + 20) if n % 15 == start % 15] for start in (0, 20, 40)]
+    for equal in per_interval:
+        assert len(set(equal)) == 1
+    assert per_interval[1][0] > per_interval[0][0]
+
+
+def test_an_impression_of_an_unknown_item_is_counted_but_not_scored(tmp_path: Path) -> None:
+    events = impressions([True] * 4)
+    time_ms, kind, message = events[-2]
+    assert isinstance(message, Impression)
+    events[-2] = time_ms, kind, replace(message, items=(ShownItem(item_id="nowhere", position=1),))
+    result = Replay(learning(), Options(), tmp_path).run(events)
+    assert result["tasks"]["click"]["examples"] == 3
