@@ -87,6 +87,8 @@ class Sample:
 
 def poisson(rate: float, seconds: float, seed: int) -> Floats:
     """Arrival times of a Poisson process, in [0, seconds)."""
+    if rate <= 0:
+        return np.zeros(0)
     rng = np.random.default_rng(seed)
     gaps = rng.exponential(1 / rate, int(rate * seconds + 10 * (rate * seconds) ** 0.5 + 10))
     times: Floats = np.cumsum(gaps)

@@ -10,8 +10,8 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import httpx
 
@@ -54,7 +54,9 @@ def personalise(running: Running) -> float:
     ]
     with httpx.Client(base_url=running.url(), timeout=10.0) as http:
         http.put("/v1/items", json={"items": items}).raise_for_status()
-        before = _wait(http, lambda shown: len(shown) == SHOWN)
+        last = {"cursor": len(items) - 1}
+        _until(lambda: bool(http.get("/v1/items", params=last).json()["items"]), "the catalogue was not known")
+        before = _shown(http)
         kind = min(range(KINDS), key=lambda k: (_count(before, k), k))
         now_ms = time.time_ns() // 1_000_000
         events = [
@@ -70,23 +72,29 @@ def personalise(running: Running) -> float:
         ]
         clicked = time.perf_counter()
         http.post("/v1/feedback", json={"events": events}).raise_for_status()
-        _wait(http, lambda shown: _count(shown, kind) >= 3 and shown != before)
+        _until(lambda: _personal(_shown(http), before, kind), "the list did not follow the clicks")
     return clicked
+
+
+def _personal(shown: list[str], before: list[str], kind: int) -> bool:
+    return _count(shown, kind) >= 3 and shown != before
 
 
 def _count(shown: list[str], kind: int) -> int:
     return sum(int(item_id.removeprefix("item-")) % KINDS == kind for item_id in shown)
 
 
-def _wait(http: httpx.Client, enough: Any) -> list[str]:
+def _shown(http: httpx.Client) -> list[str]:
+    answer = http.post("/v1/recommend", json={"user_id": "first", "n": SHOWN}).raise_for_status().json()
+    return [item["item_id"] for item in answer["items"]]
+
+
+def _until(done: Callable[[], bool], otherwise: str) -> None:
     deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        answer = http.post("/v1/recommend", json={"user_id": "first", "n": SHOWN}).raise_for_status().json()
-        shown = [item["item_id"] for item in answer["items"]]
-        if enough(shown):
-            return shown
+    while not done():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{otherwise} within {WAIT_S:.0f} s")
         time.sleep(0.002)
-    raise RuntimeError(f"the list was not as expected within {WAIT_S:.0f} s: {shown}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Replay:
             self.sources.catalogue,
             self.trainer,
             live=not (options.delay_s or options.sync_interval_s),
+            each_step=bool(options.delay_s),
         )
         self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.copy.scorer, self.copy.generations)
         self._is_old = bool(options.delay_s or options.sync_interval_s)
@@ -130,8 +131,11 @@ class Replay:
             step = int(options.sync_interval_s * 1000)
             visible = min(visible, self._origin_ms + (now_ms - self._origin_ms) // step * step)
         if visible > self._visible_ms:
-            if options.sync_interval_s and self._untrained:
-                self._train(visible + 1)
+            if options.sync_interval_s:
+                if self._untrained:
+                    self._train(visible + 1)
+                if not options.delay_s:
+                    self.copy.capture(visible)
             self._visible_ms = visible
             if self._is_old:
                 self.sources.frozen_ms = visible

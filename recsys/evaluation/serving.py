@@ -39,9 +39,9 @@ class ServingCopy:
     """Scorer and generations over what scoring may know."""
 
     def __init__(
-        self, config: Config, schema: Schema, catalogue: Catalogue, trainer: Trainer | None, *, live: bool
+        self, config: Config, schema: Schema, catalogue: Catalogue, trainer: Trainer | None, *, live: bool, each_step: bool
     ) -> None:
-        self._trainer, self._live = trainer, live
+        self._trainer, self._live, self._each_step = trainer, live, each_step
         self._store = ParameterStore(layouts(config, schema), schema.hash, config.table.implementation)
         self._later: deque[tuple[int, Delta]] = deque()
         direct = live and trainer is not None
@@ -54,26 +54,34 @@ class ServingCopy:
         self._built_ms: int | None = None
 
     def learned(self, now_ms: int) -> None:
-        """The trainer stepped at `now_ms`: remember what changed until it may be seen."""
+        """The trainer stepped at `now_ms`."""
+        if not self._live and self._each_step:
+            self.capture(now_ms)
+        elif self._live and self.generations is not None and self._rebuild_due(now_ms):
+            self.generations.build(now_ms / 1000)
+
+    def capture(self, now_ms: int) -> None:
+        """Remember what changed since the last capture, until it may be seen."""
         trainer = self._trainer
         if trainer is None:
             return
-        if not self._live:
-            version = Version(epoch=1, step=trainer.steps)
-            rows, acknowledge = row_deltas(trainer)
-            delta = Delta(
-                version=version,
-                covers_ms=now_ms,
-                schema=trainer.schema.hash,
-                rows=rows,
-                dense=network_bytes(trainer),
-                dense_version=trainer.steps,
-            )
-            acknowledge()
-            self._later.append((now_ms, delta))
-        elif self.generations is not None and (self._built_ms is None or now_ms - self._built_ms >= self._rebuild_ms):
+        rows, acknowledge = row_deltas(trainer)
+        delta = Delta(
+            version=Version(epoch=1, step=trainer.steps),
+            covers_ms=now_ms,
+            schema=trainer.schema.hash,
+            rows=rows,
+            dense=network_bytes(trainer),
+            dense_version=trainer.steps,
+        )
+        acknowledge()
+        self._later.append((now_ms, delta))
+
+    def _rebuild_due(self, now_ms: int) -> bool:
+        due = self._built_ms is None or now_ms - self._built_ms >= self._rebuild_ms
+        if due:
             self._built_ms = now_ms
-            self.generations.build(now_ms / 1000)
+        return due
 
     def behind(self, visible_ms: int) -> bool:
         """Whether `advance` would change anything."""
@@ -86,6 +94,5 @@ class ServingCopy:
             self._store.apply(delta, now_ms)
         self.scorer.poll()
         self.scorer.refresh()
-        if self.generations is not None and (self._built_ms is None or visible_ms - self._built_ms >= self._rebuild_ms):
-            self._built_ms = visible_ms
+        if self.generations is not None and self._rebuild_due(visible_ms):
             self.generations.build(visible_ms / 1000)
