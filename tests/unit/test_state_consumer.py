@@ -1,0 +1,169 @@
+"""The state consumer: user state and counters from the log, whatever arrives twice, late or after a loss."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recsys.clock import ManualClock
+from recsys.config import Config
+from recsys.events import messages
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.ranking import snapshot
+from recsys.ranking.sources import Sources
+from recsys.ranking.state_consumer import StateConsumer
+from recsys.state.base import StateStore
+from recsys.state.memory import MemoryState
+from recsys.streams.memory import MemoryLog
+from recsys.types import Feedback, Impression, Item, Record, ShownItem
+
+HOUR_MS = 3_600_000
+
+
+class Ranking:
+    """Log, store, sources and consumer of one ranking process."""
+
+    def __init__(self, log: MemoryLog, clock: ManualClock, store: StateStore | None = None) -> None:
+        config = Config()
+        self.schema, self.clock, self.log = Schema.of(config), clock, log
+        self.sources = Sources(config, self.schema, Catalogue(self.schema))
+        for n in range(4):
+            self.sources.item(Item(item_id=f"i{n}", attributes={"category": "c"}))
+        self.store = store or MemoryState(50, 1000)
+        self.bad: list[tuple[Record, str]] = []
+        self.consumer = StateConsumer(
+            config, log, clock, self.store, self.sources, lambda r, why: self.bad.append((r, why))
+        )
+
+    def catch_up(self) -> None:
+        while self.consumer.turn():
+            pass
+
+    def popularity(self) -> list[float]:
+        return self.sources.trending.score(np.arange(4, dtype=np.int32), self.clock.now_ms()).tolist()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(100 * HOUR_MS)
+
+
+@pytest.fixture
+def ranking(clock: ManualClock) -> Ranking:
+    return Ranking(MemoryLog(clock), clock)
+
+
+def click(ranking: Ranking, user: str, item: str, event_id: str = "", **fields: object) -> None:
+    fields.setdefault("time_ms", ranking.clock.now_ms())
+    feedback = Feedback(event_id=event_id or f"{user}{item}", user_id=user, item_id=item, type="click", **fields)  # type: ignore[arg-type]
+    ranking.log.append("feedback", [(user, messages.dump_feedback(feedback))])
+
+
+def test_a_duplicate_counts_once_within_the_horizon(ranking: Ranking) -> None:
+    for _ in range(3):
+        click(ranking, "u", "i1", "same")
+    ranking.catch_up()
+    assert ranking.popularity() == [0.0, 1.0, 0.0, 0.0]
+    assert [e.event_id for e in ranking.store.get("u").history] == ["same"]
+
+
+def test_as_of_moves_to_the_turns_beginning_once_all_is_read(ranking: Ranking) -> None:
+    click(ranking, "u", "i1")
+    accepted_ms = ranking.clock.now_ms()
+    ranking.clock.advance(5)
+    ranking.catch_up()
+    assert ranking.consumer.user_state.time_ms >= accepted_ms
+    assert ranking.consumer.user_state.positions["feedback/0"] == 1
+
+
+def test_clients_times_only_order_history_and_are_clamped(ranking: Ranking) -> None:
+    now_ms = ranking.clock.now_ms()
+    click(ranking, "u", "i1", time_ms=4 * 10**12)
+    click(ranking, "u", "i2", time_ms=0)
+    click(ranking, "u", "i3", time_ms=now_ms - 1000)
+    ranking.catch_up()
+    history = ranking.store.get("u").history
+    assert [e.item_id for e in history] == ["i2", "i3", "i1"]
+    assert [e.time_ms for e in history] == [max(0, now_ms - 7 * 24 * HOUR_MS), now_ms - 1000, now_ms]
+
+
+def test_co_visits_pair_events_of_one_session_even_within_one_batch(ranking: Ranking) -> None:
+    click(ranking, "u", "i0", session_id="a")
+    click(ranking, "u", "i1", session_id="a")
+    click(ranking, "u", "i2", session_id="b")
+    ranking.catch_up()
+    rows, _ = ranking.sources.covisits.candidates([0], 10, ranking.clock.now_ms())
+    assert rows.tolist() == [1]
+
+
+def test_a_poison_message_is_passed_over_and_named(ranking: Ranking) -> None:
+    ranking.log.append("feedback", [("u", b"{"), ("u", b'{"version":1}')])
+    click(ranking, "u", "i1")
+    ranking.catch_up()
+    assert len(ranking.bad) == 2
+    assert len(ranking.store.get("u").history) == 1
+
+
+def test_forgetting_holds_in_log_order(ranking: Ranking) -> None:
+    click(ranking, "u", "i1")
+    ranking.log.append("feedback", [("u", messages.dump_forget("u", event_id="f", time_ms=0))])
+    click(ranking, "u", "i2")
+    ranking.catch_up()
+    assert [e.item_id for e in ranking.store.get("u").history] == ["i2"]
+
+
+def test_impressions_make_items_seen_and_count_as_shown(ranking: Ranking) -> None:
+    shown = Impression(
+        request_id="r",
+        user_id="u",
+        time_ms=0,
+        items=(ShownItem(item_id="i1", position=1), ShownItem(item_id="i9", position=2)),
+    )
+    for _ in range(2):
+        ranking.log.append("impression", [("u", messages.dump_impression(shown))])
+    ranking.catch_up()
+    assert ranking.store.get("u").seen == ("i1", "i9")
+    rates = ranking.sources.rates.item_rates(np.array([0, 1], np.int32), ranking.clock.now_ms())
+    assert rates[0, 0] == 0.0
+    assert rates[1, 0] == pytest.approx(np.log(10 * 0.05 / 11 / 0.05), rel=1e-5)
+
+
+def test_a_store_that_lost_its_data_is_rebuilt_and_nothing_is_counted_twice(
+    ranking: Ranking, clock: ManualClock
+) -> None:
+    click(ranking, "u", "i1")
+    ranking.catch_up()
+    ranking.consumer._store = ranking.store = MemoryState(50, 1000)
+    ranking.catch_up()
+    assert [e.item_id for e in ranking.store.get("u").history] == ["i1"]
+    assert ranking.popularity()[1] == 1.0
+
+
+def test_counters_restored_from_a_snapshot_go_on_where_they_were(
+    ranking: Ranking, clock: ManualClock, tmp_path: Path
+) -> None:
+    click(ranking, "u", "i0", session_id="a")
+    click(ranking, "u", "i1", session_id="a")
+    ranking.catch_up()
+    snapshot.save(tmp_path, ranking.sources, ranking.consumer, ranking.schema)
+    click(ranking, "u", "i1", "later", session_id="a")
+    again = Ranking(ranking.log, clock, ranking.store)
+    assert snapshot.load(tmp_path, again.sources, again.consumer, again.schema, clock.now_ms())
+    for side in (ranking, again):
+        side.catch_up()
+    assert again.popularity() == ranking.popularity() == [1.0, 2.0, 0.0, 0.0]
+    assert again.consumer.counter_positions == ranking.consumer.counter_positions
+    assert again.sources.covisits.candidates([0], 10, clock.now_ms())[0].tolist() == [1]
+
+
+def test_a_torn_snapshot_is_not_used(ranking: Ranking, clock: ManualClock, tmp_path: Path) -> None:
+    click(ranking, "u", "i1")
+    ranking.catch_up()
+    snapshot.save(tmp_path, ranking.sources, ranking.consumer, ranking.schema)
+    path = tmp_path / snapshot.NAME
+    path.write_bytes(path.read_bytes()[:-3])
+    again = Ranking(ranking.log, clock, ranking.store)
+    assert not snapshot.load(tmp_path, again.sources, again.consumer, again.schema, clock.now_ms())
+    again.catch_up()
+    assert again.popularity() == [0.0, 1.0, 0.0, 0.0]
