@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from recsys.errors import ConfigError
 
 PREFIX = "RECSYS_"
+MAX_SOCKET_PATH = 100
+"""Bytes of a Unix socket's path that every system takes; a longer data folder gets a socket in the temporary folder."""
 
 
 class Section(BaseModel):
@@ -308,7 +312,13 @@ class Config(Section):
     @property
     def parameter_address(self) -> str:
         """Where the parameter service listens."""
-        return self.parameter.address or f"unix:{(self.data_dir / 'parameter.sock').absolute()}"
+        if self.parameter.address:
+            return self.parameter.address
+        path = str((self.data_dir / "parameter.sock").absolute())
+        if len(path.encode()) > MAX_SOCKET_PATH:
+            name = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
+            path = str(Path(tempfile.gettempdir()) / f"recsys-{name}.sock")
+        return f"unix:{path}"
 
 
 def load(path: Path | str | None = None, environ: Mapping[str, str] | None = None) -> Config:

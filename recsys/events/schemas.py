@@ -173,7 +173,8 @@ def inlined(schema: Any) -> Any:
 
 HTTP_ITEM: Schema = inlined(ITEM)
 HTTP_FEEDBACK: Schema = inlined(FEEDBACK)
-HTTP_FEEDBACK["required"] = ["version", "user_id", "item_id", "type"]
+HTTP_ITEM["required"] = ["item_id"]
+HTTP_FEEDBACK["required"] = ["user_id", "item_id", "type"]
 for _name in ("event_id", "time_ms"):
     HTTP_FEEDBACK["properties"][_name] = _or_null(HTTP_FEEDBACK["properties"][_name])
-"""Over HTTP the server fills in what is missing of `event_id` and `time_ms`."""
+"""Over HTTP the server fills in what is missing of `version`, `event_id` and `time_ms`."""

@@ -38,6 +38,10 @@ class RateCounters:
             self._touch_items(np.array([row], np.int32), now_ms)
             self._items[row, 2 + task] += 1.0
 
+    def forget(self, user_id: str) -> None:
+        """Drop what is counted of a user; the items keep their counts."""
+        self._users.pop(user_id, None)
+
     def user_rates(self, user_id: str, now_ms: int) -> Float32:
         """log(smoothed rate / prior) [T]; 0 for an unknown user."""
         entry = self._users.get(user_id)

@@ -127,6 +127,12 @@ class Pipeline:
                 keep &= ~np.isin(rows, list(forbidden))
             allowed.append((name, rows[keep], scores[keep]))
         work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
+        if len(work.rows) < work.request.n and work.request.candidates is None:
+            # Nothing is known yet, or all that is known was excluded: the newest items fill the list.
+            allowed.append(
+                ("newest", *self._newest(work.request.n - len(work.rows), {*forbidden, *work.rows.tolist()}))
+            )
+            work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         names = [name for name, _, _ in allowed]
         work.sources = [tuple(n for bit, n in enumerate(names) if mask >> bit & 1) for mask in masks.tolist()]
 
@@ -168,6 +174,12 @@ class Pipeline:
             if name == "covisited":
                 return sources.covisits.candidates(work.history_rows, quota, now_ms)
             return sources.followed.query(self._followed(work), quota)
+
+    def _newest(self, count: int, taken: set[int]) -> tuple[Int32, Float32]:
+        """The `count` items that came last into the catalogue and are not `taken`."""
+        newest = np.flatnonzero(self._catalogue.alive)[::-1][: count + len(taken)]
+        rows = newest[~np.isin(newest, list(taken))][:count] if taken else newest
+        return rows.astype(np.int32), np.zeros(len(rows), np.float32)
 
     def _nearest(self, quota: int, work: Work) -> tuple[Int32, Float32]:
         empty = np.zeros(0, np.int32), np.zeros(0, np.float32)

@@ -22,7 +22,7 @@ class Reasons:
             return f"often chosen with “{last_title}”"
         if shared := self._shared(row, user):
             return f"you recently chose {shared}"
-        if "nearest" in sources:
+        if "nearest" in sources and len(user.history_keys):
             return "close to what you chose"
         if "caller" in sources:
             return "one of the given candidates"

@@ -21,8 +21,8 @@ NAME = "counters.safetensors"
 logger = logging.getLogger("recsys")
 
 
-def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema) -> None:
-    """Write the counters as of the consumer's position. Call between turns or from any thread: the lock makes it one cut."""
+def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema) -> dict[str, int]:
+    """Write the counters as of the consumer's position, and return it. Call between turns or from any thread: the lock makes it one cut."""
     folder.mkdir(parents=True, exist_ok=True)
     with sources.lock:
         positions = dict(consumer.counter_positions)
@@ -37,6 +37,7 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
     head = {"version": "1", "schema": schema.hash, "positions": orjson.dumps(positions).decode()}
     entry = write_file(folder / NAME, safetensors.numpy.save(arrays, head))
     write_file(folder / "counters.json", orjson.dumps(entry))
+    return positions
 
 
 def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema, now_ms: int) -> bool:

@@ -44,6 +44,8 @@ class Sources:
             for kind in task.types:
                 self._tasks.setdefault(kind, []).append(index)
         self._seen = Recent()
+        self._shown = Recent()
+        """Beside `_seen`: a client may use a request's id as the id of its event."""
         self._positives = Recent()
 
     def item(self, item: Item) -> int:
@@ -64,12 +66,12 @@ class Sources:
 
     def feedback(self, feedback: Feedback, history: Sequence[HistoryEvent], event: HistoryEvent, now_ms: int) -> bool:
         """Count one feedback; `history` is the user's, `event` this feedback in it. False for a duplicate."""
-        if not self._seen.add(feedback.event_id, now_ms):
-            return False
-        row = self.catalogue.row(feedback.item_id)
-        if row is None:
-            return True
-        with self.lock:
+        with self.lock:  # one cut for snapshots: remembered and counted, or neither
+            if not self._seen.add(feedback.event_id, now_ms):
+                return False
+            row = self.catalogue.row(feedback.item_id)
+            if row is None:
+                return True
             for task in self._tasks.get(feedback.type, ()):
                 self._positive(feedback, row, task, now_ms)
             if feedback.type in self._types:
@@ -87,12 +89,17 @@ class Sources:
 
     def impression(self, impression: Impression, now_ms: int) -> bool:
         """Count one impression's items as shown; False for a duplicate."""
-        if not self._seen.add(impression.request_id, now_ms):
-            return False
-        rows = self.catalogue.rows([item.item_id for item in impression.items])
         with self.lock:
+            if not self._shown.add(impression.request_id, now_ms):
+                return False
+            rows = self.catalogue.rows([item.item_id for item in impression.items])
             self.rates.impression(impression.user_id, rows[rows >= 0], now_ms)
         return True
+
+    def forget(self, user_id: str) -> None:
+        """Drop what is counted of a user as a person; anonymous item counts stay."""
+        with self.lock:
+            self.rates.forget(user_id)
 
     def session_rows(self, history: Sequence[HistoryEvent], event: HistoryEvent) -> list[int]:
         """Catalogue rows of the same session's earlier counted events, newest first, without the event's own item."""
@@ -126,6 +133,11 @@ class Sources:
                 covisit=self.covisits.score(history_rows, rows, as_of_ms),
             )
 
+    def seen(self) -> Arrays:
+        """Digests of the feedback events counted of late, as `Recent.restore` takes them."""
+        with self.lock:
+            return dict(self._seen.state())
+
     def state(self) -> dict[str, Arrays]:
         """Everything but the catalogue, by rows of today's catalogue, for a snapshot."""
         with self.lock:
@@ -133,7 +145,8 @@ class Sources:
                 "trending": self.trending.state(),
                 "covisits": self.covisits.state(),
                 "rates": self.rates.state(),
-                "seen": dict(self._seen.state()),
+                "seen": self.seen(),
+                "shown": dict(self._shown.state()),
                 "positives": dict(self._positives.state()),
             }
 
@@ -144,6 +157,7 @@ class Sources:
             self.covisits.restore(state["covisits"], row_map)
             self.rates.restore(state["rates"], row_map)
             self._seen.restore(state["seen"])
+            self._shown.restore(state["shown"])
             self._positives.restore(state["positives"])
             for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):
                 self.followed.note(row, score)

@@ -105,6 +105,8 @@ class StateConsumer:
         """One feedback at log time `now_ms`; `pending` holds events of this batch that the store does not have yet."""
         if feedback.type == FORGET:
             pending.pop(feedback.user_id, None)
+            if counted:
+                self._sources.forget(feedback.user_id)
             return UserUpdate(user_id=feedback.user_id, forget=True)
         event = HistoryEvent(
             time_ms=messages.clamp_time(feedback.time_ms, now_ms),

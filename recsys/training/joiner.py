@@ -149,8 +149,7 @@ class Joiner:
         waited = self._windows_ms[-1]
         while self._early and next(iter(self._early.values()))[0] + waited < now_ms:
             self._early.popitem(last=False)
-        oldest = min((self._open[q[0]].time_ms for q in self._queues if q), default=now_ms)
-        self._spill.drop_before(min(oldest, now_ms))
+        self._spill.drop_closed()
 
     def _emit(self, request_id: str, window: int) -> Emission:
         impression = self._open[request_id]
@@ -167,6 +166,7 @@ class Joiner:
         impression.emitted += 1
         if impression.emitted == len(self._windows_ms):
             del self._open[request_id]
+            self._spill.release(impression.place)
         return emission
 
     def take_dropped(self) -> list[Path]:
@@ -215,7 +215,7 @@ class Joiner:
                 queue.append(request_id)
         self._early = OrderedDict((r, (t, [Feedback(**f) for f in messages])) for r, t, messages in state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
-        self._spill.restore(state["spill"])
+        self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
 
 
 def _feedback_state(feedback: Feedback) -> dict[str, Any]:

@@ -1,7 +1,12 @@
-"""Features of open impressions, in append-only files, one a minute of log time: memory holds only where they lie."""
+"""Features of open impressions, in append-only files, one a minute of log time: memory holds only where they lie.
+
+Partitions are not read in step, so an impression may be older than the one before it: it goes into the newest file.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,15 +27,17 @@ class Spill:
         folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[int, BinaryIO] = {}
         self._sizes: dict[int, int] = {}
+        self._open: Counter[int] = Counter()
         self._dropped: list[Path] = []
 
     def append(self, now_ms: int, data: bytes) -> Place:
-        minute = now_ms // 60_000
+        minute = max(now_ms // 60_000, max(self._sizes, default=0))
         file = self._file(minute)
         offset = self._sizes.setdefault(minute, 0)
         file.seek(offset)
         file.write(data)
         self._sizes[minute] = offset + len(data)
+        self._open[minute] += 1
         return Place(minute, offset, len(data))
 
     def read(self, place: Place) -> bytes:
@@ -38,12 +45,17 @@ class Spill:
         file.seek(place.offset)
         return file.read(place.length)
 
-    def drop_before(self, now_ms: int) -> None:
-        """Let go of the files of minutes that ended before `now_ms`; they stay on disk until `take_dropped`'s caller deletes them."""
-        for minute in [m for m in self._sizes if (m + 1) * 60_000 <= now_ms]:
+    def release(self, place: Place) -> None:
+        """The impression is closed: its features are not read again."""
+        self._open[place.minute] -= 1
+
+    def drop_closed(self) -> None:
+        """Let go of files without open impressions, never the newest; they stay on disk until `take_dropped`'s caller deletes them."""
+        newest = max(self._sizes, default=0)
+        for minute in [m for m in self._sizes if m < newest and not self._open[m]]:
             if file := self._files.pop(minute, None):
                 file.close()
-            del self._sizes[minute]
+            del self._sizes[minute], self._open[minute]
             self._dropped.append(self._path(minute))
 
     def take_dropped(self) -> list[Path]:
@@ -57,8 +69,10 @@ class Spill:
             file.flush()
         return {str(minute): size for minute, size in self._sizes.items()}
 
-    def restore(self, sizes: dict[str, int]) -> None:
+    def restore(self, sizes: dict[str, int], places: Iterable[Place]) -> None:
+        """Go on from `sizes()`, with the places of the impressions that were open then."""
         self._sizes = {int(minute): size for minute, size in sizes.items()}
+        self._open = Counter(place.minute for place in places)
         for path in self._folder.glob("*.features"):
             if int(path.stem) not in self._sizes:
                 path.unlink()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from recsys import config
+from recsys.errors import RecsysError
 from services.cli.main import DONE, emit
 from services.cli.up import Supervisor
 from services.common.process import Stop, setup_logging
@@ -25,7 +27,11 @@ def run(options: argparse.Namespace) -> int:
             f"{u}/metrics" for u in urls.values()
         )
         emit(options, {"ok": True, **urls}, text)
+        sys.stdout.flush()  # a script that reads a pipe waits for this line
         supervisor.watch()
+    except RecsysError:
+        if not stop:  # told to stop while starting is no failure
+            raise
     finally:
         supervisor.stop()
     return DONE

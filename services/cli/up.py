@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,13 +15,22 @@ from pathlib import Path
 import httpx
 
 from recsys.config import Config
-from recsys.errors import RecsysError
-from services.common.process import FolderLock, Stop, logger
+from recsys.errors import ConfigError, RecsysError
+from services.cli.client import url_of
+from services.common.process import FolderLock, Stop, bind, logger
 
 ORDER = ("parameter", "trainer", "ranking")
 START_S = 120.0
 RESTART_S = 1.0
 EXIT_USAGE = 2
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """In a child, before it runs: a supervisor that is killed takes its services along (Linux)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Supervisor:
@@ -29,53 +40,81 @@ class Supervisor:
         self.config, self._arguments, self._stop = config, list(arguments), stop
         self._lock = FolderLock(config.data_dir, "up")
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._log_start: dict[str, int] = {}
         self._log_file: Callable[[str], Path] = lambda name: config.data_dir / f"{name}.log"
 
     def start(self) -> None:
-        """Start all; each writes its log lines to `<data_dir>/<name>.log`."""
+        """Start all; each writes its log lines to `<data_dir>/<name>.log`. ConfigError when a port cannot be used."""
+        self._check_ports()
         for name in ORDER:
             self._spawn(name)
 
+    def _check_ports(self) -> None:
+        """Before anything starts: otherwise whoever holds the port would answer for our service."""
+        taken: dict[int, str] = {}
+        with contextlib.ExitStack() as bound:
+            for name in ORDER:
+                option = f"{name}.port" if name == "ranking" else f"{name}.metrics_port"
+                port = self._port(name)
+                if not port or port in taken:
+                    why = f"is {taken[port]} already" if port else "would be unknown to `recsys up`"
+                    raise ConfigError(f"{option} = {port} {why}: set another port")
+                taken[port] = option
+                bound.enter_context(bind(self.config.ranking.host, port, option))
+
     def _spawn(self, name: str) -> None:
         with self._log_file(name).open("ab") as out:
+            self._log_start[name] = out.tell()
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "services.cli.main", "serve", name, *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def wait_ready(self, on_wait: Callable[[str], None] = lambda _: None) -> None:
-        """Until every service is ready; RecsysError with the last log line of one that stopped."""
+        """Until every service is ready; RecsysError with the last log line of one that stopped, or when told to stop."""
         deadline = time.monotonic() + START_S
         for name in ORDER:
-            while not self._ready(name):
+            while reason := self._not_ready(name):
                 self._check_started(name)
-                if self._stop or time.monotonic() > deadline:
-                    raise RecsysError(f"{name} was not ready after {START_S:.0f} s: see {self._log_file(name)}")
+                if self._stop:
+                    raise RecsysError(f"stopped before {name} was ready")
+                if time.monotonic() > deadline:
+                    raise RecsysError(
+                        f"{name} was not ready after {START_S:.0f} s ({reason}): see {self._log_file(name)}"
+                    )
                 on_wait(name)
                 self._stop.wait(0.05)
 
     def _check_started(self, name: str) -> None:
-        if self._processes[name].poll() is not None:
-            lines = self._log_file(name).read_text(errors="replace").strip().splitlines()
-            raise RecsysError(f"{name} stopped at start: {lines[-1] if lines else 'no message'}")
+        code = self._processes[name].poll()
+        if code is None:
+            return
+        lines = self._log_file(name).read_bytes()[self._log_start[name] :].decode(errors="replace").splitlines()
+        said = [line.removeprefix("recsys: ") for line in lines if line.startswith("recsys: ")] or lines
+        message = f"{name} stopped at start: {said[-1] if said else f'exit code {code}, no message'}"
+        raise ConfigError(message) if code == EXIT_USAGE else RecsysError(message)
 
-    def _ready(self, name: str) -> bool:
+    def _not_ready(self, name: str) -> str:
         try:
-            return httpx.get(f"{self.url(name)}/readyz", timeout=1.0).status_code == 200
-        except httpx.HTTPError:
-            return False
+            answer = httpx.get(f"{self.url(name)}/readyz", timeout=1.0)
+            return "" if answer.status_code == 200 else str(answer.json()["reason"])
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            return f"no answer: {error}"
 
     def url(self, name: str) -> str:
         """Where a service's /metrics, /healthz and /readyz are."""
-        ports = {
+        return f"{url_of(self.config, None).rsplit(':', 1)[0]}:{self._port(name)}"
+
+    def _port(self, name: str) -> int:
+        return {
             "ranking": self.config.ranking.port,
             "parameter": self.config.parameter.metrics_port,
             "trainer": self.config.trainer.metrics_port,
-        }
-        return f"http://{self.config.ranking.host}:{ports[name]}"
+        }[name]
 
     def pid(self, name: str) -> int:
         return self._processes[name].pid

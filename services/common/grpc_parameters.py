@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from recsys import metrics
-from recsys.errors import ParametersUnavailable
+from recsys.errors import ConfigError, ParametersUnavailable
 from recsys.events.deltas import CHUNK_BYTES, Version
 from recsys.model.plan import Block
 from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
@@ -78,7 +78,7 @@ def _status(error: grpc.RpcError) -> str:
 
 
 def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
-    """Start serving `store`; OSError naming the address when it cannot be bound."""
+    """Start serving `store`; ConfigError naming the address when it cannot be bound."""
 
     def lookup(request: Any, context: grpc.ServicerContext) -> Any:
         if request.schema != schema:
@@ -125,8 +125,6 @@ def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
     try:
         server.add_insecure_port(address)
     except RuntimeError as error:
-        raise OSError(
-            f"parameter service cannot listen on {address}: {error}; choose another parameter.address"
-        ) from None
+        raise ConfigError(f"parameter.address {address!r} cannot be used ({error}): set another one") from None
     server.start()
     return server

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -57,6 +58,8 @@ class FolderLock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: TextIOWrapper = path.open("a+")
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f"data_dir {str(folder)!r} is not a folder: name one, or a path where none is") from None
         except OSError as error:
             raise ConfigError(
                 f"data_dir {str(folder)!r} cannot be written ({error.strerror}): make it writable, or set data_dir"
@@ -73,11 +76,38 @@ class FolderLock:
         self._file.close()
 
 
+def bind(host: str, port: int, option: str) -> socket.socket:
+    """A bound socket; ConfigError that names `option` when the address cannot be used."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"port {port} on {host} cannot be used ({error.strerror}): stop what uses it, or set {option}"
+        ) from None
+    return sock
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is not worth a traceback."""
+        logger.debug("health request of %s ended early: %s", client_address, sys.exc_info()[1])
+
+
 class HealthServer:
     """/metrics, /healthz (alive) and /readyz (`ready` says the reason when not) for a process without an API."""
 
     def __init__(self, host: str, port: int, ready: Callable[[], str]) -> None:
         class Handler(BaseHTTPRequestHandler):
+            timeout = 10.0  # seconds: a client that sends half a request holds its thread no longer
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
             def do_GET(self) -> None:
                 path = self.path.split("?")[0]
                 if path == "/metrics":
@@ -90,7 +120,10 @@ class HealthServer:
                     self._send(503 if reason else 200, body, "application/json")
                 else:
                     self._send(
-                        404, b'{"title":"not found; try /metrics, /healthz or /readyz"}', "application/problem+json"
+                        404,
+                        b'{"type":"about:blank","title":"not found","status":404,'
+                        b'"detail":"nothing is here: try /metrics, /healthz or /readyz"}',
+                        "application/problem+json",
                     )
 
             def _send(self, status: int, body: bytes, kind: str) -> None:
@@ -98,18 +131,18 @@ class HealthServer:
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = _HttpServer((host, port), Handler)
         except OSError as error:
             raise ConfigError(
                 f"port {port} on {host} cannot be used ({error.strerror}): stop what uses it, or set metrics_port"
             ) from None
-        self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
 

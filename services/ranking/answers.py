@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import orjson
 from fastapi import Response
 
+from recsys.features.catalogue import Catalogue
 from recsys.ranking.request import Answer, AsOf
 from recsys.types import UserState
-
-if TYPE_CHECKING:
-    from services.ranking.service import RankingService
+from services.ranking.parse import Refused
+from services.ranking.problems import problem
 
 _ID = {"oneOf": [{"type": "string", "minLength": 1, "maxLength": 256}, {"type": "integer"}]}
 RECOMMEND_SCHEMA: dict[str, Any] = {
@@ -31,6 +32,17 @@ RECOMMEND_SCHEMA: dict[str, Any] = {
 }
 
 
+def json_body(schema: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI of a JSON request body."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def one_or_many(schema: dict[str, Any], name: str, example: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI of a body that is one message, or many of them under `name`."""
+    many = {"type": "object", "properties": {name: {"type": "array", "items": schema}}, "required": [name]}
+    return json_body({"anyOf": [schema, many], "examples": [example, {name: [example]}]})
+
+
 def json(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
 
@@ -39,9 +51,16 @@ def as_of(value: AsOf) -> dict[str, Any]:
     return {"time_ms": value.time_ms, "positions": dict(value.positions)}
 
 
-def dump(answer: Answer, service: RankingService) -> bytes:
-    """The body of an answer."""
-    catalogue = service.sources.catalogue
+def outcomes(found: Sequence[dict[str, str]], rows: Sequence[object]) -> Response:
+    """One outcome a row; a problem that carries them when every row was refused."""
+    first = next(iter(rows), None)
+    if isinstance(first, Refused) and all(outcome["status"] == "rejected" for outcome in found):
+        return problem(400, first.reason, field=first.field, extra={"outcomes": found})
+    return json({"outcomes": found})
+
+
+def dump(answer: Answer, contains: Mapping[str, AsOf], catalogue: Catalogue) -> bytes:
+    """The body of an answer; `contains` is its `as_of`."""
     items = []
     for shown, reason in zip(answer.items, answer.reasons, strict=True):
         row = catalogue.row(shown.item_id)
@@ -57,16 +76,11 @@ def dump(answer: Answer, service: RankingService) -> bytes:
                 "reason": reason,
             }
         )
-    consumer = service.consumer
     return orjson.dumps(
         {
             "request_id": answer.request_id,
             "items": items,
-            "as_of": {
-                "user_state": as_of(consumer.user_state),
-                "counters": as_of(consumer.counters),
-                "parameters": as_of(answer.parameters),
-            },
+            "as_of": {part: as_of(value) for part, value in contains.items()},
             "model_version": answer.model_version,
             "generation": answer.generation,
             "policy": answer.policy,
@@ -75,11 +89,11 @@ def dump(answer: Answer, service: RankingService) -> bytes:
     )
 
 
-def user(user_id: str, state: UserState, service: RankingService) -> Response:
+def user(user_id: str, state: UserState, contains: AsOf) -> Response:
     """The body of GET /v1/users/{id}."""
     history = [
         {"event_id": e.event_id, "item_id": e.item_id, "type": e.type, "time_ms": e.time_ms, "session_id": e.session_id}
         for e in state.history
     ]
-    body = {"user_id": user_id, "history": history, "seen": state.seen, "as_of": as_of(service.consumer.user_state)}
+    body = {"user_id": user_id, "history": history, "seen": state.seen, "as_of": as_of(contains)}
     return json(body)

@@ -7,88 +7,92 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 
 from recsys import metrics
-from recsys.errors import BadInput
 from recsys.events import messages
 from recsys.events.schemas import HTTP_FEEDBACK
 from services.ranking import answers, catalogue_api, parse
-from services.ranking.problems import install, problem
+from services.ranking.problems import OPENAPI, Overloaded, TooLarge, failed, install
 from services.ranking.service import RankingService
 
 T = TypeVar("T")
 Next = Callable[[Request], Awaitable[Response]]
+_CLICK = {"version": 1, "event_id": "c2f1", "user_id": "u1", "item_id": "42", "type": "click", "time_ms": 1767225600000}
+Read = Callable[[Request], Awaitable[bytes]]
 
 
-class Limits:
-    """How much work may be under way: scoring threads, other threads, requests at once."""
+class Workers:
+    """Threads for one kind of work, and how many requests may be under way in them at once."""
 
-    def __init__(self, max_inflight: int) -> None:
-        self.scoring = ThreadPoolExecutor(2, thread_name_prefix="score")
-        self.other = ThreadPoolExecutor(16, thread_name_prefix="api")
-        self.inflight = 0
-        self.max_inflight = max_inflight
+    def __init__(self, name: str, threads: int, max_inflight: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._inflight, self._max_inflight = 0, max_inflight
 
-    async def run(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    async def run(self, work: Callable[[], T]) -> T:
+        """The work's result; Overloaded at once when too much is under way."""
+        if self._inflight >= self._max_inflight:
+            metrics.DEGRADED.labels("shed").inc()
+            raise Overloaded(f"{self._inflight} requests are under way: try again in a second, or add a process")
+        self._inflight += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._inflight -= 1
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, or BadInput (413) as soon as it is over the limit."""
+    """The whole body, or TooLarge as soon as it is over the limit or says that it will be."""
+    said = request.headers.get("content-length", "0")
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise BadInput(
-                f"the body is over {limit} bytes: send smaller batches, or raise ranking.max_body_bytes", field="body"
-            )
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _batch(schema: dict[str, Any], name: str) -> dict[str, Any]:
-    return {
-        "oneOf": [
-            schema,
-            {"type": "object", "properties": {name: {"type": "array", "items": schema}}, "required": [name]},
-        ]
-    }
+    if int(said) <= limit:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                break
+            chunks.append(chunk)
+        else:
+            return b"".join(chunks)
+    raise TooLarge(
+        f"the body is over {limit} bytes: send smaller batches, or raise ranking.max_body_bytes", field="body"
+    )
 
 
 def create_app(service: RankingService) -> FastAPI:
     """The FastAPI application over a started (or starting) service."""
     app = FastAPI(
-        title="recsys", version="1", description="A recommender that learns from what a user did a moment ago."
+        title="recsys",
+        version="1",
+        description="A recommender that learns from what a user did a moment ago.",
+        responses=OPENAPI,
     )
     install(app)
-    limits = Limits(service.config.ranking.max_inflight)
-    body_limit = service.config.ranking.max_body_bytes
-    _observe(app)
-    _recommend_route(app, service, limits, body_limit)
-    _feedback_route(app, service, limits, body_limit)
-    _user_routes(app, service, limits)
+    max_inflight = service.config.ranking.max_inflight
+    others = Workers("api", 16, 4 * max_inflight)
+
+    def read(request: Request) -> Awaitable[bytes]:
+        return read_body(request, service.config.ranking.max_body_bytes)
+
+    observe(app)
+    _recommend_route(app, service, Workers("score", 2, max_inflight), read)
+    _feedback_route(app, service, others, read)
+    _user_routes(app, service, others)
     _health_routes(app, service)
-    catalogue_api.add_routes(
-        app, service, lambda work: limits.run(limits.other, work), lambda request: read_body(request, body_limit)
-    )
+    catalogue_api.add_routes(app, service, others.run, read)
     return app
 
 
-def _observe(app: FastAPI) -> None:
+def observe(app: FastAPI) -> None:
+    """Count every answer; what no route caught becomes a problem with an id instead of a traceback."""
+
     @app.middleware("http")
-    async def observe(request: Request, call_next: Next) -> Response:
+    async def count(request: Request, call_next: Next) -> Response:
         try:
             response = await call_next(request)
-        except Exception:
-            metrics.HTTP_REQUESTS.labels(_route(request), "500").inc()
-            raise
+        except Exception as error:  # noqa: BLE001 - the last resort: logged under an id, never leaked
+            response = failed(request, error)
         metrics.HTTP_REQUESTS.labels(_route(request), str(response.status_code)).inc()
         return response
 
@@ -97,33 +101,25 @@ def _route(request: Request) -> str:
     return getattr(request.scope.get("route"), "path", "other")
 
 
-def _recommend_route(app: FastAPI, service: RankingService, limits: Limits, body_limit: int) -> None:
+def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, read: Read) -> None:
     @app.post(
-        "/v1/recommend", openapi_extra=_json_body(answers.RECOMMEND_SCHEMA), responses={200: {"description": "a list"}}
+        "/v1/recommend",
+        openapi_extra=answers.json_body(answers.RECOMMEND_SCHEMA),
+        responses={200: {"description": "a list"}},
     )
     async def recommend(request: Request) -> Response:
         started = time.perf_counter()
-        body = await read_body(request, body_limit)
-        asked = parse.recommend(body, uuid.uuid4().hex)
-        if limits.inflight >= limits.max_inflight:
-            metrics.DEGRADED.labels("shed").inc()
-            return problem(
-                503,
-                f"{limits.inflight} requests are under way: try again in a second, or add a process",
-                headers={"Retry-After": "1"},
-            )
-        limits.inflight += 1
-        try:
-            answer, _ = await limits.run(limits.scoring, lambda: service.recommend(asked))
-        finally:
-            limits.inflight -= 1
+        asked = parse.recommend(await read(request), uuid.uuid4().hex)
+        answer, contains = await scoring.run(lambda: service.recommend(asked))
         metrics.RECOMMEND_SECONDS.observe(time.perf_counter() - started)
         return Response(
-            answers.dump(answer, service), headers={"X-Request-ID": answer.request_id}, media_type="application/json"
+            answers.dump(answer, contains, service.sources.catalogue),
+            headers={"X-Request-ID": answer.request_id},
+            media_type="application/json",
         )
 
 
-def _feedback_route(app: FastAPI, service: RankingService, limits: Limits, body_limit: int) -> None:
+def _feedback_route(app: FastAPI, service: RankingService, others: Workers, read: Read) -> None:
     def event_ids() -> Iterator[str]:
         prefix = uuid.uuid4().hex
         number = 0
@@ -133,29 +129,28 @@ def _feedback_route(app: FastAPI, service: RankingService, limits: Limits, body_
 
     @app.post(
         "/v1/feedback",
-        openapi_extra=_json_body(_batch(HTTP_FEEDBACK, "events")),
+        openapi_extra=answers.one_or_many(HTTP_FEEDBACK, "events", _CLICK),
         responses={200: {"description": "one outcome an event"}},
     )
     async def feedback(request: Request) -> Response:
-        body = await read_body(request, body_limit)
+        body = await read(request)
 
-        def work() -> list[dict[str, str]]:
-            return service.accept(parse.feedback(body, event_ids(), service.clock.now_ms()))
+        def work() -> Response:
+            events = parse.feedback(body, event_ids(), service.clock.now_ms())
+            return answers.outcomes(service.accept(events), events)
 
-        outcomes = await limits.run(limits.other, work)
-        all_bad = bool(outcomes) and all(o["status"] == "rejected" for o in outcomes)
-        return answers.json({"outcomes": outcomes}, 400 if all_bad else 200)
+        return await others.run(work)
 
 
-def _user_routes(app: FastAPI, service: RankingService, limits: Limits) -> None:
+def _user_routes(app: FastAPI, service: RankingService, others: Workers) -> None:
     @app.get("/v1/users/{user_id:path}", response_model=None)
     async def user(user_id: str) -> Response:
-        state = await limits.run(limits.other, lambda: service.user(messages.parse_id(user_id, "user_id")))
-        return answers.user(user_id, state, service)
+        state, contains = await others.run(lambda: service.user(messages.parse_id(user_id, "user_id")))
+        return answers.user(user_id, state, contains)
 
     @app.delete("/v1/users/{user_id:path}", status_code=202, response_model=None)
     async def forget(user_id: str) -> Response:
-        await limits.run(limits.other, lambda: service.forget(messages.parse_id(user_id, "user_id"), uuid.uuid4().hex))
+        await others.run(lambda: service.forget(messages.parse_id(user_id, "user_id"), uuid.uuid4().hex))
         return answers.json({"user_id": user_id, "status": "accepted"}, 202)
 
 

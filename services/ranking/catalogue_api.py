@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from recsys.errors import BadInput
+from recsys.errors import BadInput, LogError
 from recsys.events import messages
+from recsys.events.fields import parse_attributes
 from recsys.events.schemas import HTTP_ITEM
 from recsys.types import Item
 from services.ranking import answers, parse
@@ -20,35 +22,38 @@ Read = Callable[[Request], Awaitable[bytes]]
 PAGE = 1000
 
 
-def _openapi(schema: dict[str, Any]) -> dict[str, Any]:
-    many = {"type": "object", "properties": {"items": {"type": "array", "items": schema}}, "required": ["items"]}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"oneOf": [schema, many]}}}}}
+_IDS = {
+    "type": "object",
+    "properties": {"item_ids": {"type": "array", "items": HTTP_ITEM["properties"]["item_id"]}},
+    "required": ["item_ids"],
+    "examples": [{"item_ids": ["42", "43"]}],
+}
+_EXAMPLE = {"version": 1, "item_id": "42", "title": "Red boots", "attributes": {"category": "boots", "tags": ["red"]}}
 
 
 def add_routes(app: FastAPI, service: RankingService, run: Run, read: Read) -> None:
     """Add the catalogue's routes."""
+    one_or_many = answers.one_or_many(HTTP_ITEM, "items", _EXAMPLE)
 
-    @app.put("/v1/items", openapi_extra=_openapi(HTTP_ITEM), response_model=None)
+    @app.put("/v1/items", openapi_extra=one_or_many, response_model=None)
     async def put(request: Request) -> Response:
         body = await read(request)
-        return _outcomes(await run(lambda: write(service, parse.items(body))))
+        return await run(lambda: write(service, parse.items(body)))
 
-    @app.patch("/v1/items", openapi_extra=_openapi(HTTP_ITEM), response_model=None)
+    @app.patch("/v1/items", openapi_extra=one_or_many, response_model=None)
     async def patch(request: Request) -> Response:
         body = await read(request)
-        return _outcomes(await run(lambda: write(service, [_patched(service, p) for p in parse.patches(body)])))
+        return await run(lambda: patch_items(service, parse.patches(body)))
 
-    @app.delete("/v1/items", response_model=None)
+    @app.delete("/v1/items", openapi_extra=answers.json_body(_IDS), response_model=None)
     async def delete(request: Request) -> Response:
         body = await read(request)
-        return _outcomes(
-            await run(lambda: write(service, [Item(item_id=i, deleted=True) for i in parse.item_ids(body)]))
-        )
+        return await run(lambda: write(service, parse.deletes(body)))
 
     @app.delete("/v1/items/{item_id:path}", response_model=None)
     async def delete_one(item_id: str) -> Response:
         item = Item(item_id=messages.parse_id(item_id, "item_id"), deleted=True)
-        return _outcomes(await run(lambda: write(service, [item])))
+        return await run(lambda: write(service, [item]))
 
     @app.get("/v1/items", response_model=None)
     async def page(cursor: int = 0, limit: int = 100) -> Response:
@@ -56,50 +61,80 @@ def add_routes(app: FastAPI, service: RankingService, run: Run, read: Read) -> N
 
     @app.get("/v1/items/{item_id:path}", response_model=None)
     async def get(item_id: str) -> Response:
-        catalogue = service.sources.catalogue
-        row = catalogue.row(item_id)
-        if row is None or not catalogue.alive[row]:
-            return problem(
-                404,
-                f"item {messages.shorten(item_id)} is not in the catalogue: PUT it to /v1/items first",
-                field="item_id",
-            )
-        return answers.json(_dump(catalogue.item(row)))
+        return await run(lambda: _get(service, messages.parse_id(item_id, "item_id")))
 
 
-def write(service: RankingService, items: list[Item | BadInput]) -> list[dict[str, str]]:
+def write(service: RankingService, items: Sequence[Item | parse.Refused]) -> Response:
     """Append the good ones to topic `item`; one outcome an item, in order."""
-    good = [item for item in items if isinstance(item, Item)]
+    rows = [_dumped(item) for item in items]
+    good = [row for row in rows if not isinstance(row, parse.Refused)]
     if good:
-        service.log.append("item", [(item.item_id, messages.dump_item(item)) for item in good])
-    return [
-        {"item_id": item.item_id, "status": "accepted"}
-        if isinstance(item, Item)
-        else {"item_id": "", "status": "rejected", "reason": str(item)}
-        for item in items
+        service.log.append("item", good)
+    outcomes = [
+        {"item_id": row.id, "status": "rejected", "reason": row.reason}
+        if isinstance(row, parse.Refused)
+        else {"item_id": row[0], "status": "accepted"}
+        for row in rows
     ]
+    return answers.outcomes(outcomes, rows)
 
 
-def _patched(service: RankingService, patch: dict[str, Any]) -> Item | BadInput:
-    """The present item with the patch's title and attributes; an attribute set to null is removed."""
-    try:
-        attributes = patch.get("attributes") or {}
-        if not isinstance(attributes, dict):
-            raise BadInput("attributes: send an object", field="attributes")
-        removed = {name for name, value in attributes.items() if value is None}
-        item = messages.parse_item(patch | {"attributes": {n: v for n, v in attributes.items() if v is not None}})
-    except BadInput as error:
-        return error
-    catalogue = service.sources.catalogue
-    row = catalogue.row(item.item_id)
-    if row is None or not catalogue.alive[row]:
-        return BadInput(
-            f"item {messages.shorten(item.item_id)} is not in the catalogue: PUT it to /v1/items first", field="item_id"
+def _dumped(item: Item | parse.Refused) -> tuple[str, bytes] | parse.Refused:
+    """Key and message; what no consumer would read is refused here instead of being lost there."""
+    if isinstance(item, parse.Refused):
+        return item
+    message = messages.dump_item(item)
+    if len(message) > messages.MAX_MESSAGE_BYTES:
+        reason = (
+            f"attributes: the item has {len(message)} bytes, at most {messages.MAX_MESSAGE_BYTES} are kept: send less"
         )
-    present = catalogue.item(row)
-    kept = {name: value for name, value in present.attributes.items() if name not in removed}
+        return parse.Refused(id=item.item_id, field="attributes", reason=reason)
+    return item.item_id, message
+
+
+def patch_items(service: RankingService, patches: Sequence[Any]) -> Response:
+    """Change items as they are after all that was written before."""
+    with service.patching:
+        service.settle_items()
+        changed: dict[str, Item] = {}
+
+        def patched(patch: Mapping[str, Any]) -> Item:
+            item = _patched(service, patch, changed)
+            changed[item.item_id] = item
+            return item
+
+        return write(service, parse.each(patches, "item_id", patched))
+
+
+def _patched(service: RankingService, patch: Mapping[str, Any], changed: Mapping[str, Item]) -> Item:
+    """The present item with the patch's title and attributes; an attribute set to null is removed."""
+    attributes = {} if patch.get("attributes") is None else patch["attributes"]
+    if not isinstance(attributes, dict):
+        raise BadInput(f"attributes = {messages.shorten(attributes)}: send an object", field="attributes")
+    item = messages.parse_item({**patch, "attributes": {n: v for n, v in attributes.items() if v is not None}})
+    present = changed.get(item.item_id) or _present(service, item.item_id)
+    merged = {n: v for n, v in {**present.attributes, **attributes}.items() if v is not None}
     title = item.title if patch.get("title") is not None else present.title
-    return Item(item_id=item.item_id, title=title, attributes={**kept, **item.attributes}, deleted=item.deleted)
+    return Item(item_id=item.item_id, title=title, attributes=parse_attributes(merged), deleted=item.deleted)
+
+
+def _present(service: RankingService, item_id: str) -> Item:
+    catalogue = service.sources.catalogue
+    row = catalogue.row(item_id)
+    if row is None or not catalogue.alive[row]:
+        raise BadInput(
+            f"item_id = {messages.shorten(item_id)}: not in the catalogue, PUT it to /v1/items first", field="item_id"
+        )
+    return catalogue.item(row)
+
+
+def _get(service: RankingService, item_id: str) -> Response:
+    with contextlib.suppress(LogError):  # then what is known is better than nothing
+        service.settle_items()
+    try:
+        return answers.json(_dump(_present(service, item_id)))
+    except BadInput as error:
+        return problem(404, str(error), field=error.field)
 
 
 def _page(service: RankingService, cursor: int, limit: int) -> dict[str, Any]:
@@ -121,8 +156,3 @@ def _page(service: RankingService, cursor: int, limit: int) -> dict[str, Any]:
 
 def _dump(item: Item) -> dict[str, Any]:
     return {"item_id": item.item_id, "title": item.title, "attributes": dict(item.attributes)}
-
-
-def _outcomes(outcomes: list[dict[str, str]]) -> Response:
-    all_bad = bool(outcomes) and all(o["status"] == "rejected" for o in outcomes)
-    return answers.json({"outcomes": outcomes}, 400 if all_bad else 200)

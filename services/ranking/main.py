@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 
 import torch
@@ -11,32 +10,18 @@ import uvicorn
 
 from recsys.clock import SystemClock
 from recsys.config import Config
-from recsys.errors import ConfigError
+from recsys.errors import RecsysError
 from recsys.streams.open import open_log
-from services.common.process import FolderLock, Stop, logger
+from services.common.process import FolderLock, Stop, bind, logger
 from services.ranking.app import create_app
 from services.ranking.service import RankingService
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; ConfigError when the port is taken."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"port {port} on {host} cannot be used ({error.strerror}): stop what uses it, or set ranking.port"
-        ) from None
-    return sock
 
 
 def run(config: Config, stop: Stop) -> None:
     """Serve until SIGTERM."""
     torch.set_num_threads(1)
     lock = FolderLock(config.data_dir, "ranking")
-    sock = bind(config.ranking.host, config.ranking.port)
+    sock = bind(config.ranking.host, config.ranking.port, "ranking.port")
     log = open_log(config, SystemClock(), "ranking")
     service = RankingService(config, log, SystemClock(), stop)
     app = create_app(service)
@@ -44,6 +29,15 @@ def run(config: Config, stop: Stop) -> None:
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
     )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    died: list[str] = []
+
+    def on_death(what: threading.ExceptHookArgs) -> None:
+        name = what.thread.name if what.thread else "?"
+        logger.critical("thread %s died", name, exc_info=what.exc_value)
+        died.append(name)
+        stop.set()
+
+    threading.excepthook = on_death
     starting = threading.Thread(target=service.start, name="start", daemon=True)
     starting.start()
 
@@ -64,3 +58,7 @@ def run(config: Config, stop: Stop) -> None:
     finally:
         service.close()
         lock.release()
+    if died:
+        raise RecsysError(
+            f"thread {died[0]} died: its traceback is in the log; nothing accepted is lost, start it again"
+        )

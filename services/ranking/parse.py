@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import orjson
 
@@ -16,7 +17,38 @@ from recsys.types import Feedback, Item
 MAX_N = 100
 MAX_EVENTS = 10_000
 MAX_LIST = 1000
+T = TypeVar("T")
 _RECOMMEND = ("user_id", "n", "context", "exclude", "candidates", "activation", "session_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """One row of a batch that is not taken: its id where it had a readable one, the field and the reason."""
+
+    id: str
+    field: str
+    reason: str
+
+
+def each(rows: Iterable[Any], id_field: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T | Refused]:
+    """Every row parsed or refused by itself."""
+    found: list[T | Refused] = []
+    for row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise BadInput(f"{messages.shorten(row)} is not an object: send one with {id_field}", field=id_field)
+            row.setdefault("version", 1)  # over HTTP the path says which version is meant
+            found.append(parse(row))
+        except BadInput as error:
+            found.append(Refused(id=_readable_id(row, id_field), field=error.field, reason=str(error)))
+    return found
+
+
+def _readable_id(row: Any, id_field: str) -> str:
+    try:
+        return messages.parse_id(row.get(id_field) if isinstance(row, dict) else row, id_field)
+    except BadInput:
+        return ""
 
 
 def body_object(body: bytes) -> dict[str, Any]:
@@ -26,10 +58,10 @@ def body_object(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise BadInput(
             f"the body is not valid JSON ({error}): send one JSON object in UTF-8, without NaN or infinity",
-            field="json",
+            field="body",
         ) from None
     if not isinstance(value, dict):
-        raise BadInput(f"the body is a JSON {type(value).__name__}: send one JSON object", field="json")
+        raise BadInput(f"the body is a JSON {type(value).__name__}: send one JSON object", field="body")
     return value
 
 
@@ -68,63 +100,39 @@ def _ids(value: Any, field: str) -> tuple[str, ...] | None:
     return tuple(messages.parse_id(item, f"{field}[{index}]") for index, item in enumerate(value))
 
 
-def feedback(body: bytes, event_ids: Any, now_ms: int) -> list[Feedback | BadInput]:
+def feedback(body: bytes, event_ids: Iterator[str], now_ms: int) -> list[Feedback | Refused]:
     """Body of POST /v1/feedback: one event, or {"events": [...]}; each parsed or refused by itself."""
-    raw = body_object(body)
-    events: Any = [raw]
-    if "events" in raw:
-        events = raw["events"]
-        if not isinstance(events, list) or len(raw) != 1:
-            raise BadInput("events: send {'events': [...]} with a list and nothing beside it", field="events")
-        if len(events) > MAX_EVENTS:
-            raise BadInput(f"events: {len(events)} are too many: send at most {MAX_EVENTS} a request", field="events")
-    parsed: list[Feedback | BadInput] = []
-    for event in events:
-        try:
-            if not isinstance(event, Mapping):
-                raise BadInput(f"{messages.shorten(event)} is not an object: send a feedback message", field="events")
-            parsed.append(messages.parse_feedback(event, event_id=next(event_ids), time_ms=now_ms))
-        except BadInput as error:
-            parsed.append(error)
-    return parsed
+    return each(
+        _rows(body, "events"),
+        "event_id",
+        lambda event: messages.parse_feedback(event, event_id=next(event_ids), time_ms=now_ms),
+    )
 
 
-def items(body: bytes) -> list[Item | BadInput]:
+def items(body: bytes) -> list[Item | Refused]:
     """Body of PUT /v1/items: one item, or {"items": [...]}."""
-    parsed: list[Item | BadInput] = []
-    for item in _item_list(body):
-        try:
-            parsed.append(messages.parse_item(item if isinstance(item, dict) else {"item_id": item}))
-        except BadInput as error:
-            parsed.append(error)
-    return parsed
+    return each(_rows(body, "items"), "item_id", messages.parse_item)
 
 
-def patches(body: bytes) -> list[dict[str, Any]]:
-    """Body of PATCH /v1/items: objects with `item_id` and what changes."""
-    found = _item_list(body)
-    for index, patch in enumerate(found):
-        if not isinstance(patch, dict):
-            raise BadInput(f"items[{index}] is not an object: send item_id and what changes", field=f"items[{index}]")
-    return found
+def patches(body: bytes) -> list[Any]:
+    """Body of PATCH /v1/items: one or many objects with `item_id` and what changes."""
+    return _rows(body, "items")
 
 
-def item_ids(body: bytes) -> list[str]:
+def deletes(body: bytes) -> list[Item | Refused]:
     """Body of DELETE /v1/items: {"item_ids": [...]}."""
-    raw = body_object(body)
-    value = raw.get("item_ids")
-    if not isinstance(value, list) or len(value) > MAX_EVENTS or len(raw) != 1:
-        raise BadInput(f"item_ids: send {{'item_ids': [...]}} with at most {MAX_EVENTS} ids", field="item_ids")
-    return [messages.parse_id(item, f"item_ids[{index}]") for index, item in enumerate(value)]
+    rows = [{"item_id": item_id} for item_id in _rows(body, "item_ids", single=False)]
+    return each(rows, "item_id", lambda row: Item(item_id=messages.parse_id(row["item_id"], "item_id"), deleted=True))
 
 
-def _item_list(body: bytes) -> list[Any]:
+def _rows(body: bytes, name: str, *, single: bool = True) -> list[Any]:
+    """The list under `name`, or (where `single`) the body itself as the one row."""
     raw = body_object(body)
-    if "items" not in raw:
+    if single and name not in raw:
         return [raw]
-    found = raw["items"]
+    found = raw.get(name)
     if not isinstance(found, list) or len(raw) != 1:
-        raise BadInput("items: send {'items': [...]} with a list and nothing beside it", field="items")
+        raise BadInput(f"{name}: send {{'{name}': [...]}} with a list and nothing beside it", field=name)
     if len(found) > MAX_EVENTS:
-        raise BadInput(f"items: {len(found)} are too many: send at most {MAX_EVENTS} a request", field="items")
+        raise BadInput(f"{name}: {len(found)} are too many: send at most {MAX_EVENTS} a request", field=name)
     return found

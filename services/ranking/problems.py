@@ -2,27 +2,78 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from recsys.errors import BadInput, LogFull, LogUnavailable, StateUnavailable
+from recsys.errors import BadInput, LogError, RecsysError, StateUnavailable
+from recsys.events.messages import shorten
+from services.common.process import logger
 
 _TITLES = {
     400: "bad input",
     404: "not found",
     405: "method not allowed",
     413: "too large",
-    422: "bad input",
+    500: "internal error",
     503: "unavailable",
+}
+_CLIENT_GONE = 499
+_TEXT = {"type": "string"}
+OPENAPI: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "what is wrong: field, value and remedy",
+        "content": {
+            "application/problem+json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["type", "title", "status", "detail"],
+                    "properties": {
+                        "type": _TEXT,
+                        "title": _TEXT,
+                        "status": {"type": "integer"},
+                        "detail": _TEXT,
+                        "field": _TEXT,
+                        "request_id": _TEXT,
+                        "outcomes": {"type": "array", "items": {"type": "object"}},
+                    },
+                },
+                "example": {
+                    "type": "about:blank",
+                    "title": "bad input",
+                    "status": 400,
+                    "detail": "n = 0: ask for an integer from 1 to 100",
+                    "field": "n",
+                },
+            }
+        },
+    }
 }
 
 
-def problem(status: int, detail: str, *, field: str = "", headers: dict[str, str] | None = None) -> Response:
-    """One problem document."""
+class TooLarge(BadInput):
+    """A body over the limit."""
+
+
+class Overloaded(RecsysError):
+    """More requests are under way than this process takes."""
+
+
+def problem(
+    status: int,
+    detail: str,
+    *,
+    field: str = "",
+    headers: dict[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Response:
+    """One problem document; `extra` are further members."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": _TITLES.get(status, "error"),
@@ -31,7 +82,15 @@ def problem(status: int, detail: str, *, field: str = "", headers: dict[str, str
     }
     if field:
         body["field"] = field
-    return Response(orjson.dumps(body), status, headers, "application/problem+json")
+    return Response(orjson.dumps(body | dict(extra or {})), status, headers, "application/problem+json")
+
+
+def failed(request: Request, error: Exception) -> Response:
+    """Our own fault: the traceback goes to the log under an id, and only the id to the client."""
+    request_id = uuid.uuid4().hex
+    logger.error("request %s: %s %s failed", request_id, request.method, shorten(request.url.path), exc_info=error)
+    detail = f"this is a fault of the service: look for {request_id} in its log"
+    return problem(500, detail, headers={"X-Request-ID": request_id}, extra={"request_id": request_id})
 
 
 def install(app: FastAPI) -> None:
@@ -39,18 +98,27 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(BadInput)
     async def bad_input(_: Request, error: BadInput) -> Response:
-        return problem(413 if error.field == "body" else 400, str(error), field=error.field)
+        return problem(413 if isinstance(error, TooLarge) else 400, str(error), field=error.field)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, str(error.detail), headers=dict(error.headers) if error.headers else None)
+    async def http(request: Request, error: HTTPException) -> Response:
+        asked = f"{request.method} {shorten(request.url.path)}"
+        allowed = (error.headers or {}).get("Allow")
+        detail = {404: f"{asked}: nothing is here; /docs lists what is", 405: f"{asked}: use {allowed}, see /docs"}
+        headers = dict(error.headers) if error.headers else None
+        return problem(error.status_code, detail.get(error.status_code, str(error.detail)), headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return problem(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", field=str(first["loc"][-1]))
+        field = str(first["loc"][-1])
+        return problem(400, f"{field} = {shorten(first.get('input'))}: {first['msg']}", field=field)
 
-    for kind in (LogFull, LogUnavailable, StateUnavailable):
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_GONE)  # nobody reads it; the counter of answers does
+
+    for kind in (LogError, StateUnavailable, Overloaded):
         app.add_exception_handler(kind, _unavailable)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,14 @@ from dataclasses import replace
 from recsys import metrics
 from recsys.clock import Clock
 from recsys.config import Config
-from recsys.errors import BadInput, LogError, ParametersUnavailable, RecsysError, StateUnavailable
+from recsys.errors import (
+    BadInput,
+    LogError,
+    LogUnavailable,
+    ParametersUnavailable,
+    RecsysError,
+    StateUnavailable,
+)
 from recsys.events import messages
 from recsys.events.recent import Recent
 from recsys.features.catalogue import Catalogue
@@ -18,7 +26,7 @@ from recsys.features.schema import Schema
 from recsys.ranking import snapshot
 from recsys.ranking.generation import Generations
 from recsys.ranking.pipeline import Pipeline
-from recsys.ranking.request import Answer, Request
+from recsys.ranking.request import Answer, AsOf, Request
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.ranking.state_consumer import StateConsumer
@@ -27,8 +35,10 @@ from recsys.streams.base import EventLog
 from recsys.types import Feedback, Record, UserState
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import Stop, logger
+from services.ranking.parse import Refused
 
 POLL_S = 0.005
+CONSUMER = "state"
 SNAPSHOT_S = 60.0
 """Counters are saved this often; what came after is read again from the log."""
 
@@ -49,51 +59,54 @@ class RankingService:
         self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
         self._accepted = Recent()
         self._accepted_lock = threading.Lock()
+        self.patching = threading.Lock()
+        """Held from reading items to appending their changes, so that two patches of one item both count."""
+        self._trouble: dict[str, str] = {}
         self._threads: list[threading.Thread] = []
         self.catalogue_ready = False
         self.state_ready = False
 
     def start(self) -> None:
         """Read the catalogue, restore the counters, then follow everything in threads."""
-        while self._follow_items():
-            pass
-        self.catalogue_ready = True
+        self._run("items", self._follow_items, POLL_S)
+        while not self.catalogue_ready:
+            if self._stop.wait(POLL_S):
+                return
         snapshot.load(self.config.data_dir / "ranking", self.sources, self.consumer, self.schema, self.clock.now_ms())
-        loops: list[tuple[str, Callable[[], bool], float]] = [
-            ("items", self._follow_items, POLL_S),
-            ("state", self._follow_state, POLL_S),
-            ("dense", self._follow_dense, 0.2),
-            ("generations", self._build_generation, 0.1),
-            ("snapshot", self._save, SNAPSHOT_S),
-        ]
-        for name, turn, pause_s in loops:
-            thread = threading.Thread(target=self._loop, args=(turn, pause_s), name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._run("state", self._follow_state, POLL_S)
+        self._run("dense", self._follow_dense, 0.2)
+        self._run("generations", self._build_generation, 0.1)
+        self._run("snapshot", self._save, SNAPSHOT_S)
 
-    def _loop(self, turn: Callable[[], bool], pause_s: float) -> None:
+    def _run(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
+        thread = threading.Thread(target=self._loop, args=(name, turn, pause_s), name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _loop(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
         while not self._stop:
             try:
                 worked = turn()
-            except (LogError, StateUnavailable, ParametersUnavailable) as error:
-                logger.warning("%s", error)
-                worked = False
-                self._stop.wait(0.5)
+                self._trouble.pop(name, None)
             except RecsysError as error:
-                logger.error("%s", error)
+                again = isinstance(error, LogError | StateUnavailable | ParametersUnavailable)
+                logger.log(logging.WARNING if again else logging.ERROR, "%s", error)
+                self._trouble[name] = str(error)
                 worked = False
-                self._stop.wait(5.0)
+                self._stop.wait(0.5 if again else 5.0)
             if not worked:
                 self._stop.wait(pause_s)
 
     def not_ready(self) -> str:
         """Why this process cannot answer well yet; empty when it can."""
         if not self.catalogue_ready:
-            return "reading the catalogue"
-        return "" if self.state_ready else "reading the state log"
+            return self._trouble.get("items", "reading the catalogue")
+        return "" if self.state_ready else self._trouble.get("state", "reading the state log")
 
-    def recommend(self, request: Request) -> tuple[Answer, bool]:
-        """The answer, logged; False when it could not be logged."""
+    def recommend(self, request: Request) -> tuple[Answer, dict[str, AsOf]]:
+        """The answer, logged, and what its user state, counters and parameters contain at least."""
+        # Read before the answer is made: read after it, they could promise an event that the answer does not know.
+        contains = {"user_state": self.consumer.user_state, "counters": self.consumer.counters}
         answer = self.pipeline.recommend(request, self.clock.now_ms())
         logged = False
         if self.config.ranking.log_impressions and answer.items:
@@ -111,9 +124,9 @@ class RankingService:
         if not logged and answer.items:
             answer = replace(answer, degraded=(*answer.degraded, "unlogged"))
             metrics.DEGRADED.labels("unlogged").inc()
-        return answer, logged
+        return answer, contains | {"parameters": answer.parameters}
 
-    def accept(self, feedback: list[Feedback | BadInput]) -> list[dict[str, str]]:
+    def accept(self, feedback: list[Feedback | Refused]) -> list[dict[str, str]]:
         """Append what is good and new; one outcome an event, in order. Raises LogFull, then nothing was accepted."""
         now_ms = self.clock.now_ms()
         outcomes: list[dict[str, str]] = []
@@ -121,8 +134,8 @@ class RankingService:
         batch: set[str] = set()
         with self._accepted_lock:
             for event in feedback:
-                if isinstance(event, BadInput):
-                    outcomes.append({"event_id": "", "status": "rejected", "reason": str(event)})
+                if isinstance(event, Refused):
+                    outcomes.append({"event_id": event.id, "status": "rejected", "reason": event.reason})
                 elif event.event_id in batch or self._accepted.contains(event.event_id):
                     outcomes.append({"event_id": event.event_id, "status": "duplicate"})
                 else:
@@ -144,8 +157,21 @@ class RankingService:
             "feedback", [(user_id, messages.dump_forget(user_id, event_id=event_id, time_ms=self.clock.now_ms()))]
         )
 
-    def user(self, user_id: str) -> UserState:
-        return self.store.get(user_id)
+    def user(self, user_id: str) -> tuple[UserState, AsOf]:
+        """A user's state, and what it contains at least."""
+        contains = self.consumer.user_state
+        return self.store.get(user_id), contains
+
+    def settle_items(self, timeout_s: float = 2.0) -> None:
+        """Until the catalogue holds all that was written before this call. Raises LogError when it does not in time."""
+        deadline = time.monotonic() + timeout_s
+        self.log.flush(timeout_s)
+        ends = {partition: self.log.end("item", partition) for partition in self._item_positions}
+        while any(self._item_positions[partition] < end for partition, end in ends.items()):
+            if time.monotonic() > deadline or self._stop.wait(0.001):
+                raise LogUnavailable(
+                    f"the catalogue is more than {timeout_s:g} s behind its log: try again when /readyz says ready"
+                )
 
     def _on_bad(self, record: Record, reason: str) -> None:
         metrics.DEAD_LETTERS.labels(record.topic, "malformed").inc()
@@ -164,11 +190,15 @@ class RankingService:
                 self._item_positions[partition] = records[-1].offset + 1
                 worked = True
         metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
+        self.catalogue_ready |= not worked
         return worked
 
     def _follow_state(self) -> bool:
         count = self.consumer.turn()
-        self.state_ready = self.state_ready or not count
+        if not count and not self.state_ready:
+            with self._accepted_lock:  # a retry is known as a duplicate across a restart
+                self._accepted.restore(self.sources.seen())
+            self.state_ready = True
         return count > 0
 
     def _follow_dense(self) -> bool:
@@ -195,7 +225,14 @@ class RankingService:
 
     def _save(self) -> bool:
         if self.state_ready:
-            snapshot.save(self.config.data_dir / "ranking", self.sources, self.consumer, self.schema)
+            try:
+                saved = snapshot.save(self.config.data_dir / "ranking", self.sources, self.consumer, self.schema)
+            except OSError as error:
+                logger.error("counters not saved (%s): they will be read again from the log", error)
+                return False
+            for place, offset in saved.items():  # retention keeps what is not yet in a snapshot
+                topic, partition = place.rsplit("/", 1)
+                self.log.commit(CONSUMER, topic, int(partition), offset)
         return False
 
     def close(self) -> None:
@@ -205,8 +242,8 @@ class RankingService:
             thread.join(timeout=5)
         try:
             self._save()
-        except OSError as error:
-            logger.error("counters not saved (%s): they will be read again from the log", error)
+        except LogError as error:
+            logger.warning("%s", error)
         self._parameters.close()
         self.store.close()
         self.log.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,6 @@ from typing import Any
 
 import httpx
 import psutil
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S, STOP_S, WAIT_S = 90.0, 20.0, 20.0
@@ -47,14 +48,19 @@ def environment() -> dict[str, str]:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
-    import contextlib
-    import socket
-
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
             sock.bind(("127.0.0.1", 0))
         return [int(sock.getsockname()[1]) for sock in sockets]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    """A process's command line; empty when it just ended."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 class Embedded:
@@ -100,7 +106,7 @@ class Embedded:
         assert self.process is not None
         found = {}
         for child in psutil.Process(self.process.pid).children():
-            line = child.cmdline()
+            line = cmdline(child)
             if "serve" in line:
                 found[line[line.index("serve") + 1]] = child.pid
         return found
@@ -152,13 +158,11 @@ ITEMS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
-    """One system with 200 items, shared: tests use users and items of their own."""
-    system = Embedded(tmp_path_factory.mktemp("embedded")).start()
+@contextlib.contextmanager
+def embedded(folder: Path, extra: str = "") -> Iterator[Embedded]:
+    """A running system; every process is gone at the end."""
+    system = Embedded(folder, extra)
     try:
-        system.call("PUT", "/v1/items", {"items": ITEMS})
-        wait_for(lambda: system.call("GET", "/v1/items?cursor=199")["items"], "the catalogue")
-        yield system
+        yield system.start()
     finally:
         system.close()

@@ -55,3 +55,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 3  # type: ignore[misc]
+
+
+def test_a_long_data_folder_gets_a_short_socket_of_its_own() -> None:
+    near, far = (parse({"data_dir": f"/data/{'x' * 120}/{name}"}).parameter_address for name in "ab")
+    assert near != far
+    assert len(near) < 108
+    assert parse({"data_dir": "/data"}).parameter_address == "unix:/data/parameter.sock"

@@ -113,6 +113,16 @@ def test_forgetting_holds_in_log_order(ranking: Ranking) -> None:
     assert [e.item_id for e in ranking.store.get("u").history] == ["i2"]
 
 
+def test_a_forgotten_users_rates_are_gone(ranking: Ranking) -> None:
+    shown = Impression(request_id="r", user_id="u", time_ms=0, items=(ShownItem(item_id="i1", position=1),))
+    ranking.log.append("impression", [("u", messages.dump_impression(shown))])
+    ranking.catch_up()
+    assert ranking.sources.rates.user_rates("u", ranking.clock.now_ms())[0] < 0
+    ranking.log.append("feedback", [("u", messages.dump_forget("u", event_id="f", time_ms=0))])
+    ranking.catch_up()
+    assert ranking.sources.rates.user_rates("u", ranking.clock.now_ms())[0] == 0
+
+
 def test_impressions_make_items_seen_and_count_as_shown(ranking: Ranking) -> None:
     shown = Impression(
         request_id="r",
