@@ -14,6 +14,8 @@ import orjson
 from load_tests.common import Floats
 
 TIMEOUT_S = 10.0
+_IDLE_S = 2.0
+"""Connections idle for longer are not used again: the service closes them after 5 s, perhaps just when a request is sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +26,13 @@ class Reply:
     body: bytes
 
     def json(self) -> Any:
+        """The body of a 200; RuntimeError with the status and the body's beginning for any other."""
+        if self.status != 200:
+            raise RuntimeError(f"answered {self.status} (0: not at all) {self.body[:300]!r}: see the service's log")
         return orjson.loads(self.body)
+
+
+_Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Client:
@@ -32,7 +40,7 @@ class Client:
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self._host, self._port = host, port
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._free: list[tuple[float, _Connection]] = []
         self.opened = 0
 
     async def call(self, method: str, path: str, body: bytes = b"") -> Reply:
@@ -40,7 +48,7 @@ class Client:
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                connection = self._free.pop() if self._free else await self._open()
+                connection = await self._connection()
                 reader, writer = connection
                 try:
                     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -50,18 +58,22 @@ class Client:
                     raise
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             return Reply(status=0, body=b"")
-        self._free.append(connection)
+        self._free.append((time.monotonic(), connection))
         return reply
 
     async def post(self, path: str, value: Any) -> Reply:
         return await self.call("POST", path, orjson.dumps(value))
 
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connection(self) -> _Connection:
+        if self._free and time.monotonic() - self._free[-1][0] > _IDLE_S:
+            self.close()
+        if self._free:
+            return self._free.pop()[1]
         self.opened += 1
         return await asyncio.open_connection(self._host, self._port, limit=2**22)
 
     def close(self) -> None:
-        for _, writer in self._free:
+        for _, (_, writer) in self._free:
             writer.close()
         self._free.clear()
 

@@ -188,7 +188,10 @@ def run(
     parser.add_argument("--seed", type=int, default=0)
     arguments(parser)
     options = parser.parse_args()
-    load = {name: value for name, value in vars(options).items() if name not in ("json", "save")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "save")}
+    load = {
+        name: value for name, value in settings.items() if not isinstance(value, Path)
+    }  # a path says where, not what
     report = Report(test, load)
     measure(options, report)
     result = report.finish()
@@ -239,11 +242,18 @@ class Running:
 
     def metric(self, name: str, service: str = "ranking") -> float:
         """The sum of a metric's samples as the service exports it."""
+        return sum(self.by_label(name, service).values())
+
+    def by_label(self, name: str, service: str = "ranking") -> dict[str, float]:
+        """A metric's samples by the value of their last label, which is empty where there is none."""
         lines = httpx.get(f"{self.url(service)}/metrics", timeout=5.0).text.splitlines()
-        values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
-        if not values:
-            raise KeyError(f"{service} exports no metric {name!r}: see docs/metrics.md")
-        return sum(values)
+        found: dict[str, float] = {}
+        for line in lines:
+            if line.startswith((f"{name} ", f"{name}{{")):
+                sample, value = line.rsplit(" ", 1)
+                label = sample.rsplit('="', 1)[1].rstrip('"}') if "{" in sample else ""
+                found[label] = found.get(label, 0.0) + float(value)
+        return found
 
     def processes(self) -> dict[str, psutil.Process]:
         """The supervisor and its services by name."""
@@ -296,5 +306,9 @@ def services(settings: str = "", environment: Mapping[str, str] | None = None) -
         running = Running(folder, process, ports)
         try:
             yield running
+        except BaseException:
+            for log in sorted((folder / "data").glob("*.log")):
+                say(f"end of {log.name}:\n{log.read_text(errors='replace')[-1500:]}")
+            raise
         finally:
             running.stop()

@@ -4,7 +4,7 @@ Latency is taken from the instant a request was due; p50 and p99 are the median 
 percentile (`…_run`: over the whole run, as measured). Freshness is over all probes of the run: from the instant feedback was
 answered (trained rows: from the instant the label was final) to the first answer whose `as_of` covers it. `request_cpu` is what
 one request adds to the CPU time of all processes, its training included: the run against the same feedback and probes without
-requests. The label windows are one second.
+requests. `stage_…` is the time that stages took, probes' included, per request. The label windows are one second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ RECENT_S = 0.5
 PROBES_A_SECOND, POLL_S, GIVE_UP_MS = 3, 0.005, 10_000
 QUIET_S = 10.0
 WARM_S = 5.0
+COVERED = ("user_state", "counters")
+STAGES = "recsys_stage_seconds_sum"
 SETTINGS = f"""
 [[tasks]]
 name = "click"
@@ -75,7 +77,7 @@ class Seen:
     probes: int = 0
     untrue: int = 0
     """Answers that claimed to contain a click that the user's history did not."""
-    fresh_ms: dict[str, list[float]] = field(default_factory=lambda: {"user_state": [], "counters": [], "trained": []})
+    fresh_ms: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in (*COVERED, "trained")})
 
 
 class Serve:
@@ -96,9 +98,10 @@ class Serve:
         say(f"warming up: {WARM_S:.0f} s")
         await self._load(options.rate, WARM_S, 1)
         say(f"{options.rate:g} requests/s and {options.events:g} events/s for {options.seconds:g} s")
-        before = self._running.cpu_s()
+        before, stages = self._running.cpu_s(), self._running.by_label(STAGES)
         samples = await self._load(options.rate, options.seconds, 2)
         used = cpu_since(before, self._running)
+        stages = {name: s - stages.get(name, 0.0) for name, s in self._running.by_label(STAGES).items()}
         memory, seen = self._running.memory_bytes(), self._seen
         say(f"feedback and probes alone: {QUIET_S:.0f} s")
         before = self._running.cpu_s()
@@ -112,6 +115,8 @@ class Serve:
         }
         report.add("request_cpu", sum(added_ms.values()))
         report.add("memory", sum(memory.values()), "bytes")
+        for name, seconds in stages.items():
+            report.add(f"stage_{name}", seconds * 1000 / len(samples), "ms")
         for name in sorted(used):
             report.add(f"request_cpu_{name}", added_ms[name], "ms")
             report.add(f"cores_{name}", used[name] / options.seconds, "cores")
@@ -190,7 +195,9 @@ class Serve:
         reply = await self._client.post("/v1/feedback", {"events": events})
         good = reply.status == 200 and all(o["status"] == "accepted" for o in reply.json()["outcomes"])
         self._seen.events += len(events) if good else 0
-        self._seen.errors += not good
+        if not good:
+            self._seen.errors += 1
+            say(f"feedback answered {reply.status}: {reply.body[:300]!r}")
         return good
 
     async def _load(self, rate: float, seconds: float, seed: int) -> list[Sample]:
@@ -214,14 +221,15 @@ class Serve:
             user = f"probe-{number % 100}"
             click = self._click(user, self._pick())
             await self._send([click])
-            accepted, waiting = now_ms(), {"user_state", "counters"}
+            accepted, waiting = now_ms(), set(COVERED)
             while waiting and now_ms() - accepted < GIVE_UP_MS:
                 as_of = await self._as_of(user)
-                for kind in [k for k in waiting if as_of[k]["time_ms"] >= accepted]:
-                    waiting.remove(kind)
-                    self._seen.fresh_ms[kind].append(now_ms() - accepted)
-                    if kind == "user_state":
-                        self._seen.untrue += not await self._has(user, click["event_id"])
+                fresh_ms, covered = now_ms() - accepted, {k for k in waiting if as_of[k]["time_ms"] >= accepted}
+                waiting -= covered
+                for kind in covered:
+                    self._seen.fresh_ms[kind].append(fresh_ms)
+                if "user_state" in covered:
+                    self._seen.untrue += not await self._has(user, click["event_id"])
                 await asyncio.sleep(POLL_S)
             for kind in waiting:
                 self._seen.fresh_ms[kind].append(math.inf)
@@ -233,9 +241,11 @@ class Serve:
         while time.perf_counter() < end:
             number += 1
             user = f"learner-{number % 100}"
-            answer = (await self._client.post("/v1/recommend", {"user_id": user, "n": 20})).json()
+            answer = await self._ask({"user_id": user, "n": 20})
             final = now_ms() + int(WINDOW_S * 1000)
-            self._seen.probes += 1
+            if answer is None:
+                await asyncio.sleep(WINDOW_S)
+                continue
             await self._send([self._click(user, answer["items"][0]["item_id"], answer["request_id"])])
             await asyncio.sleep((final - now_ms()) / 1000)
             while (as_of := await self._as_of(user))["parameters"]["time_ms"] < final:
@@ -246,10 +256,17 @@ class Serve:
             self._seen.fresh_ms["trained"].append(now_ms() - final if fresh else math.inf)
 
     async def _as_of(self, user: str) -> Any:
-        """What an answer with one candidate, cheap to make, contains."""
-        self._seen.probes += 1
+        """What an answer with one candidate, cheap to make, contains; nothing when there was no answer."""
         asked = {"user_id": user, "n": 1, "candidates": ["0"], "activation": "deferred"}
-        return (await self._client.post("/v1/recommend", asked)).json()["as_of"]
+        answer = await self._ask(asked)
+        return answer["as_of"] if answer else {kind: {"time_ms": 0} for kind in (*COVERED, "parameters")}
+
+    async def _ask(self, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """A probe's request; an error counts."""
+        self._seen.probes += 1
+        reply = await self._client.post("/v1/recommend", asked)
+        self._seen.errors += reply.status != 200
+        return dict(reply.json()) if reply.status == 200 else None
 
     async def _has(self, user: str, event_id: str) -> bool:
         history = (await self._client.call("GET", f"/v1/users/{user}")).json()["history"]
@@ -272,7 +289,9 @@ class Serve:
         oldest = time.perf_counter() - RECENT_S
         self._recent = [entry for entry in self._recent if entry[0] > oldest]
         pairs = [(request, user, item) for _, request, user, shown in self._recent for item in shown]
-        chosen = self._rng.choice(len(pairs), min(POST // 2, len(pairs) // 5), replace=False) if pairs else []
+        chosen: Sequence[int] = (
+            self._rng.choice(len(pairs), min(POST // 2, len(pairs) // 5), replace=False).tolist() if pairs else []
+        )
         events = [self._click(pairs[i][1], pairs[i][2], pairs[i][0]) for i in chosen]
         while len(events) < POST:
             events.append(self._click(f"user-{self._rng.integers(USERS)}", self._pick()))
