@@ -335,6 +335,15 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] | None = Non
     return parse(raw)
 
 
+def one_thread_each() -> None:
+    """One thread for OpenMP and BLAS in this process, unless the environment says otherwise. Call before numpy is imported.
+
+    Our processes bring their own threads; a BLAS worker that spins beside them costs 25 ms a request on two cores.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
 def parse(raw: Mapping[str, Any]) -> Config:
     """Validate a parsed TOML document."""
     try:

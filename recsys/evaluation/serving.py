@@ -39,7 +39,14 @@ class ServingCopy:
     """Scorer and generations over what scoring may know."""
 
     def __init__(
-        self, config: Config, schema: Schema, catalogue: Catalogue, trainer: Trainer | None, *, live: bool, each_step: bool
+        self,
+        config: Config,
+        schema: Schema,
+        catalogue: Catalogue,
+        trainer: Trainer | None,
+        *,
+        live: bool,
+        each_step: bool,
     ) -> None:
         self._trainer, self._live, self._each_step = trainer, live, each_step
         self._store = ParameterStore(layouts(config, schema), schema.hash, config.table.implementation)

@@ -23,8 +23,9 @@ from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.retrieval.mix import mix
 from recsys.state.base import StateStore
-from recsys.types import Float32, HistoryEvent, Impression, Int32, ShownItem, UserState
+from recsys.types import Float32, HistoryEvent, Impression, Int32, Int64, ShownItem, UserState
 
+Found = tuple[str, Int32, Float32]
 MIX_LIMIT = 500
 """Most candidates that are scored: the budget of scoring (6 ms) holds for this many."""
 
@@ -40,12 +41,18 @@ class Work:
     state: UserState = UserState()
     history_rows: list[int] = field(default_factory=list)
     rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
-    sources: list[tuple[str, ...]] = field(default_factory=list)
+    names: tuple[str, ...] = ()
+    masks: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     source_scores: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
     user: UserFeatures | None = None
     features: Features | None = None
     predictions: Float32 | None = None
     scores: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def sources(self, candidate: int) -> tuple[str, ...]:
+        """The sources that brought a candidate."""
+        mask = int(self.masks[candidate])
+        return tuple(name for bit, name in enumerate(self.names) if mask >> bit & 1)
 
     def late(self, stage: str) -> bool:
         """Whether the deadline has passed; then the stage is skipped and the answer says so."""
@@ -120,12 +127,7 @@ class Pipeline:
         else:
             found = [(name, *self._source(name, quota, work)) for name, quota in self._quotas.items() if quota]
         forbidden = self.forbidden(work)
-        allowed = []
-        for name, rows, scores in found:
-            keep = self._catalogue.alive[rows]
-            if forbidden:
-                keep &= ~np.isin(rows, list(forbidden))
-            allowed.append((name, rows[keep], scores[keep]))
+        allowed = self._allowed(found, forbidden)
         work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         if len(work.rows) < work.request.n and work.request.candidates is None:
             # Nothing is known yet, or all that is known was excluded: the newest items fill the list.
@@ -133,8 +135,18 @@ class Pipeline:
                 ("newest", *self._newest(work.request.n - len(work.rows), {*forbidden, *work.rows.tolist()}))
             )
             work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
-        names = [name for name, _, _ in allowed]
-        work.sources = [tuple(n for bit, n in enumerate(names) if mask >> bit & 1) for mask in masks.tolist()]
+        work.names, work.masks = tuple(name for name, _, _ in allowed), masks
+
+    def _allowed(self, found: Sequence[Found], forbidden: set[int]) -> list[Found]:
+        """Each source's rows that are alive and not forbidden."""
+        if not found:
+            return []
+        every = np.concatenate([rows for _, rows, _ in found])
+        keep = self._catalogue.alive[every]
+        if forbidden:
+            keep &= ~np.isin(every, np.fromiter(forbidden, np.int32, len(forbidden)))
+        kept = np.split(keep, np.cumsum([len(rows) for _, rows, _ in found])[:-1])
+        return [(name, rows[k], scores[k]) for (name, rows, scores), k in zip(found, kept, strict=True)]
 
     def user_of(self, work: Work) -> UserFeatures:
         """The shared block of the request's features."""
@@ -232,7 +244,7 @@ class Pipeline:
             ShownItem(
                 item_id=ids[work.rows[c.candidate]],
                 position=position,
-                sources=work.sources[c.candidate],
+                sources=work.sources(c.candidate),
                 score=float(work.scores[c.candidate]),
                 predictions=self._predictions(work, c.candidate),
                 propensity=c.propensity,
@@ -242,7 +254,7 @@ class Pipeline:
         )
         last = self._last_title(work)
         reasons = tuple(
-            self._reasons.of(int(work.rows[c.candidate]), work.sources[c.candidate], work.user, last)
+            self._reasons.of(int(work.rows[c.candidate]), work.sources(c.candidate), work.user, last)
             if work.user
             else ""
             for c in choices

@@ -28,6 +28,9 @@ from recsys.types import Bool, Float32, Int64
 KNOWN_ROWS = 200_000
 """Rows kept for when parameter is away: 200k × 18 floats is 15 MB; half forgets popular items' neighbours sooner."""
 
+REMEMBER_EVERY = 8
+"""Replies whose rows are kept: popular rows come in every reply; keeping all of them costs a millisecond a request."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Networks:
@@ -45,6 +48,7 @@ class Scorer:
         small = [replace(layout, capacity=KNOWN_ROWS) for layout in layouts(config, schema)]
         self._layouts = small
         self._known = Tables(small, "cpu")
+        self._replies = 0
         self._refreshing = threading.Lock()
         self.state = ParameterState()
         self.available = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from recsys import metrics
@@ -16,6 +15,7 @@ from recsys.state.base import StateStore
 from recsys.streams.base import EventLog
 from recsys.types import FORGET, Feedback, HistoryEvent, Record, UserUpdate
 
+Histories = dict[str, tuple[HistoryEvent, ...]]
 TOPICS = ("impression", "feedback")
 READ_LIMIT = 1000
 """Records of one transaction: half makes a backlog slower, double holds freshness back."""
@@ -68,10 +68,10 @@ class StateConsumer:
     def apply(self, records: Sequence[Record], *, store_from: int, count_from: int, key: str) -> None:
         """Records of one partition: to the store from offset `store_from` on, to the counters from `count_from` on."""
         updates: list[UserUpdate] = []
-        pending: dict[str, list[HistoryEvent]] = defaultdict(list)
+        histories: Histories = {}
         for record in records:
             try:
-                update = self._take(record, pending, counted=record.offset >= count_from)
+                update = self._take(record, histories, counted=record.offset >= count_from)
             except BadInput as error:
                 self._on_bad(record, str(error))
                 continue
@@ -88,7 +88,7 @@ class StateConsumer:
                 if record.offset >= count_from:
                     metrics.FRESHNESS_SECONDS.labels("counters").observe(age_s)
 
-    def _take(self, record: Record, pending: dict[str, list[HistoryEvent]], *, counted: bool) -> UserUpdate | None:
+    def _take(self, record: Record, histories: Histories, *, counted: bool) -> UserUpdate | None:
         if record.topic == "impression":
             impression = messages.parse_impression(record.value)
             if counted:
@@ -97,17 +97,16 @@ class StateConsumer:
                 return None
             return UserUpdate(user_id=impression.user_id, seen=tuple(item.item_id for item in impression.items))
         feedback = messages.parse_feedback(record.value, internal=True)
-        return self.feedback(feedback, record.time_ms, pending, counted=counted)
+        return self.feedback(feedback, record.time_ms, histories, counted=counted)
 
-    def feedback(
-        self, feedback: Feedback, now_ms: int, pending: dict[str, list[HistoryEvent]], *, counted: bool
-    ) -> UserUpdate | None:
-        """One feedback at log time `now_ms`; `pending` holds events of this batch that the store does not have yet."""
+    def feedback(self, feedback: Feedback, now_ms: int, histories: Histories, *, counted: bool) -> UserUpdate | None:
+        """One feedback at log time `now_ms`; `histories` is what the batch's users have when the store has what came before."""
+        user_id = feedback.user_id
         if feedback.type == FORGET:
-            pending.pop(feedback.user_id, None)
+            histories[user_id] = ()
             if counted:
-                self._sources.forget(feedback.user_id)
-            return UserUpdate(user_id=feedback.user_id, forget=True)
+                self._sources.forget(user_id)
+            return UserUpdate(user_id=user_id, forget=True)
         event = HistoryEvent(
             time_ms=messages.clamp_time(feedback.time_ms, now_ms),
             event_id=feedback.event_id,
@@ -115,13 +114,19 @@ class StateConsumer:
             type=feedback.type,
             session_id=feedback.session_id,
         )
+        kept = feedback.type in self._history_types
         if counted:
-            earlier = pending.get(feedback.user_id)
-            history = self._store.get(feedback.user_id).history
-            if earlier:
-                history = tuple(sorted({*history, *earlier}))
+            history = histories.get(user_id)
+            if history is None:
+                history = self._store.get(user_id).history
             self._sources.feedback(feedback, history, event, now_ms)
-        if feedback.type not in self._history_types:
-            return UserUpdate(user_id=feedback.user_id, seen=(feedback.item_id,)) if feedback.type == "view" else None
-        pending[feedback.user_id].append(event)
-        return UserUpdate(user_id=feedback.user_id, events=(event,))
+            histories[user_id] = _with(history, event) if kept else history
+        if kept:
+            return UserUpdate(user_id=user_id, events=(event,))
+        return UserUpdate(user_id=user_id, seen=(feedback.item_id,)) if feedback.type == "view" else None
+
+
+def _with(history: tuple[HistoryEvent, ...], event: HistoryEvent) -> tuple[HistoryEvent, ...]:
+    if not history or history[-1] < event:
+        return (*history, event)
+    return tuple(sorted({*history, event}))

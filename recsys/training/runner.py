@@ -25,6 +25,10 @@ TOPICS = ("item", "impression", "feedback")
 READ_LIMIT = 1000
 """Records of one partition taken in one step: half makes a backlog slower, double holds a step (and freshness) longer."""
 
+MARK_MS = 100
+"""The log's ends are asked for this often, to know what time everything was read up to: half asks twice as much, double holds
+labels back for longer."""
+
 OnStep = Callable[[StepReport, float], None]
 
 
@@ -49,6 +53,9 @@ class Runner:
         self.epoch = 0
         self.positions: dict[str, int] = {}
         self._now_ms = 0
+        self._marked_ms, self._marks = 0, dict[str, int]()
+        """The partitions' ends at one log time; once they are read, nothing before it is still unread."""
+        self._read_ms: dict[str, int] = {}
         self._last = {"rows": 0.0, "dense": 0.0, "checkpoint": time.monotonic()}
 
     def start(self, *, accept_gap: bool = False, publish: bool = True) -> None:
@@ -191,19 +198,33 @@ class Runner:
         return True
 
     def _poll(self) -> tuple[list[Record], dict[str, int], int]:
-        """New records, the partitions' new ends, and log time: the clock's, or that of the slowest backlog."""
+        """New records, the partitions' new ends, and log time: no impression or feedback before it is still unread.
+
+        A read that found nothing does not say so: Kafka's client answers before the broker did.
+        """
         records: list[Record] = []
         ends: dict[str, int] = {}
-        now_ms = self._clock.now_ms()
+        self._mark()
         for key in self._order(self.positions):
-            topic, partition = self._split(key)
-            batch = self._log.read(topic, partition, self.positions[key], READ_LIMIT)
+            batch = self._log.read(*self._split(key), self.positions[key], READ_LIMIT)
             if batch:
                 records += batch
                 ends[key] = batch[-1].offset + 1
-                if len(batch) == READ_LIMIT and topic != "item":
-                    now_ms = min(now_ms, batch[-1].time_ms)
-        return records, ends, now_ms
+                self._read_ms[key] = max(self._read_ms.get(key, 0), batch[-1].time_ms)
+        for key, end in self._marks.items():
+            if ends.get(key, self.positions[key]) >= end:
+                self._read_ms[key] = max(self._read_ms.get(key, 0), self._marked_ms)
+        return records, ends, self._all_read_ms()
+
+    def _all_read_ms(self) -> int:
+        return min((self._read_ms.get(key, 0) for key in self._marks), default=0)
+
+    def _mark(self) -> None:
+        """Ask for the ends again, once those of the last time were read."""
+        now_ms = self._clock.now_ms()
+        if self._all_read_ms() >= self._marked_ms and (not self._marks or now_ms - self._marked_ms >= MARK_MS):
+            timed = [key for key in self.positions if not key.startswith("item/")]
+            self._marked_ms, self._marks = now_ms, {key: self._log.end(*self._split(key)) for key in timed}
 
     def _bury(self, report: StepReport) -> None:
         letters = []

@@ -30,6 +30,7 @@ _BAD_INPUT = (BadInput, ConfigError, FolderLocked, LogTruncated, SchemaMismatch,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = parser().parse_args(arguments)
+    config.one_thread_each()
     try:
         return int(options.run(options))
     except _BAD_INPUT as error:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys import metrics
 from recsys.events import messages
@@ -75,7 +76,7 @@ def create_app(service: RankingService) -> FastAPI:
     def read(request: Request) -> Awaitable[bytes]:
         return read_body(request, service.config.ranking.max_body_bytes)
 
-    observe(app)
+    app.add_middleware(Observe)
     _recommend_route(app, service, Workers("score", 2, max_inflight), read)
     _feedback_route(app, service, others, read)
     _user_routes(app, service, others)
@@ -84,21 +85,33 @@ def create_app(service: RankingService) -> FastAPI:
     return app
 
 
-def observe(app: FastAPI) -> None:
-    """Count every answer; what no route caught becomes a problem with an id instead of a traceback."""
+class Observe:
+    """Counts every answer; what no route caught becomes a problem with an id instead of a traceback."""
 
-    @app.middleware("http")
-    async def count(request: Request, call_next: Next) -> Response:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
         try:
-            response = await call_next(request)
-        except Exception as error:  # noqa: BLE001 - the last resort: logged under an id, never leaked
-            response = failed(request, error)
-        metrics.HTTP_REQUESTS.labels(_route(request), str(response.status_code)).inc()
-        return response
-
-
-def _route(request: Request) -> str:
-    return getattr(request.scope.get("route"), "path", "other")
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            response = failed(Request(scope), error)
+            if status:
+                raise
+            await response(scope, receive, watched)
+        finally:
+            metrics.HTTP_REQUESTS.labels(getattr(scope.get("route"), "path", "other"), str(status or 499)).inc()
 
 
 def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, read: Read) -> None:

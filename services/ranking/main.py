@@ -25,9 +25,8 @@ def run(config: Config, stop: Stop) -> None:
     log = open_log(config, SystemClock(), "ranking")
     service = RankingService(config, log, SystemClock(), stop)
     app = create_app(service)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
-    )
+    settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
+    server = uvicorn.Server(settings)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     died: list[str] = []
 
@@ -54,7 +53,8 @@ def run(config: Config, stop: Stop) -> None:
 
     logger.info("ranking on http://%s:%d", config.ranking.host, sock.getsockname()[1])
     try:
-        asyncio.run(serve())
+        with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+            runner.run(serve())
     finally:
         service.close()
         lock.release()

@@ -44,7 +44,8 @@ def click(user: str, item: str, second: float, session: str = "s") -> Event:
 
 
 def catalogue(*names: str) -> list[Event]:
-    return [(0, "item", Item(item_id=name)) for name in names]
+    """These items and forty newer ones, of which the newest fill up a list that would be short."""
+    return [(0, "item", Item(item_id=name)) for name in (*names, *(f"newer-{n}" for n in range(40)))]
 
 
 def hits(events: Sequence[Event], folder: Path, **options: Any) -> tuple[int, float]:
