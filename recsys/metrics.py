@@ -98,7 +98,8 @@ TABLE_EXPIRED_ROWS = _counter(
 EXAMPLES = _counter("recsys_examples_total", "Labels trained, by task and label (0 or 1).", ("task", "label"))
 JOINED = _counter(
     "recsys_joined_total",
-    "Feedback at the joiner, by outcome: joined, no_request, no_impression, too_late, duplicate.",
+    "Records at the joiner, by outcome. Feedback: joined, duplicate, too_late, unknown_item, no_request, no_impression, forget; "
+    "impressions: impression_opened, impression_duplicate, impression_no_features.",
     ("outcome",),
 )
 OPEN_IMPRESSIONS = _gauge("recsys_open_impressions", "Impressions whose label windows are still open.")

@@ -65,6 +65,7 @@ class Joiner:
         self._open: dict[str, _Open] = {}
         self._queues: list[deque[str]] = [deque() for _ in windows]
         self._early: OrderedDict[str, tuple[int, list[Feedback]]] = OrderedDict()
+        self._settled: list[str] = []
         self._requests = Recent()
         self._spill = Spill(folder)
 
@@ -90,8 +91,7 @@ class Joiner:
         for queue in self._queues:
             queue.append(message.request_id)
         _, early = self._early.pop(message.request_id, (0, []))
-        for feedback in early:
-            self.feedback(feedback, now_ms)
+        self._settled += [self.feedback(feedback, now_ms) for feedback in early]
         return "opened"
 
     def feedback(self, message: Feedback, now_ms: int) -> str:
@@ -148,7 +148,8 @@ class Joiner:
             yield self._emit(self._queues[index].popleft(), index)
         waited = self._windows_ms[-1]
         while self._early and next(iter(self._early.values()))[0] + waited < now_ms:
-            self._early.popitem(last=False)
+            _, (_, never) = self._early.popitem(last=False)
+            self._settled += ["no_impression"] * len(never)
         self._spill.drop_closed()
 
     def _emit(self, request_id: str, window: int) -> Emission:
@@ -168,6 +169,11 @@ class Joiner:
             del self._open[request_id]
             self._spill.release(impression.place)
         return emission
+
+    def take_settled(self) -> list[str]:
+        """What became of feedback that came ahead of its impression, since the last call: as of `feedback`, or `no_impression`."""
+        settled, self._settled = self._settled, []
+        return settled
 
     def take_dropped(self) -> list[Path]:
         """Spill files to delete once a checkpoint is committed."""

@@ -78,6 +78,8 @@ class Trainer:
     def train(self, report: StepReport, now_ms: int, learn: bool = True) -> None:
         """The second half of a step: labels that are final at `now_ms`, then what is due by step number."""
         report.emissions = list(self.joiner.close(now_ms))
+        for outcome in self.joiner.take_settled():
+            report.count(outcome)
         if learn:
             report.skipped_batches += self._learn(report.emissions, now_ms)
             self._watch(report.emissions)
@@ -119,7 +121,9 @@ class Trainer:
                 self.towers.forget(feedback.user_id)
             report.count("forget")
             return
-        report.count(self.joiner.feedback(feedback, now_ms))
+        outcome = self.joiner.feedback(feedback, now_ms)
+        if outcome != "early":  # counted once it is known what becomes of it
+            report.count(outcome)
         if self.towers:
             self.towers.feedback(feedback, now_ms)
 

@@ -35,7 +35,13 @@ def test_the_curl_lines_of_use_it_work() -> None:
         answers = []
         for line in lines:
             address = running.url("ranking").removeprefix("http://")
-            done = subprocess.run(["bash", "-c", line.replace("localhost:8000", address)], capture_output=True, text=True, timeout=30, check=True)
+            done = subprocess.run(
+                ["bash", "-c", line.replace("localhost:8000", address)],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=True,
+            )
             answers.append(json.loads(done.stdout))
         assert [o["status"] for o in answers[0]["outcomes"]] == ["accepted", "accepted"]
         assert [o["status"] for o in answers[1]["outcomes"]] == ["accepted"]

@@ -44,7 +44,9 @@ def test_tasks_close_with_their_windows_and_have_disjoint_masks(tmp_path: Path) 
 def test_late_early_duplicate_and_foreign_feedback_are_told_apart(tmp_path: Path) -> None:
     joiner = Joiner(TASKS, tmp_path)
     assert joiner.feedback(feedback("r"), 500) == "early"
+    assert joiner.feedback(feedback("never"), 500) == "early"
     joiner.impression(impression("r"), 1000)
+    assert joiner.take_settled() == ["joined"]
     assert joiner.impression(impression("r"), 1100) == "duplicate"
     assert joiner.feedback(feedback("r"), 1200) == "duplicate"
     assert joiner.feedback(feedback("r", "elsewhere"), 1200) == "unknown_item"
@@ -53,35 +55,20 @@ def test_late_early_duplicate_and_foreign_feedback_are_told_apart(tmp_path: Path
     (emission,) = joiner.close(11_001)
     assert emission.labels[:, 0].tolist() == [True, False]
     list(joiner.close(70_000))
+    assert joiner.take_settled() == ["no_impression"]
     assert joiner.feedback(feedback("r"), 70_000) == "too_late"
 
 
-def test_a_window_of_zero_closes_right_after_its_instant(tmp_path: Path) -> None:
-    joiner = Joiner((TaskConfig(name="click", types=("click",), window_s=0),), tmp_path)
-    joiner.impression(impression("r"), 1000)
-    assert joiner.feedback(feedback("r"), 1000) == "joined"
-    assert not list(joiner.close(1000))
-    (emission,) = joiner.close(1001)
-    assert emission.labels[0, 0]
-
-
-def test_deferred_items_count_as_shown_only_when_viewed(tmp_path: Path) -> None:
+def test_impressions_out_of_time_order_keep_their_features(tmp_path: Path) -> None:
+    """Partitions are not read in step: an older impression may come after a younger one, even after that one's file was dropped."""
     joiner = Joiner(TASKS, tmp_path)
-    joiner.impression(impression("r", activation="deferred"), 0)
-    joiner.feedback(feedback("r", "i1", "view"), 10)
-    (emission,) = joiner.close(10_001)
-    assert emission.shown.tolist() == [False, True]
-
-
-def test_somebody_elses_impression_is_not_learned_from(tmp_path: Path) -> None:
-    joiner = Joiner(TASKS, tmp_path)
-    assert (
-        joiner.impression(
-            Impression(request_id="r", user_id="u", time_ms=0, items=(ShownItem(item_id="a", position=1),)), 0
-        )
-        == "no_features"
-    )
-    assert len(joiner) == 0
+    joiner.impression(impression("young"), 300_000)
+    joiner.impression(impression("old"), 10_000)
+    assert sorted(e.features for e in joiner.close(400_000)) == [b"old", b"old", b"young", b"young"]
+    for path in joiner.take_dropped():
+        path.unlink()
+    joiner.impression(impression("older"), 5_000)
+    assert [e.features for e in joiner.close(400_000)] == [b"older"] * 2
 
 
 STEPS = st.lists(
