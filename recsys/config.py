@@ -136,7 +136,7 @@ class ModelConfig(Section):
     """Adam step of dense weights."""
     row_learning_rate: float = Field(0.05, gt=0)
     """Adagrad step of embedding rows."""
-    wide_learning_rate: float = Field(0.05, gt=0)
+    wide_learning_rate: float = Field(0.2, gt=0)
     """Adagrad step of wide weights."""
     init_scale: float = Field(0.05, ge=0)
     """New embeddings are uniform in ± this."""
