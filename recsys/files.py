@@ -23,15 +23,23 @@ def write_file(path: Path, data: bytes) -> Written:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    replace(temporary, path)
     return Written(name=path.name, bytes=len(data), checksum=_checksum(data))
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Let a finished file take the place of `path`: fsync → rename → fsync folder."""
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_file(path: Path, checksum: str) -> bytes:

@@ -18,6 +18,7 @@ import faiss
 import numpy as np
 
 from recsys.errors import SnapshotCorrupt
+from recsys.files import replace
 from recsys.types import Float32, Int32
 
 faiss.omp_set_num_threads(1)  # two thread pools in one process fight for the same cores
@@ -108,14 +109,7 @@ class ItemIndex:
             checksum = _checksum(file, temporary.stat().st_size)
             file.seek(0, os.SEEK_END)
             file.write(struct.pack("<I", checksum) + _MAGIC)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> ItemIndex:

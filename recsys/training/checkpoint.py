@@ -6,6 +6,7 @@ Files of one checkpoint in the trainer's folder: `segment-<step>` (rows touched 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from recsys.table.segments import SegmentFile
 from recsys.training.journal import Journal
 from recsys.training.trainer import Trainer
 
+logger = logging.getLogger("recsys")
 CURSOR = "checkpoint"
 
 
@@ -53,7 +55,7 @@ class Checkpoints:
         self._pending: tuple[Captured, Future[list[SegmentFile]]] | None = None
 
     def save(self, positions: Mapping[str, int], *, wait: bool = False) -> bool:
-        """Begin a checkpoint; False when the last one is still being written. `wait`: finish it before returning."""
+        """Begin a checkpoint; False when the last one is still being written. `wait`: finish it; False when it failed."""
         self.poll(wait=wait)
         if self._pending is not None:
             return False
@@ -67,9 +69,7 @@ class Checkpoints:
         self._saved_step = captured.step
         self._crash("journal begun")
         self._pending = (captured, self._worker.submit(self._write, captured, list(self._segments)))
-        if wait:
-            self.poll(wait=True)
-        return True
+        return not wait or self.poll(wait=True) is not None
 
     def poll(self, *, wait: bool = False) -> dict[str, int] | None:
         """Finish a checkpoint whose files are written; returns the positions it contains, once."""
@@ -77,7 +77,12 @@ class Checkpoints:
             return None
         captured, future = self._pending
         self._pending = None
-        self._segments = future.result()
+        try:
+            self._segments = future.result()
+        except OSError as error:
+            logger.error("no checkpoint (%s): the previous one stays, with its journal; free space", error)
+            self._saved_step = -1
+            return None
         # 6. Only now is anything forgotten: touched rows, journal, spilled features, older files.
         segments.acknowledge(self._trainer.tables, CURSOR, captured.versions)
         self._crash("acknowledged")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -39,7 +41,14 @@ class Journal:
             self.begin(entry.step)
         assert self._io is not None
         line = {"step": entry.step, "now_ms": entry.now_ms, "ends": entry.ends, "learn": entry.learn}
-        self._io.write(orjson.dumps(line) + b"\n")
+        size = self._io.tell()
+        data = orjson.dumps(line) + b"\n"
+        try:
+            if self._io.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._io.name)
+        except OSError:
+            self._io.truncate(size)  # a torn line in the middle of the file would make the journal unreadable
+            raise
 
     def entries(self, from_step: int) -> Iterator[Entry]:
         """Entries from `from_step` on. A torn last line is a step that never ran; a gap is SnapshotCorrupt."""

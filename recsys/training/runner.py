@@ -50,6 +50,7 @@ class Runner:
         self.trainer = Trainer(config, self.folder)
         self.journal = Journal(self.folder)
         self.checkpoints = Checkpoints(self.folder, self.trainer, self.journal, crash)
+        self._letters: list[tuple[str, bytes]] = []
         self.epoch = 0
         self.positions: dict[str, int] = {}
         self._now_ms = 0
@@ -227,7 +228,6 @@ class Runner:
             self._marked_ms, self._marks = now_ms, {key: self._log.end(*self._split(key)) for key in timed}
 
     def _bury(self, report: StepReport) -> None:
-        letters = []
         for letter in report.dead_letters:
             record = letter.record
             body = {
@@ -239,9 +239,10 @@ class Runner:
                 "key": record.key,
                 "value": base64.b64encode(record.value).decode(),
             }
-            letters.append((f"{record.topic}/{record.partition}/{record.offset}", orjson.dumps(body)))
-        if letters:
-            self._log.append("dead_letter", letters)
+            self._letters.append((f"{record.topic}/{record.partition}/{record.offset}", orjson.dumps(body)))
+        if self._letters:
+            self._log.append("dead_letter", self._letters)  # when the log is full they wait here
+            self._letters = []
 
     def _publish(self, *, force: bool = False) -> None:
         training, now = self.config.training, time.monotonic()

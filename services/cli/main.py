@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 goal missed, 2 bad input. With --json, stdout holds one JS
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(options, "interrupted", 130)
     except BrokenPipeError:
         return MISSED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        return fail(
+            options,
+            f"{error.filename or 'a file'}: {error.strerror}; nothing committed is lost: free space, then start again",
+            MISSED,
+        )
 
 
 def fail(options: argparse.Namespace, message: str, code: int) -> int:

@@ -120,14 +120,12 @@ class Supervisor:
         return self._processes[name].pid
 
     def watch(self) -> None:
-        """Until SIGTERM: restart what died; a service that says its configuration is wrong ends all."""
+        """Until SIGTERM: restart what died. All were ready once, so even a refusal to start (a full disk, say) may pass."""
         while not self._stop.wait(0.2):
             for name, process in list(self._processes.items()):
                 code = process.poll()
                 if code is None:
                     continue
-                if code == EXIT_USAGE:
-                    self._check_started(name)
                 logger.error("%s died with %d; starting it again, see %s", name, code, self._log_file(name))
                 self._stop.wait(RESTART_S)
                 if not self._stop:

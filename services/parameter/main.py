@@ -85,15 +85,22 @@ class ParameterService:
         self.caught_up = self.caught_up or not records
         return len(records)
 
+    def _save(self) -> None:
+        try:
+            with metrics.SNAPSHOT_SECONDS.time():
+                self.store.save(self._folder, self._whole)
+        except OSError as error:
+            logger.error("no snapshot (%s): the previous one stays, and more of the log is read after a restart", error)
+            return
+        self._saved_at = self._whole
+        self._log.commit(CONSUMER, TOPIC, 0, self._whole)
+
     def maintain(self, *, force: bool = False) -> None:
         """Snapshot when due; gauges."""
         if force or time.monotonic() - self._saved >= self._config.parameter.snapshot_s:
             self._saved = time.monotonic()
             if self._whole != self._saved_at:
-                with metrics.SNAPSHOT_SECONDS.time():
-                    self.store.save(self._folder, self._whole)
-                self._saved_at = self._whole
-                self._log.commit(CONSUMER, TOPIC, 0, self._whole)
+                self._save()
         for layout, table in self.store.tables.items():
             metrics.TABLE_ROWS.labels(layout).set(len(table))
             metrics.TABLE_BYTES.labels(layout).set(table.memory_bytes())

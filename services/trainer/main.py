@@ -11,7 +11,7 @@ import torch
 from recsys import metrics
 from recsys.clock import SystemClock
 from recsys.config import Config
-from recsys.errors import Fenced, LogUnavailable
+from recsys.errors import Fenced, LogFull, LogUnavailable
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
 from recsys.streams.open import open_log
 from recsys.training.runner import CONSUMER, Runner
@@ -116,7 +116,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
         while not stop:
             try:
                 worked = runner.turn()
-            except LogUnavailable as error:
+            except (LogUnavailable, LogFull) as error:
                 logger.warning("%s", error)
                 worked = False
                 stop.wait(0.5)

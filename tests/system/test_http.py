@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from services.ranking.app import observe
+from services.ranking.app import Observe
 from services.ranking.problems import install
 from tests.system.embedded import ITEMS, NOW_MS, Embedded, wait_for
 
@@ -200,7 +200,7 @@ def test_openapi_is_valid_and_its_examples_too(running: Embedded) -> None:
 def test_a_fault_of_ours_is_logged_under_an_id_and_not_leaked(caplog: pytest.LogCaptureFixture) -> None:
     application = FastAPI()
     install(application)
-    observe(application)
+    application.add_middleware(Observe)
 
     @application.get("/")
     async def fault() -> None:
