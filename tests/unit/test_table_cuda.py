@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from load_tests import table_gpu
 from recsys.keys import mix
 from recsys.table.base import Layout, Segment, SlotPolicy, Table
 from recsys.table.reference import ReferenceTable
@@ -177,6 +178,34 @@ def test_unknown_slot_on_the_device_reads_nan_and_trains_nothing() -> None:
     assert int(rows.apply_gradients(slots[1:].contiguous(), keys[1:].contiguous(), ones, 0, 1)) == 0
     assert torch.equal(rows.gather(torch.arange(4, dtype=torch.int32, device=rows.device)), before)
     assert rows.lookup(slots, keys)[0][1:].isnan().all()
+
+
+def test_the_load_test_compares_with_torch_doing_the_same() -> None:
+    device = cuda_table(layout_of()).rows.device
+    table, plain = table_gpu.filled(8, 300, device), table_gpu.Plain(8, 300, device)
+    everything = torch.arange(300, device=device)
+    slots = torch.zeros(2000, dtype=torch.int32, device=device)
+    values, found = table.lookup(slots[:300], table_gpu.keys_of(everything))
+    assert found.all() and table.index.counts()[1] == 300
+    plain.weight.copy_(values)
+    generator = torch.Generator(device).manual_seed(0)
+    for zipf in (False, True):
+        numbers = table_gpu.drawn(300, 2000, zipf, generator)
+        share = float((numbers == 0).to(torch.float64).mean())
+        assert int(numbers.min()) >= 0 and int(numbers.max()) == 299 and (share > 0.1) == zipf
+        gradients = torch.randn((2000, 8), generator=generator, device=device)
+        keys = table_gpu.keys_of(numbers)
+        assert torch.allclose(table.lookup_train(slots, keys, 1, 1), plain.find(numbers), rtol=1e-4, atol=1e-6)
+        assert int(table.apply_gradients(slots, keys, gradients, 1, 1)) == 0
+        plain.train(numbers, gradients)
+    after = table.lookup(slots[:300], table_gpu.keys_of(everything))[0]
+    assert torch.allclose(after, plain.weight, rtol=1e-4, atol=1e-5) and not torch.allclose(after, values, atol=1e-3)
+
+
+@pytest.mark.skipif(COMPILED, reason="a CUDA device is there: measuring takes minutes")
+def test_the_load_test_measures_nothing_without_a_device() -> None:
+    result = table_gpu.report(seconds=1.0)
+    assert result["device"] is None and result["results"] == [] and "not measured" in result["note"]
 
 
 @pytest.mark.gpu
