@@ -13,7 +13,7 @@ from recsys.table.base import Layout, Pending, Rows, Touched
 from recsys.table.cuda_index import CHANGED, KEY, SEEN, SLOT
 from recsys.table.cuda_rows import CHUNK_ROWS, DeviceRows
 from recsys.table.cursors import Cursors
-from recsys.table.rows import check_pairs, check_width
+from recsys.table.rows import check_pairs, check_width, last_seen
 from recsys.types import Bool, Float32, Int32, Int64
 
 
@@ -111,7 +111,7 @@ class CudaTable:
         with self._lock:
             slots, keys = self._pairs(rows.slots, rows.keys, rows.values, rows.state, rows.last_seen_ms)
             values, state = self._whole(rows)
-            seen = self.rows.tensor(rows.last_seen_ms)
+            seen = self.rows.tensor(last_seen(rows.last_seen_ms))
             _, last = self.rows.create(slots, keys, self._cursors.now)
             self.rows.values.scatter(last, values)
             self.rows.state.scatter(last, state)

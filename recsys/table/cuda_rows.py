@@ -19,7 +19,7 @@ from recsys.keys import mix
 from recsys.table import triton_kernels as kernels
 from recsys.table.base import Layout
 from recsys.table.cuda_index import CHANGED, KEY, SEEN, SLOT, Chunks, DeviceIndex, interpreted, lanes
-from recsys.table.rows import check_layout, default_values, initial_state, state_width, table_full
+from recsys.table.rows import check_layout, default_values, initial_state, last_seen, state_width, table_full
 
 CHUNK_ROWS = 2**18
 """Rows that are allocated together, a power of two: 67 MB at 64 values. Half doubles the list of addresses, which should
@@ -149,7 +149,7 @@ class DeviceRows:
         """Move last-seen of rows on; with a version > 0, mark them as changed then."""
         if len(rows):
             size, programs = lanes(len(rows))
-            given = (self.index.meta.addresses, rows, self.first, now_ms, version, len(rows))
+            given = (self.index.meta.addresses, rows, self.first, last_seen(now_ms), version, len(rows))
             kernels.see[(programs,)](*given, SHAPE=(self._chunk_rows, size))
 
     def remove(self, slots: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

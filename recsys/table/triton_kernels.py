@@ -270,7 +270,7 @@ def presum(ordered, gradients, sums, n, SHAPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def step(ordered, gradients, columns, rates, n, SHAPE: tl.constexpr):
-    """One optimiser step of one segment of each row, formulas as in `kernels.step`: duplicates are summed first, in order.
+    """One optimiser step of one segment of each row, formulas as in `optimizers.step`: duplicates are summed first, in order.
 
     `gradients`: [N, D], `presum`'s sums, refused. `rates`: rate, epsilon (float64). SHAPE: rows of a chunk, D, S, start of
     the segment, its width, padded, start of its state, optimiser, lanes.

@@ -28,7 +28,7 @@ KEYS = np.array([-1, 0, 1, -(2**63), 2**63 - 1, *range(100, 140)])
 
 
 def layout_of(admission: int = 1, capacity: int = 500, segments: tuple[Segment, ...] = SEGMENTS) -> Layout:
-    slots = {slot: SlotPolicy(admission=admission, expiry_s=16.0) for slot in (0, 1, 7)}
+    slots = {slot: SlotPolicy(admission=admission, expiry_s=10.0) for slot in (0, 1, 7)}
     return Layout(name="test", segments=segments, slots=slots, capacity=capacity, seed=5)
 
 
@@ -52,7 +52,7 @@ def test_the_same_calls_give_the_answers_of_the_reference(admission: int) -> Non
     rng = np.random.default_rng(admission)
     now_ms = 0
     for _ in range(12):
-        now_ms += 8000 * int(rng.integers(0, 2))  # some implementations keep last-seen in steps of 8 s
+        now_ms += int(rng.integers(0, 4000))
         slots, keys = rng.choice(np.array([0, 1, 7], np.int32), 60), rng.choice(KEYS, 60)
         first, second = (t.lookup_train(slots, keys, now_ms) for t in (table, reference))
         assert same(first, second)
@@ -154,8 +154,8 @@ def test_a_segment_file_travels_to_the_device_and_back(tmp_path: Path) -> None:
     layout = layout_of(admission=2)
     source, device, back = ReferenceTable(layout), cuda_table(layout), ReferenceTable(layout)
     slots, keys = np.tile(np.array([0, 1, 7], np.int32), 20), np.repeat(np.arange(20), 3)
-    source.lookup_train(np.r_[slots, slots[:30]], np.r_[keys, keys[:30]], 8000)
-    source.apply_gradients(slots, keys, np.ones((60, 8), np.float32), 16_000)
+    source.lookup_train(np.r_[slots, slots[:30]], np.r_[keys, keys[:30]], 5)
+    source.apply_gradients(slots, keys, np.ones((60, 8), np.float32), 9000)
     for number, (sender, receiver) in enumerate(((source, device), (device, back))):
         delta, versions = take({"test": sender}, "publish")
         file = write_segment(tmp_path / f"{number}.safetensors", delta)
