@@ -32,10 +32,12 @@ def measure(folder: str, rows: int, dim: int) -> dict[str, float] | None:
         try:
             if not python.exists():
                 venv.create(place, with_pip=True)
-                install = [python, "-m", "pip", "install", "-q", *PACKAGES]
+                install = [str(python), "-m", "pip", "install", "-q", *PACKAGES]
                 subprocess.run(install, check=True, stdout=sys.stderr, timeout=1800)
-            command = [python, __file__, str(rows), str(dim)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=600, env={"OMP_NUM_THREADS": "1"})
+            command = [str(python), __file__, str(rows), str(dim)]
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, timeout=600, env={"OMP_NUM_THREADS": "1"}
+            )
         except (subprocess.SubprocessError, OSError) as error:
             print(f"FBGEMM is not measured: {error}", file=sys.stderr)
             return None

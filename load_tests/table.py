@@ -199,9 +199,11 @@ def mixed(report: Report, rng: np.random.Generator, rows: int) -> None:
     optimizer = torch.optim.Adagrad(bag.parameters(), lr=0.05)
     gradients = rng.standard_normal((len(slots), DIM), np.float32)
     offsets, gradient = torch.arange(len(slots)), torch.from_numpy(gradients)
+    shares = np.cumsum(np.arange(1, each + 1) ** -ZIPF)
+    shares /= shares[-1]
     ours, theirs = [], []
     for number in range(ROUNDS + 1):
-        ranks = np.minimum(each ** rng.random(len(slots)) ** (1 / ZIPF), each).astype(np.int64) - 1
+        ranks = np.searchsorted(shares, rng.random(len(slots)))
         ids = torch.from_numpy(slots * each + ranks)
         started = time.perf_counter()
         table.lookup_train(slots, ranks, 0)
