@@ -6,7 +6,12 @@ training need no second path. Reserved arrays are touched as rows come.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -328,7 +333,18 @@ def _segments(layout: Layout) -> tuple[Int64, npt.NDArray[np.float64]]:
 
 
 def warm_up() -> None:
-    """Compile every kernel, or read it from the on-disk cache, so that no request waits for it."""
+    """Compile every kernel, or read it from the on-disk cache, so that no request waits for it.
+
+    Processes that start together take turns: the first compiles, the others read what it cached.
+    """
+    with contextlib.ExitStack() as turn:
+        with contextlib.suppress(OSError):
+            lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-compile-{os.getuid()}.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        _run_each_kernel()
+
+
+def _run_each_kernel() -> None:
     segment = Segment(name="deep", dim=2)
     table = CpuTable(Layout(name="warm_up", segments=(segment,), slots={0: SlotPolicy(expiry_s=1.0)}, capacity=1000))
     slots, keys = np.zeros(1000, np.int32), np.arange(1000)
