@@ -10,6 +10,9 @@ import pytest
 
 from recsys.testing.servers import Server, kafka_server, redis_server
 
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported: kernels then run on the CPU
+
 
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

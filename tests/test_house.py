@@ -22,6 +22,10 @@ DRIVERS = {
         "recsys/training/",
         "recsys/ranking/scorer.py",
         "recsys/ranking/generation.py",
+        "recsys/table/cuda",
+        "load_tests/fbgemm.py",
+        "load_tests/table.py",
+        "load_tests/table_gpu.py",
         # These set the number of threads before anything else runs.
         "services/trainer/main.py",
         "services/ranking/main.py",

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from bisect import bisect_right
 
+import numpy as np
+import numpy.typing as npt
+
+from recsys.table import kernels
 from recsys.types import Int32, Int64
+
+_CODES = 255
+"""Versions that a byte beside each entry can tell apart; when they are used up, one pass over the bytes frees some."""
 
 
 class Cursors:
@@ -17,6 +24,34 @@ class Cursors:
         self.now = 1
         self._acknowledged: dict[str, tuple[int, int]] = {}  # rows, tombstones
         self._removed: list[tuple[int, Int32, Int64]] = []
+        self._versions: list[int] = []  # the newest version of code 1, 2, …
+
+    def code(self, changed: npt.NDArray[np.uint8]) -> int:
+        """The code of a change made now; `changed` has all codes, and gets others when there are none left."""
+        if not self._versions or self._versions[-1] < self.now:
+            if len(self._versions) == _CODES:
+                self._free_codes(changed)
+            self._versions.append(self.now)
+        return len(self._versions)
+
+    def code_after(self, version: int) -> int:
+        """Changes after `version` have a code above this one."""
+        return bisect_right(self._versions, version)
+
+    def _free_codes(self, changed: npt.NDArray[np.uint8]) -> None:
+        """One code for all that every cursor acknowledged. If that does not free half of them, also one for each two
+        neighbours: what was acknowledged of the older then comes again, with the newer.
+        """
+        oldest = min(after for after, _ in self._acknowledged.values())
+        first = max(bisect_right(self._versions, oldest) - 1, 0)
+        kept = self._versions[first:]
+        codes = np.maximum(np.arange(_CODES + 1) - first, 1)
+        if len(kept) > _CODES // 2:
+            codes = np.where(codes > 1, codes // 2 + 1, 1)
+            kept = [kept[0], *kept[2::2], *(kept[-1:] if len(kept) % 2 == 0 else [])]
+        codes[0] = 0
+        kernels.relabel(changed, codes.astype(np.uint8))
+        self._versions = kept
 
     def take(self, cursor: str) -> tuple[int, int, Int32, Int64]:
         """The version of this taking, the one after which rows are due, and the (slots, keys) removed since."""

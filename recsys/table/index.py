@@ -1,92 +1,141 @@
-"""From (slot, key) to a row number: open addressing with linear probing, every 64-bit key legal."""
+"""From (slot, key) to a row number: 16 bytes an entry, every 64-bit key legal, growing a little with every call.
+
+An entry also says when its row was last seen, and a byte beside it when it was changed: no other array has rows.
+"""
 
 from __future__ import annotations
+
+import secrets
 
 import numpy as np
 import numpy.typing as npt
 
 from recsys.table import kernels
+from recsys.table.kernels import Index, Store
+from recsys.table.memory import reserve
 from recsys.types import Float32, Int32, Int64
 
-_MAX_LOAD = 0.7
-"""Probes of a missing key: 6 at 0.7 and 13 at 0.8 (Knuth 6.4); an entry is 16 bytes."""
+LOAD = 0.78
+"""Share of entries in use while the index grows: half as much again of memory at 0.52, twice the probes at 0.9."""
+_FIRST_LINES = 256
+_PAD = 2**16
+"""Entries behind the last home, for what overflows; a run of entries that long has no chance, see `_seed`."""
 _NONE = np.empty((0, 0), np.float32)
+_EMPTY_STORE = Store(
+    np.zeros((1, 1), np.float32),
+    np.zeros((1, 1), np.float32),
+    np.zeros(0, np.float32),
+    np.zeros(1, np.float32),
+    np.zeros((0, 4), np.int64),
+    np.zeros((0, 2)),
+)
 
 
 class KeyIndex:
-    """Rows `first`, `first + 1`, …, at most `capacity` of them; freed rows serve later keys. One writer.
+    """Rows `first` (≥ 1), `first + 1`, …, at most `capacity` of them; freed rows serve later keys. One writer.
 
-    The row arrays are reserved in full and touched as rows come. Entries grow by building beside and swapping, so that
-    a reader that holds the old ones still finds what it had.
+    `place_of`: each slot's place (0 … 255), or -1. `links` [rows, ≥ 1]: memory of rows, used while a row is free.
+    The hash has a secret of each index: nobody can choose keys that collide, and rows that come in the order of
+    another index do not fill one end of this one.
     """
 
-    def __init__(self, capacity: int, first: int = 0) -> None:
+    def __init__(self, capacity: int, first: int, place_of: Int32, links: Int32 | None = None) -> None:
         self.first = first
-        self.owner_slot = np.zeros(first + capacity, np.int32)
-        self.owner_key = np.zeros(first + capacity, np.int64)
-        self._free = np.zeros(capacity, np.int32)
-        self._counters = np.array([first, 0], np.int64)
-        self._entries = _empty(1024)
+        most = int(capacity / (4 * LOAD) * 9 / 8) + _FIRST_LINES + 64
+        size = (4 * most + min(_PAD, capacity) + 32) & ~15
+        meta = np.array([_FIRST_LINES, _FIRST_LINES, 0, first, 0, 0, secrets.randbits(63)], np.int64)
+        self.arrays = Index(
+            entries=reserve((size, 2), np.int64),
+            changed=reserve((size,), np.uint8),
+            meta=meta,
+            place_of=place_of,
+            links=np.zeros((first + capacity, 1), np.int32) if links is None else links,
+        )
 
     def __len__(self) -> int:
-        return int(self._counters[0] - self._counters[1]) - self.first
+        return int(self.arrays.meta[kernels.LIVE])
 
     @property
     def end(self) -> int:
         """One past the highest row ever used."""
-        return int(self._counters[0])
+        return int(self.arrays.meta[kernels.NEXT_ROW])
+
+    @property
+    def positions(self) -> int:
+        """One past the highest position that can be in use."""
+        most = int(self.arrays.meta[kernels.NEXT_LINES]) * 4
+        return (most + min(_PAD, len(self)) + 15) & ~15
 
     @property
     def index_bytes(self) -> int:
-        return self._entries.nbytes
+        """Entries and change codes as far as they have been used."""
+        return 17 * 4 * int(self.arrays.meta[kernels.NEXT_LINES])
 
-    def find(self, slots: Int32, keys: Int64, fallback: Int32, values: Float32 = _NONE, out: Float32 = _NONE) -> Int32:
-        """Rows [N], `fallback[slot]` where missing; values gathered into `out`. ValueError for an unknown slot."""
-        rows = np.empty(len(keys), np.int32)
-        wrong = kernels.find(self._entries, slots, keys, fallback, rows, values, out)
-        if wrong >= 0:
-            raise ValueError(f"no slot {slots[wrong]}: the slots are {np.flatnonzero(fallback >= 0).tolist()}")
-        return rows
+    def find(
+        self, slots: Int32, keys: Int64, stamp: int = -1, values: Float32 = _NONE, out: Float32 = _NONE
+    ) -> tuple[Int32, int]:
+        """`at` [2, N] (row, position; -1 where missing) and how many are missing; values gathered into `out`.
+
+        Rows found are stamped. ValueError for an unknown slot, nothing changed.
+        """
+        at = np.empty((2, len(keys)), np.int32)
+        missing: int = kernels.find(self.arrays, slots, keys, at, stamp, values, out)
+        if missing < 0:
+            raise ValueError(
+                f"no slot {slots[-1 - missing]}: the slots are {np.flatnonzero(self.arrays.place_of >= 0).tolist()}"
+            )
+        return at, missing
 
     def reserve(self, extra: int) -> None:
-        """Make sure that `extra` keys can be inserted without growing."""
-        size = len(self._entries)
-        while len(self) + extra > _MAX_LOAD * size:
-            size *= 2
-        if size != len(self._entries):
-            entries = _empty(size)
-            kernels.rebuild(entries, self.owner_slot, self.owner_key, self.first, self.end)
-            self._entries = entries
+        """Make sure that `extra` keys can be inserted."""
+        room = 4 * kernels.MOVED_LINES + _PAD
+        moving, when = np.empty((room, 2), np.int64), np.empty(room, np.uint8)
+        kernels.grow(self.arrays, len(self) + extra, LOAD, moving, when)
 
-    def insert(self, slots: Int32, keys: Int64) -> Int32:
-        """Rows [N], made where missing, in order of first occurrence. `reserve` comes first."""
-        rows = np.empty(len(keys), np.int32)
-        kernels.insert(self._entries, self._free, self._counters, slots, keys, rows)
-        self.owner_slot[rows] = slots
-        self.owner_key[rows] = keys
-        return rows
+    def insert(
+        self,
+        slots: Int32,
+        keys: Int64,
+        at: Int32,
+        todo: Int32,
+        store: Store = _EMPTY_STORE,
+        marks: tuple[int, int, int, int] = (0, 1, 0, 0),
+    ) -> int:
+        """Fill `at` of the keys numbered in `todo`, new rows where missing; how many are new. `reserve` comes first."""
+        new: int = kernels.insert(self.arrays, store, slots, keys, at, todo, marks)
+        assert new >= 0, "64k entries in one run: the hash is broken"
+        return new
 
-    def remove(self, slots: Int32, keys: Int64) -> tuple[Int32, Int32, Int64]:
-        """Free the rows of the keys that are there; return those rows, slots and keys."""
-        rows = np.empty(len(keys), np.int32)
-        count = kernels.remove(self._entries, self._free, self._counters, slots, keys, rows)
-        rows = rows[:count]
-        removed_slots = self.owner_slot[rows]
-        self.owner_slot[rows] = -1
-        return rows, removed_slots, self.owner_key[rows]
+    def remove(self, slots: Int32, keys: Int64) -> Int32:
+        """Free the rows of the keys that are there; which of them were."""
+        gone = np.empty(len(keys), np.int32)
+        return gone[: kernels.remove(self.arrays, slots, keys, gone)]
 
-    def live(self) -> npt.NDArray[np.intp]:
-        """All rows in use."""
-        return np.flatnonzero(self.owner_slot[self.first : self.end] >= 0) + self.first
+    def changed(self, after: int = 0) -> npt.NDArray[np.int32]:
+        """Positions of all entries with a change code above `after`."""
+        out = np.empty(len(self), np.int32)
+        return out[: kernels.changes(self.arrays, self.positions, after, out)]
+
+    def read(self, positions: Int32) -> tuple[Int32, Int64, Int32, Int64]:
+        """Places, keys, rows and stamps of entries."""
+        entries = self.arrays.entries.take(positions, axis=0)
+        packed = entries[:, 1]
+        places = (packed >> 32 & 0xFF).astype(np.int32)
+        return places, np.ascontiguousarray(entries[:, 0]), packed.astype(np.int32), packed >> 40 & kernels.MAX_STAMP
+
+    def set_stamps(self, positions: Int32, stamps: Int64) -> None:
+        """When the rows of entries were last seen; the last of duplicates."""
+        packed = self.arrays.entries[:, 1]
+        packed[positions] = packed[positions] & (2**40 - 1) | stamps << 40
 
 
-def group(slots: Int32, keys: Int64) -> tuple[Int32, Int32, Int64]:
-    """Which unique pair each pair is [N], and the unique slots and keys [U] in order of first occurrence."""
-    scratch = KeyIndex(len(keys))
+def group(place_of: Int32, slots: Int32, keys: Int64) -> tuple[Int32, Int32]:
+    """Which unique pair each pair is [N], and where each unique pair occurs first [U], in order."""
+    scratch = KeyIndex(len(keys), 1, place_of)
     scratch.reserve(len(keys))
-    place = scratch.insert(slots, keys)
-    return place, scratch.owner_slot[: len(scratch)], scratch.owner_key[: len(scratch)]
-
-
-def _empty(size: int) -> Int64:
-    return np.full((size, 2), kernels.EMPTY, np.int64)
+    at = np.empty((2, len(keys)), np.int32)
+    scratch.insert(slots, keys, at, np.arange(len(keys), dtype=np.int32))
+    which = at[0] - 1
+    first = np.empty(len(scratch), np.int32)
+    first[which[::-1]] = np.arange(len(keys), dtype=np.int32)[::-1]
+    return which, first

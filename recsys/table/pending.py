@@ -12,30 +12,33 @@ from recsys.types import Int32, Int64
 class PendingCounts:
     """Counts of unadmitted keys, in an index of their own that doubles as needed. Not thread-safe."""
 
-    def __init__(self, fallback: Int32) -> None:
-        self._fallback = np.where(fallback >= 0, 0, -1).astype(np.int32)  # row 0 stands for: not counted
-        self._index = KeyIndex(0, first=1)
-        self._counts = np.zeros(1, np.int64)
-        self._last_seen_ms = np.zeros(1, np.int64)
+    def __init__(self, place_of: Int32, slot_of: Int32) -> None:
+        self._place_of, self._slot_of = place_of, slot_of
+        self._resize_to(0)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def memory_bytes(self) -> int:
-        return self._index.index_bytes + 32 * self._index.end
+        return self._index.index_bytes + 20 * self._index.end if len(self._counts) > 1 else 0
 
     def get(self, slots: Int32, keys: Int64) -> Int64:
         """Counts [N], 0 where never seen."""
-        return self._counts[self._index.find(slots, keys, self._fallback)]
+        rows = self._index.find(slots, keys)[0][0]
+        return np.where(rows < 0, 0, self._counts[rows])
 
     def put(self, slots: Int32, keys: Int64, counts: Int64, last_seen_ms: Int64) -> None:
         """Set the counts of unique keys; last-seen never goes back."""
         room = len(self._counts) - 1
         if len(self) + len(keys) > room:
-            self._resize(max(2 * room, len(self) + len(keys), 1024))
+            old = self.export()
+            self._resize_to(max(2 * room, len(self) + len(keys), 1024))
+            self.put(old.slots, old.keys, old.counts, old.last_seen_ms)
         self._index.reserve(len(keys))
-        known = self._index.find(slots, keys, self._fallback) > 0
-        rows = self._index.insert(slots, keys)
+        at, _ = self._index.find(slots, keys)
+        known = at[0] >= 0
+        self._index.insert(slots, keys, at, np.arange(len(keys), dtype=np.int32))
+        rows = at[0]
         self._counts[rows] = counts
         self._last_seen_ms[rows] = np.where(known, np.maximum(self._last_seen_ms[rows], last_seen_ms), last_seen_ms)
 
@@ -46,23 +49,18 @@ class PendingCounts:
 
     def expire(self, cutoff_ms: Int64) -> None:
         """Forget keys not seen since their slot's cutoff."""
-        rows = self._index.live()
-        slots, keys = self._index.owner_slot[rows], self._index.owner_key[rows]
-        gone = self._last_seen_ms[rows] <= cutoff_ms[slots]
-        self.remove(slots[gone], keys[gone])
+        if len(self):
+            now = self.export()
+            gone = now.last_seen_ms <= cutoff_ms[now.slots]
+            self.remove(now.slots[gone], now.keys[gone])
 
     def export(self) -> Pending:
-        rows = self._index.live()
+        places, keys, rows, _ = self._index.read(self._index.changed())
         return Pending(
-            slots=self._index.owner_slot[rows],
-            keys=self._index.owner_key[rows],
-            counts=self._counts[rows],
-            last_seen_ms=self._last_seen_ms[rows],
+            slots=self._slot_of[places], keys=keys, counts=self._counts[rows], last_seen_ms=self._last_seen_ms[rows]
         )
 
-    def _resize(self, room: int) -> None:
-        old = self.export()
-        self._index = KeyIndex(room, first=1)
+    def _resize_to(self, room: int) -> None:
+        self._index = KeyIndex(room, 1, self._place_of)
         self._counts = np.zeros(1 + room, np.int64)
         self._last_seen_ms = np.zeros(1 + room, np.int64)
-        self.put(old.slots, old.keys, old.counts, old.last_seen_ms)

@@ -18,6 +18,7 @@ from recsys.table.rows import (
     default_values,
     initial_state,
     initial_values,
+    last_seen,
     state_width,
     table_full,
 )
@@ -92,7 +93,7 @@ class ReferenceTable:
                 self._admit(Counter(p for p in pairs if p not in self._rows), now_ms)
             for pair in pairs:
                 if pair in self._rows:
-                    self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, now_ms)
+                    self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, last_seen(now_ms))
             return self.lookup(slots, keys)[0]
 
     def _admit(self, missing: Counter[Pair], now_ms: int) -> None:
@@ -103,7 +104,7 @@ class ReferenceTable:
             seen = self._pending.get(pair, (0, now_ms))[1]
             self._pending[pair] = (count, max(seen, now_ms))
         for pair in admitted:
-            self._get_or_create(pair).last_seen_ms = now_ms
+            self._get_or_create(pair).last_seen_ms = last_seen(now_ms)
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
         with self._lock:
@@ -123,7 +124,7 @@ class ReferenceTable:
             for pair in pairs:
                 if pair in self._rows:
                     self._rows[pair].changed = self._clock
-                    self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, now_ms)
+                    self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, last_seen(now_ms))
 
     def _step(self, row: _Row, gradient: list[float]) -> None:
         start = state = 0
@@ -211,7 +212,7 @@ class ReferenceTable:
                 row = self._get_or_create(pair)
                 row.values[:] = rows.values[n]
                 row.state[:] = rows.state[n] if rows.state.shape[1] else self._fresh
-                row.last_seen_ms = int(rows.last_seen_ms[n])
+                row.last_seen_ms = last_seen(int(rows.last_seen_ms[n]))
 
     def _checked(self, rows: Rows) -> list[Pair]:
         check_width(self.layout, "values", rows.values, self.layout.dim)
@@ -226,7 +227,7 @@ class ReferenceTable:
             for n, pair in enumerate(pairs):
                 row = self._get_or_create(pair)
                 row.values[:] = values[n]
-                row.last_seen_ms = max(row.last_seen_ms, now_ms)
+                row.last_seen_ms = max(row.last_seen_ms, last_seen(now_ms))
 
     def remove(self, slots: Int32, keys: Int64) -> None:
         with self._lock:

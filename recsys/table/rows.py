@@ -18,6 +18,14 @@ from recsys.types import Float32, Int32, Int64
 _DEFAULT_ROW = 0x6A09E667F3BCC908
 """Mixed into the seed of default rows: every key is legal, so none can be reserved for them."""
 
+LAST_SEEN_STEP_MS = 8000
+"""Last-seen is kept in these steps, rounded up: three bytes a row reach over four years. A row may expire a step late."""
+
+
+def last_seen(time_ms: Any) -> Any:
+    """A time, or many, as last-seen keeps it."""
+    return -(-time_ms // LAST_SEEN_STEP_MS) * LAST_SEEN_STEP_MS
+
 
 def state_width(segment: Segment) -> int:
     """Floats of optimiser state of a segment: none, one a weight (Adagrad), or one for all (row-wise Adagrad)."""
@@ -41,14 +49,23 @@ def initial_state(layout: Layout) -> Float32:
     return np.concatenate([np.zeros(0, np.float32), *parts])
 
 
+def seed_head(seed: int) -> npt.NDArray[np.uint64]:
+    """The mixed seed [1] that the hash of a row's values begins with."""
+    return mix(np.array([seed % 2**64], np.uint64))
+
+
+def scales(layout: Layout) -> Float32:
+    """The bound of each initial value [D]."""
+    return np.concatenate([np.full(s.dim, s.init_scale, np.float32) for s in layout.segments])
+
+
 def _uniform(layout: Layout, seed: int, slots: Int32, keys: Int64) -> Float32:
-    head = mix(np.array([seed % 2**64], np.uint64))
+    head = seed_head(seed)
     row = mix(mix(slots.astype(np.uint64) + head) + keys.view(np.uint64))
     position = np.arange(layout.dim, dtype=np.uint64)
     bits: npt.NDArray[np.uint64] = mix(row[:, None] + position) >> np.uint64(40)
-    scale = np.concatenate([np.full(s.dim, s.init_scale, np.float32) for s in layout.segments])
     # 24 bits fit a float32 exactly: the only rounding is the product with the scale.
-    return (bits.astype(np.float32) * np.float32(2**-23) - np.float32(1)) * scale
+    return (bits.astype(np.float32) * np.float32(2**-23) - np.float32(1)) * scales(layout)
 
 
 def check_layout(layout: Layout) -> None:
@@ -57,6 +74,8 @@ def check_layout(layout: Layout) -> None:
         raise ValueError(f"layout {layout.name!r} needs at least one slot, and segments of dim >= 1")
     if min(layout.slots) < 0 or max(layout.slots) >= 2**16 or not 0 < layout.capacity < 2**31 - 2**16:
         raise ValueError(f"layout {layout.name!r}: slots must be in [0, 65536), capacity in (0, 2^31 - 65536)")
+    if len(layout.slots) > 256:
+        raise ValueError(f"layout {layout.name!r} has {len(layout.slots)} slots, at most 256 share a table: make two")
 
 
 def check_pairs(layout: Layout, slots: Int32, keys: Int64, *others: npt.NDArray[Any]) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from recsys.table import kernels
+from recsys.table import kernels, optimizers
 from recsys.table.base import Layout, Segment, SlotPolicy
 from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cursors import Cursors
+from recsys.table.index import LOAD, KeyIndex
 
 LAYOUT = Layout(
     name="deep",
@@ -19,13 +23,17 @@ LAYOUT = Layout(
     slots={0: SlotPolicy(admission=2, expiry_s=10.0)},
     capacity=50_000,
 )
+LAYOUT_ONE = Layout(
+    name="one", segments=(Segment(name="deep", dim=4),), slots={0: SlotPolicy(expiry_s=10.0)}, capacity=50_000
+)
 
 
 def test_nothing_compiles_after_warm_up() -> None:
     warm_up()
-    names = ("find", "insert", "remove", "rebuild", "combine", "step", "mark", "changes")
-    before = {name: len(getattr(kernels, name).signatures) for name in names}
-    assert set(before.values()) == {1}
+    names = ("find", "insert", "fill", "remove", "sweep", "grow", "changes", "relabel")
+    compiled = [*(getattr(kernels, name) for name in names), optimizers.combine, optimizers.step]
+    before = [len(kernel.signatures) for kernel in compiled]
+    assert set(before) == {1}
     table = CpuTable(LAYOUT)
     slots, keys = np.zeros(5000, np.int32), np.arange(10_000)[::2]
     gradients = np.ones((5000, 32), np.float32)[:, ::2]
@@ -45,7 +53,7 @@ def test_nothing_compiles_after_warm_up() -> None:
     table.expire(20_000, max_rows=100)
     table.remove(slots[:10], unaligned[:10])
     table.touched("publish")
-    assert {name: len(getattr(kernels, name).signatures) for name in names} == before
+    assert [len(kernel.signatures) for kernel in compiled] == before
 
 
 def test_memory_is_used_as_rows_come() -> None:
@@ -61,8 +69,8 @@ def _resident_bytes() -> int:
 
 
 def test_a_package_without_a_writable_cache_still_works(tmp_path: Path) -> None:
-    source = Path(kernels.__file__).read_text().split("@_kernel\ndef find")[0]
-    (tmp_path / "lonely.py").write_text(source + "\n\nprint(_home(1, 2, 1023), _kernel.__name__)\n")
+    source = Path(kernels.__file__).read_text().split("@kernel\ndef _home")[0]
+    (tmp_path / "lonely.py").write_text(source + "\n\nprint(_mix(np.uint64(7)), kernel.__name__)\n")
     script = (
         "import numba.core.caching as caching\n"
         "caching.CacheImpl._locator_classes = []\n"
@@ -79,4 +87,132 @@ def test_a_package_without_a_writable_cache_still_works(tmp_path: Path) -> None:
         env={"PYTHONPATH": f"{tmp_path}:{Path(kernels.__file__).parents[2]}", "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == str(kernels._home(1, 2, 1023))
+    assert done.stdout.split()[0] == str(kernels._mix(np.uint64(7)))
+
+
+def _live(table: CpuTable, cursor: str) -> set[int]:
+    return set(table.touched(cursor).keys.tolist())
+
+
+def test_a_cursor_that_never_acknowledges_loses_nothing_when_codes_run_out() -> None:
+    table = CpuTable(LAYOUT_ONE)
+    slot = np.zeros(1, np.int32)
+    table.lookup_train(slot, np.array([-7]), 0)
+    for name in ("checkpoint", "publish"):
+        table.acknowledge(name, table.touched(name).version)
+    for key in range(1000):
+        table.lookup_train(slot, np.array([key]), 0)
+        assert key in _live(table, "publish")
+        table.acknowledge("publish", table.touched("publish").version)
+        assert _live(table, "publish") == set()
+    assert _live(table, "checkpoint") == set(range(1000))
+    assert _live(table, "new") == {-7, *range(1000)}
+
+
+def test_codes_that_run_out_bring_back_only_what_was_acknowledged_late() -> None:
+    cursors = Cursors()
+    cursors.take("publish")
+    changed = np.zeros(600, np.uint8)
+    versions = []
+    for n in range(600):
+        changed[n] = cursors.code(changed)
+        versions.append(cursors.take("publish")[0])
+    for n in (0, 100, 299, 598):
+        cursors.acknowledge("publish", versions[n])
+        due = np.flatnonzero(changed > cursors.code_after(versions[n]))
+        assert set(range(n + 1, 600)) <= set(due.tolist()) and due.min() > n - 16
+
+
+def test_stamps_move_when_time_leaves_their_range() -> None:
+    table = CpuTable(LAYOUT_ONE)
+    slots, step = np.zeros(1, np.int32), 8000
+    table.lookup_train(slots, np.array([1]), 0)
+    table.lookup_train(slots, np.array([2]), step * 2**23)
+    late = step * 3 * 2**23
+    table.lookup_train(slots, np.array([3]), late)
+    seen = table.export(np.zeros(3, np.int32), np.array([1, 2, 3])).last_seen_ms.tolist()
+    assert seen[2] == late and seen[0] <= seen[1] < late - step * 2**22
+    assert table.expire(late + 9_999) == 2 and table.expire(late + 10_000) == 1
+
+
+def _hostile(name: str, count: int) -> np.ndarray:
+    numbers = np.arange(count, dtype=np.int64)
+    keys = {
+        "sequential": numbers,
+        "reversed": numbers[::-1],
+        "equal low bits": numbers << 32,
+        "equal high bits": numbers | 0x7F << 56,
+        "one bucket of the unseeded hash": _unmix(numbers),
+    }
+    return np.ascontiguousarray(keys[name])
+
+
+def _unmix(x: np.ndarray) -> np.ndarray:
+    """Keys whose unseeded hash is 0, 1, 2, …: the inverse of splitmix64's finaliser."""
+    x = x.astype(np.uint64)
+    for shift, factor in ((31, 0x319642B2D24D8EC3), (27, 0x96DE1B173F119089)):
+        x = (x ^ (x >> np.uint64(shift)) ^ (x >> np.uint64(2 * shift))) * np.uint64(factor)
+    x = x ^ (x >> np.uint64(30)) ^ (x >> np.uint64(60))
+    return (x - np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+
+
+@pytest.mark.parametrize(
+    "name", ["sequential", "reversed", "equal low bits", "equal high bits", "one bucket of the unseeded hash"]
+)
+def test_hostile_keys_are_as_quick_as_random_ones(name: str) -> None:
+    count = 50_000
+    random = np.random.default_rng(0).permutation(np.arange(count, dtype=np.int64) * 7919 + 1)
+    hostile = _hostile(name, count)
+    assert len(np.unique(hostile)) == count
+    assert min(_seconds(hostile) for _ in range(5)) < 3 * min(_seconds(random) for _ in range(5))
+
+
+def _seconds(keys: np.ndarray) -> float:
+    index = KeyIndex(len(keys), 1, np.zeros(1, np.int32))
+    slots, at = np.zeros(len(keys), np.int32), np.empty((2, len(keys)), np.int32)
+    todo = np.arange(len(keys), dtype=np.int32)
+    started = time.thread_time()
+    for start in range(0, len(keys), 4096):
+        index.reserve(4096)
+        index.insert(slots, keys, at, todo[start : start + 4096])
+    index.find(slots, keys)
+    return time.thread_time() - started
+
+
+def test_rows_in_the_order_of_another_index_do_not_crowd_this_one() -> None:
+    table, other = CpuTable(LAYOUT_ONE), CpuTable(LAYOUT_ONE)
+    slots = np.zeros(LAYOUT_ONE.capacity, np.int32)
+    table.lookup_train(slots, np.arange(LAYOUT_ONE.capacity), 0)
+    ordered = table.touched("copy")
+    started = time.thread_time()
+    other.restore(table.export(ordered.slots, ordered.keys))
+    assert time.thread_time() - started < 1 and len(other) == len(table)
+
+
+def test_the_index_grows_a_little_with_every_call_and_stays_full() -> None:
+    index = KeyIndex(200_000, 1, np.zeros(1, np.int32))
+    keys = np.arange(200_000, dtype=np.int64)
+    slots, at, todo = np.zeros(4096, np.int32), np.empty((2, 4096), np.int32), np.arange(4096, dtype=np.int32)
+    before = None
+    for start in range(0, 200_000 - 4096, 4096):
+        index.reserve(4096)
+        index.insert(slots, keys[start : start + 4096], at, todo)
+        lines, more, split = index.arrays.meta[:3]
+        used = int(lines) + (int(more) - int(lines)) * (1 - int(split) / 2**32)
+        if before is not None:
+            assert used - before < 4096 / (4 * LOAD) + 2 * 256 / 8 + 2
+            assert len(index) / (4 * used) > LOAD - 0.02 or start < 100_000
+        before = used
+        assert len(index.changed()) == len(index)
+    found, missing = index.find(np.zeros(len(index), np.int32), keys[: len(index)])
+    assert missing == 0 and len(np.unique(found[0])) == len(index)
+
+
+def test_streamed_and_plain_gathers_are_equal() -> None:
+    layout = Layout(name="t", segments=(Segment(name="d", dim=16, init_scale=1.0),), slots={0: SlotPolicy()})
+    table = CpuTable(layout)
+    slots, keys = np.zeros(70_000, np.int32), np.arange(70_000)
+    table.lookup_train(slots[::2], keys[::2], 0)
+    streamed, found = table.lookup(slots, keys)
+    parts = [table.lookup(slots[n : n + 1000], keys[n : n + 1000])[0] for n in range(0, 70_000, 1000)]
+    assert (streamed == np.concatenate(parts)).all() and found[::2].all() and not found[1::2].any()
