@@ -5,13 +5,11 @@ Tensors are named `<layout>/<field>`; the metadata names format and layouts. Ver
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +18,7 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
+from recsys.files import Written, read_file, write_file
 from recsys.table.base import Pending, Rows, Table
 from recsys.types import Int32, Int64
 
@@ -28,12 +27,7 @@ _EXPORT_ROWS = 8192
 """Rows copied in one call: readers of the table wait at most 2 ms for it."""
 
 
-class SegmentFile(TypedDict):
-    """How a manifest names a file: name in its folder, size, BLAKE2b-128 of all bytes."""
-
-    name: str
-    bytes: int
-    checksum: str
+SegmentFile = Written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,31 +95,12 @@ def write_segment(path: Path, delta: TablesDelta) -> SegmentFile:
     """Write a file that is either whole or not there: temporary name → fsync → rename → fsync folder."""
     tensors = {f"{name}/{field}": array for name, part in delta.items() for field, array in _flatten(part).items()}
     data = to_bytes(tensors, {"format": str(FORMAT), "layouts": json.dumps(sorted(delta))})
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return SegmentFile(name=path.name, bytes=len(data), checksum=_checksum(data))
+    return write_file(path, data)
 
 
 def read_segment(path: Path, checksum: str) -> dict[str, LayoutDelta]:
     """Read a file back. SnapshotCorrupt names the file if it is missing, torn, flipped or of a later format."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise SnapshotCorrupt(f"segment {str(path)!r} is missing: restore it, or an older snapshot is used") from None
-    if _checksum(data) != checksum:
-        raise SnapshotCorrupt(
-            f"segment {str(path)!r} is torn or flipped ({len(data)} bytes, checksum {_checksum(data)}, "
-            f"expected {checksum}): delete it, and an older snapshot is used"
-        )
+    data = read_file(path, checksum)
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if int(header["format"]) > FORMAT:
@@ -202,10 +177,6 @@ def _check_fits(name: str, part: LayoutDelta, tables: Mapping[str, Table]) -> No
             f"segment's layout {name!r} has dim {part.rows.values.shape[1]} and slots {sorted(slots)}, the table has "
             f"dim {layout.dim} and slots {sorted(layout.slots)}: use its configuration"
         )
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 MAX_CHAIN = 8
