@@ -38,16 +38,13 @@ def measure(options: argparse.Namespace, report: Report) -> None:
 
 
 def globo(stream: tuple[str, str, str, str], events: Path, report: Report) -> None:
-    """Hit rate and reciprocal rank of counting alone, delay 0 and 60 s."""
+    """Hit rate and reciprocal rank of counting alone."""
     now = replay(stream, events)
     report.add("globo_predictions", now["next_item"]["predictions"])
     report.add("globo_hit_rate_at_20", now["next_item"]["hit_rate_at_20"])
     report.add("globo_mrr_at_20", now["next_item"]["mrr_at_20"])
     report.add("globo_replay", now["seconds"])
     report.add("globo_peak_memory", now["peak_memory_bytes"], "bytes")
-    late = replay(stream, events, "--delay", "60")
-    report.add("globo_delay_60_hit_rate_at_20", late["next_item"]["hit_rate_at_20"], "share", "higher")
-    report.add("globo_delay_60_mrr_at_20", late["next_item"]["mrr_at_20"], "share", "higher")
 
 
 def kuairand(stream: tuple[str, str, str, str], events: Path, report: Report) -> None:
