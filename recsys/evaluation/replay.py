@@ -49,6 +49,8 @@ class Options:
     sample: float = 1.0
     """Share of requests answered and scored, by a hash of the session (of the user where there are none)."""
     n: int = 20
+    click_log: bool = True
+    """Whether feedback without a request may be answered before it happens: not where the stream has impressions of its own."""
 
 
 class Replay:
@@ -195,7 +197,8 @@ class Replay:
             session_id=feedback.session_id,
         )
         history = self.store.get(feedback.user_id).history
-        if not self._has_impressions and feedback.type in self._click_types and feedback.request_id is None:
+        may_answer = self.options.click_log and not self._has_impressions and feedback.request_id is None
+        if may_answer and feedback.type in self._click_types:
             feedback = self._answer_before(feedback, event, history, now_ms)
         if feedback.type in self._types:
             update = UserUpdate(user_id=feedback.user_id, events=(event,))

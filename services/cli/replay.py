@@ -32,7 +32,7 @@ def iso_ms(text: str | None, field: str) -> int:
     return round(when.timestamp() * 1000)
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
+def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
     """Checked replay options."""
     if not 0 < arguments.sample <= 1:
         raise BadInput(f"--sample {arguments.sample} must be above 0 and at most 1", field="sample")
@@ -47,13 +47,17 @@ def options_of(arguments: argparse.Namespace) -> Options:
         sync_interval_s=arguments.sync_interval,
         freeze_user=arguments.freeze_user,
         sample=arguments.sample,
+        click_log=click_log,
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay with progress on stderr; the report on stdout."""
     torch.set_num_threads(1)
-    loaded, chosen = config.load(arguments.config), options_of(arguments)
+    loaded, chosen = (
+        config.load(arguments.config),
+        options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"]),
+    )
     events = files.merged(arguments.events)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=Console(stderr=True)) as bar:

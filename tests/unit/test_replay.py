@@ -176,6 +176,14 @@ def test_parameters_stand_still_between_synchronisations(tmp_path: Path) -> None
     assert per_interval[1][0] > per_interval[0][0]
 
 
+def test_feedback_before_the_first_impression_of_a_stream_with_impressions_is_not_answered(tmp_path: Path) -> None:
+    events = impressions([True, False])
+    early = [click("u0", "i0", 0, "old"), click("u0", "i1", 0, "old")]
+    replay = Replay(learning(), Options(click_log=False), tmp_path)
+    result = replay.run([*events[:5], *early, *events[5:]])
+    assert (replay.next_item.report()["predictions"], result["tasks"]["click"]["examples"]) == (0, 2)
+
+
 def test_an_impression_of_an_unknown_item_is_counted_but_not_scored(tmp_path: Path) -> None:
     events = impressions([True] * 4)
     time_ms, kind, message = events[-2]
