@@ -81,7 +81,7 @@ def encode_delta(delta: Delta) -> list[bytes]:
 
 
 def _row_parts(rows: RowDelta) -> list[Arrays]:
-    per_chunk = max(1, (CHUNK_BYTES - 4096) // (12 + 4 * rows.values.shape[1]))
+    per_chunk = max(1, (CHUNK_BYTES - 4096) // (24 + 4 * rows.values.shape[1]))  # a row and a tombstone each
     count = max(len(rows.keys), len(rows.removed_keys))
     parts: list[Arrays] = []
     for start in range(0, max(count, 1), per_chunk):

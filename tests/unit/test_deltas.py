@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recsys.errors import BadInput
@@ -40,6 +40,8 @@ def read(reader: DeltaReader, chunks: list[bytes]) -> list[Delta]:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 60_000), st.integers(0, 3000), st.integers(0, 3 * CHUNK_BYTES))
+@example(21_674, 625, 0)
+@example(60_000, 60_000, 0)
 def test_what_goes_in_comes_out_with_its_last_chunk(count: int, removed: int, dense: int) -> None:
     sent = delta(7, rows(count, removed), rows(3, 0, "wide", 1), dense=bytes(dense))
     chunks = encode_delta(sent)
