@@ -22,6 +22,9 @@ CHUNK = 2000
 NEW_SHARE = 0.01
 """New items that call for the next generation, as a share of the catalogue."""
 
+LOADING_S = 5.0
+"""While a catalogue is being loaded generations follow each other this fast: its items fill the exact buffer, which is searched one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Generation:
@@ -64,7 +67,9 @@ class Generations:
         if current is None:
             return True
         grown = len(self._catalogue) - current.num_items > max(100, NEW_SHARE * current.num_items)
-        return now_s - current.built_s >= self._rebuild_s or (grown and now_s - current.built_s >= self._rebuild_s / 10)
+        outgrown = len(self._catalogue) > 1.5 * current.num_items + 100
+        wait_s = LOADING_S if outgrown else self._rebuild_s / 10 if grown else self._rebuild_s
+        return now_s - current.built_s >= wait_s
 
     def build(self, now_s: float) -> None:
         """Build the next generation beside the one in use, then swap."""
