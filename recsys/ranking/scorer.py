@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from recsys.config import Config
 from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
@@ -157,12 +158,12 @@ class Scorer:
     def _build(self, payload: bytes | None, version: int) -> _Networks:
         ranker, towers = build.ranker(self._config, self._schema), build.two_tower(self._config, self._schema)
         if payload is not None:
-            state = safetensors.torch.load(payload)
             try:
+                state = safetensors.torch.load(payload)
                 ranker.load_state_dict(_part(state, "ranker.model."))
                 if self._config.training.two_tower:
                     towers.load_state_dict(_part(state, "towers.model."))
-            except RuntimeError as error:
+            except (RuntimeError, SafetensorError) as error:
                 raise SchemaMismatch(
                     f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
                 ) from None

@@ -105,7 +105,7 @@ class Observe:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception as error:
+        except Exception as error:  # the last resort: logged under an id, raised again once an answer has begun
             response = failed(Request(scope), error)
             if status:
                 raise
