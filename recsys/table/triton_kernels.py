@@ -220,7 +220,9 @@ def initialise(columns, batch, rows, start, n, SHAPE: tl.constexpr):
     key = tl.load(keys + at, mask=live, other=0)
     hashed = _mix(_mix(slot.to(tl.uint64) + tl.load(seed).to(tl.uint64)) + key.to(tl.uint64))
     column = tl.arange(0, SHAPE[2])
-    bits = _mix(hashed[:, None] + column[None, :].to(tl.uint64)) >> 40
+    half: tl.constexpr = (DIM + 1) // 2  # of 64 bits of hash, a value of each half of the row takes 24
+    mixed = _mix(hashed[:, None] + (column - tl.where(column < half, 0, half))[None, :].to(tl.uint64))
+    bits = tl.where((column < half)[None, :], mixed >> 40, (mixed >> 8) & 0xFFFFFF)
     scale = tl.load(scales + column, mask=column < DIM, other=0)
     # 24 bits fit a float32 exactly: the only rounding is the product with the scale.
     drawn = (bits.to(tl.int32).to(tl.float32) * 1.1920928955078125e-07 - 1.0) * scale[None, :]
