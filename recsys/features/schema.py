@@ -30,6 +30,9 @@ class Schema:
     crosses: tuple[tuple[str, str], ...]
     cross_history: int
     history_len: int
+    sequences: tuple[tuple[str, ...], ...]
+    """Feedback types of each sequence that the history is read as; empty types: all of them."""
+    time_gaps: bool
     tasks: tuple[str, ...]
     numbers: tuple[str, ...]
 
@@ -50,6 +53,8 @@ class Schema:
             crosses=features.crosses,
             cross_history=features.cross_history,
             history_len=features.history_len,
+            sequences=tuple(features.sequences.values()) or ((),),
+            time_gaps=features.time_gaps,
             tasks=tasks,
             numbers=(
                 *(f"user_rate.{t}" for t in tasks),
@@ -65,6 +70,12 @@ class Schema:
     def hash(self) -> str:
         """Names the slot list in every impression and delta; another hash is another schema."""
         return hashlib.blake2b(repr(astuple(self)).encode(), digest_size=8).hexdigest()
+
+    @cached_property
+    def members(self) -> dict[str, list[int]]:
+        """The sequences that a feedback type belongs to."""
+        kinds = {kind for kinds in self.sequences for kind in kinds}
+        return {kind: [s for s, kinds in enumerate(self.sequences) if kind in kinds] for kind in kinds}
 
     def slot(self, name: str) -> int:
         return self.slots.index(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from recsys.config import Config
+from recsys.features.build import GAP_BUCKETS
 from recsys.features.schema import Schema
 from recsys.model.ranker import Ranker, RankerSpec
 from recsys.model.two_tower import TwoTower, TwoTowerSpec
@@ -29,6 +30,10 @@ def ranker(config: Config, schema: Schema) -> Ranker:
         tasks=schema.tasks,
         groups=tuple(task.group for task in config.tasks),
         attention=model.attention,
+        activation=model.attention_activation,
+        softmax=model.attention_softmax,
+        sequences=len(schema.sequences),
+        gaps=GAP_BUCKETS if schema.time_gaps else 0,
         experts=model.experts,
         expert_hidden=model.expert_hidden,
         tower_hidden=model.tower_hidden,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from recsys.features.build import Features
 from recsys.features.schema import Schema
-from recsys.types import Bool, Int32, Int64
+from recsys.types import Bool, Int32, Int64, UInt8
 
 Index = npt.NDArray[np.intp]
 
@@ -35,7 +35,10 @@ class Plan:
     wide: Block
     shared: Index
     history: Index
-    history_mask: Bool
+    history_masks: Bool
+    """[S, R, T]: the entries of each sequence"""
+    history_gaps: UInt8
+    """[R, T]"""
     item: Index
     crosses: Index
     request: Int64
@@ -76,9 +79,14 @@ def plan(schema: Schema, batch: Sequence[Features]) -> Plan:
     width = len(schema.history_slots)
     history = np.zeros((len(batch), longest, width), np.int64)
     history_mask = np.zeros((len(batch), longest, width), np.bool_)
+    kinds, gaps = np.zeros((len(batch), longest), np.uint8), np.zeros((len(batch), longest), np.uint8)
     for request, f in enumerate(batch):
-        history[request, : len(f.user.history_keys)] = f.user.history_keys
-        history_mask[request, : len(f.user.history_keys)] = f.user.history_mask
+        length = len(f.user.history_keys)
+        history[request, :length] = f.user.history_keys
+        history_mask[request, :length] = f.user.history_mask
+        kinds[request, :length] = f.user.history_kinds
+        gaps[request, :length] = f.user.history_gaps
+    sequences = np.arange(len(schema.sequences), dtype=np.uint8)[:, None, None]
     deep, (shared, past, item) = unique_rows(
         [
             (
@@ -110,7 +118,8 @@ def plan(schema: Schema, batch: Sequence[Features]) -> Plan:
         wide=wide,
         shared=shared,
         history=past,
-        history_mask=history_mask[..., 0],
+        history_masks=(kinds >> sequences & 1).astype(np.bool_) & history_mask[..., 0],
+        history_gaps=gaps,
         item=item,
         crosses=crosses,
         request=np.repeat(np.arange(len(batch), dtype=np.int64), [len(f.item_keys) for f in batch]),

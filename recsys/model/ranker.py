@@ -1,6 +1,6 @@
 """The ranker: a wide part that knows something at once, and DIN + HoME beside it.
 
-Legend: R requests, M items in all, T history entries (newest first), d embedding width.
+Legend: R requests, M items in all, S sequences, T history entries (newest first), d embedding width.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class RankerSpec:
     num_history: int
     """Fields of a history entry; they correspond to the first fields of the item."""
     history_len: int
+    """Entries of one sequence"""
     dim: int
     num_numbers: int
     tasks: tuple[str, ...]
@@ -45,6 +46,10 @@ class RankerSpec:
     attention: tuple[int, ...] = (32, 16)
     activation: Activation = "dice"
     softmax: bool = False
+    sequences: int = 1
+    """Sequences that the history is read as, each with an attention of its own."""
+    gaps: int = 0
+    """Buckets of the time since a history entry that the attention knows; 0: none."""
     experts: int = 2
     expert_hidden: tuple[int, ...] = (64, 32)
     tower_hidden: tuple[int, ...] = (16,)
@@ -70,8 +75,10 @@ class RankerInputs:
     """[R, num_shared, d]"""
     history: torch.Tensor
     """[R, T, num_history, d], newest first"""
-    history_mask: torch.Tensor
-    """[R, T] bool"""
+    history_masks: torch.Tensor
+    """[S, R, T] bool: the entries of each sequence"""
+    history_gaps: torch.Tensor
+    """[R, T] int64: bucket of the time since the entry"""
     item: torch.Tensor
     """[M, num_item, d]"""
     numbers: torch.Tensor
@@ -90,16 +97,20 @@ class Ranker(nn.Module):
         generator = seeded(seed)
         self.spec = spec
         entry = spec.num_history * spec.dim
-        self.attention = TargetAttention(
-            entry,
-            spec.history_len,
-            spec.attention,
-            generator=generator,
-            activation=spec.activation,
-            softmax=spec.softmax,
+        self.attention = nn.ModuleList(
+            TargetAttention(
+                entry,
+                spec.history_len,
+                spec.attention,
+                generator=generator,
+                activation=spec.activation,
+                softmax=spec.softmax,
+                gaps=spec.gaps,
+            )
+            for _ in range(spec.sequences)
         )
         self.number_norm = StreamingNorm(spec.num_numbers)
-        width = (spec.num_shared + spec.num_item) * spec.dim + 2 * entry + spec.num_numbers
+        width = (spec.num_shared + spec.num_item) * spec.dim + (1 + spec.sequences) * entry + spec.num_numbers
         self.home = Home(
             HomeSpec(
                 width=width,
@@ -122,16 +133,20 @@ class Ranker(nn.Module):
         return wide + torch.cat([self.home(part) for part in deep.split(max(step, 1))])
 
     def _deep(self, inputs: RankerInputs) -> torch.Tensor:
-        mask = inputs.history_mask
         history = inputs.history.flatten(2)
         item = inputs.item.flatten(1)
-        pooled = self.attention(item[:, : history.shape[2]], history, mask, inputs.request)
+        candidate = item[:, : history.shape[2]]
+        pooled = [
+            attention(candidate, history, mask, inputs.request, inputs.history_gaps)
+            for attention, mask in zip(self.attention, inputs.history_masks, strict=True)
+        ]
+        mask = inputs.history_masks.any(0)
         share = mask / mask.sum(1, keepdim=True).clamp(min=1)
         mean = torch.bmm(share.unsqueeze(1).to(history.dtype), history).squeeze(1)
         user = torch.cat([inputs.shared.flatten(1), mean], 1)
         user = user.expand(len(item), -1) if len(user) == 1 else user[inputs.request]
         numbers = self.number_norm(inputs.numbers).clamp(-_NUMBER_LIMIT, _NUMBER_LIMIT)
-        return torch.cat([user, pooled, item, numbers], 1)
+        return torch.cat([user, *pooled, item, numbers], 1)
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -151,7 +151,12 @@ class Pipeline:
     def user_of(self, work: Work) -> UserFeatures:
         """The shared block of the request's features."""
         return user_features(
-            self._schema, self._catalogue, work.request.user_id, work.state.history, work.request.context
+            self._schema,
+            self._catalogue,
+            work.request.user_id,
+            work.state.history,
+            work.request.context,
+            work.now_ms,
         )
 
     def forbidden(self, work: Work) -> set[int]:

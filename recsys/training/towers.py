@@ -44,7 +44,8 @@ class TowerLearner:
         self.model = build.two_tower(config, schema)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.model.dense_learning_rate)
         self.frequency = Frequency()
-        self._histories: OrderedDict[str, list[str]] = OrderedDict()
+        self._histories: OrderedDict[str, list[tuple[str, str]]] = OrderedDict()
+        """(item, feedback type) of each user, oldest first."""
         self._positives: list[_Positive] = []
         self.steps = 0
 
@@ -56,11 +57,11 @@ class TowerLearner:
         self._histories.move_to_end(message.user_id)
         row = self._catalogue.row(message.item_id)
         if row is not None and history:
-            past = [HistoryEvent(time_ms=0, event_id="", item_id=item, type="") for item in history]
+            past = [HistoryEvent(time_ms=0, event_id="", item_id=item, type=kind) for item, kind in history]
             self._positives.append(
                 _Positive(user_features(self._schema, self._catalogue, message.user_id, past, {}), row)
             )
-        history.append(message.item_id)
+        history.append((message.item_id, message.type))
         del history[: -self._length]
         if len(self._histories) > MAX_USERS:
             self._histories.popitem(last=False)
@@ -133,7 +134,7 @@ class TowerLearner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._histories = OrderedDict((user, list(items)) for user, items in state["histories"])
+        self._histories = OrderedDict((user, [(i, k) for i, k in events]) for user, events in state["histories"])
         self._positives = [self._positive(*p) for p in state["positives"]]
         self.steps = state["steps"]
 
@@ -147,5 +148,7 @@ class TowerLearner:
             shared_mask=shared_mask,
             history_keys=np.array(keys, np.int64).reshape(-1, width),
             history_mask=np.array(mask, np.bool_).reshape(-1, width),
+            history_kinds=np.ones(len(keys), np.uint8),
+            history_gaps=np.zeros(len(keys), np.uint8),
         )
         return _Positive(user, row)

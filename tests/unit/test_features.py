@@ -70,6 +70,20 @@ def test_crosses_pair_present_columns_only() -> None:
     assert features.cross_mask[0][with_history].tolist() == [True, False, False, False, False]
 
 
+def test_each_sequence_keeps_its_newest_events_and_others_are_left_out() -> None:
+    features = {"sequences": {"seen": ["click", "like"], "liked": ["like"]}, "history_len": 2, "time_gaps": True}
+    _, _, catalogue = small()
+    schema = Schema.of(parse({"features": features}))
+    kinds = ["like", "like", "like", "click", "purchase", "click"]
+    history = [
+        HistoryEvent(time_ms=1000 * n, event_id=str(n), item_id=f"i{n}", type=kind) for n, kind in enumerate(kinds)
+    ]
+    user = user_features(schema, catalogue, "u", history, {}, 6000)
+    assert user.history_keys[:, 0].tolist() == [key_of(f"i{n}") for n in (5, 3, 2, 1)]
+    assert user.history_kinds.tolist() == [0b01, 0b01, 0b10, 0b10]
+    assert user.history_gaps.tolist() == [1, 3, 3, 3]  # floor(1.5 log2(1 + s)) after 1, 3, 4 and 5 s
+
+
 @given(
     st.lists(st.integers(0, 4), min_size=0, max_size=6),
     st.lists(st.integers(0, 4), min_size=0, max_size=3, unique=True),
@@ -81,7 +95,7 @@ def test_what_was_encoded_is_decoded(past: list[int], shown: list[int]) -> None:
     back = decode(schema, encode(features))
     for name in ("item_keys", "item_mask", "cross_keys", "cross_mask", "numbers"):
         np.testing.assert_array_equal(getattr(back, name), getattr(features, name))
-    for name in ("shared_keys", "shared_mask", "history_keys", "history_mask"):
+    for name in ("shared_keys", "shared_mask", "history_keys", "history_mask", "history_kinds", "history_gaps"):
         np.testing.assert_array_equal(getattr(back.user, name), getattr(user, name))
 
 

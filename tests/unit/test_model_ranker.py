@@ -36,7 +36,8 @@ def inputs(items: int = 40, requests: int = 4) -> RankerInputs:
     return RankerInputs(
         shared=normal(requests, 2, 4),
         history=normal(requests, 5, 2, 4),
-        history_mask=torch.rand(requests, 5, generator=generator) < 0.7,
+        history_masks=torch.rand(1, requests, 5, generator=generator) < 0.7,
+        history_gaps=torch.randint(32, (requests, 5), generator=generator),
         item=normal(items, 3, 4),
         numbers=normal(items, 3),
         wide=normal(items, 2),
@@ -96,13 +97,29 @@ def test_one_batch_of_requests_equals_each_request_alone() -> None:
                 batch,
                 shared=batch.shared[request, None],
                 history=batch.history[request, None],
-                history_mask=batch.history_mask[request, None],
+                history_masks=batch.history_masks[:, request, None],
+                history_gaps=batch.history_gaps[request, None],
                 item=batch.item[rows],
                 numbers=batch.numbers[rows],
                 wide=batch.wide[rows],
                 request=torch.zeros(int(rows.sum()), dtype=torch.int64),
             )
             torch.testing.assert_close(model(alone), together[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_each_sequence_is_attended_to_on_its_own() -> None:
+    spec, batch = replace(SPEC, sequences=2), inputs()
+    model = Ranker(spec, seed=1).eval()
+    with torch.no_grad():
+        model.home.towers[-1].weight.normal_(generator=seeded(1))
+    first, none = batch.history_masks, torch.zeros_like(batch.history_masks)
+    logits = [
+        model(replace(batch, history_masks=torch.cat(masks)))
+        for masks in ((first, none), (none, first), (first, first))
+    ]
+    assert not torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    moved = replace(batch, history=torch.where(first[0, :, :, None, None], batch.history, 9.0))
+    torch.testing.assert_close(model(replace(moved, history_masks=torch.cat([first, none]))), logits[0])
 
 
 def test_serving_in_parts_equals_serving_at_once() -> None:
@@ -133,7 +150,7 @@ def test_gradients_reach_every_row() -> None:
     for tensor in tensors:
         assert tensor.grad is not None
     assert (batch.item.grad != 0).flatten(1).any(1).all()
-    assert ((batch.history.grad != 0).flatten(2).any(2) == batch.history_mask).all()
+    assert ((batch.history.grad != 0).flatten(2).any(2) == batch.history_masks[0]).all()
 
 
 def test_loss_is_masked_weighted_cross_entropy_over_items() -> None:

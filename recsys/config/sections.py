@@ -1,25 +1,14 @@
-"""Configuration is a value: a TOML file and RECSYS_ environment variables, read once, into frozen models.
-
-`RECSYS_RANKING__PORT=8001` sets `ranking.port`. An unknown key is an error that names the nearest known one.
-"""
+"""Every option, in frozen models: unit, default and what it is for."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
-import os
 import tempfile
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from recsys.errors import ConfigError
-
-PREFIX = "RECSYS_"
 MAX_SOCKET_PATH = 100
 """Bytes of a Unix socket's path that every system takes; a longer data folder gets a socket in the temporary folder."""
 
@@ -81,7 +70,11 @@ class FeaturesConfig(Section):
     history_types: tuple[str, ...] = ("click", "like", "purchase")
     """Feedback types that enter a user's history."""
     history_len: int = Field(30, ge=1, le=200)
-    """Newest history events that the models attend to."""
+    """Newest history events (of each sequence) that the models attend to."""
+    sequences: dict[str, tuple[str, ...]] = Field(default_factory=dict, max_length=8)
+    """Name → feedback types: each is attended to on its own, over its newest `history_len` events; none: one sequence of all."""
+    time_gaps: bool = False
+    """Tell the attention how long ago each history event was."""
     history_attributes: tuple[str, ...] = ("category", "tags")
     """Attributes of history items that the models attend to, beside the item itself."""
     crosses: tuple[tuple[str, str], ...] = (("user", "category"), ("user", "tags"), ("history", "item"))
@@ -120,6 +113,10 @@ class ModelConfig(Section):
     """Width of each embedding."""
     attention: tuple[int, ...] = (32, 16)
     """DIN attention layers."""
+    attention_activation: Literal["dice", "prelu"] = "dice"
+    """Activation of the attention's layers."""
+    attention_softmax: bool = False
+    """Let the weights of a history sum to 1; else their sum says how much of it a candidate wakes."""
     experts: int = Field(2, ge=1, le=8)
     """Experts of each HoME group."""
     expert_hidden: tuple[int, ...] = (64, 32)
@@ -297,6 +294,12 @@ class Config(Section):
                 raise ValueError(
                     f"{name}: {sorted(set(chosen) - attributes)[0]!r} is not one of catalogue.attributes {sorted(attributes)}"
                 )
+        for name, kinds in self.features.sequences.items():
+            if not kinds or not set(kinds) <= set(self.features.history_types):
+                raise ValueError(
+                    f"features.sequences: {name!r} = {list(kinds)} must be some of features.history_types "
+                    f"{list(self.features.history_types)}"
+                )
         left = {"user", "history", *self.features.context}
         right = {"item", *self.catalogue.attributes}
         for first, second in self.features.crosses:
@@ -319,76 +322,3 @@ class Config(Section):
             name = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
             path = str(Path(tempfile.gettempdir()) / f"recsys-{name}.sock")
         return f"unix:{path}"
-
-
-def load(path: Path | str | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """Read the file (none: defaults), let the environment override, validate. ConfigError names field, value and remedy."""
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {str(path)!r} does not exist: check --config") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
-    _override(raw, os.environ if environ is None else environ)
-    return parse(raw)
-
-
-def one_thread_each() -> None:
-    """One thread for OpenMP and BLAS in this process, unless the environment says otherwise. Call before numpy is imported.
-
-    Our processes bring their own threads; a BLAS worker that spins beside them costs 25 ms a request on two cores.
-    """
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-
-
-def parse(raw: Mapping[str, Any]) -> Config:
-    """Validate a parsed TOML document."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _override(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
-    for name, text in sorted(environ.items()):
-        if not name.startswith(PREFIX):
-            continue
-        path = name[len(PREFIX) :].lower().split("__")
-        target = raw
-        for part in path[:-1]:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"environment variable {name}: {part!r} is not a section")
-        target[path[-1]] = _value(text)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    field = ".".join(path) or "configuration"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _known(path[:-1]), n=1, cutoff=0.0)
-        return f"{field} is not a known key; did you mean {'.'.join([*path[:-1], *near])!r}?"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{field} = {error['input']!r}: {message}" if path else message
-
-
-def _known(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in path:
-        if part.isdigit():
-            continue
-        annotation = TaskConfig if part == "tasks" else model.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

@@ -1,0 +1,39 @@
+"""Configuration is a value: read once, into frozen models."""
+
+from recsys.config.load import load, one_thread_each, parse
+from recsys.config.sections import (
+    CatalogueConfig,
+    Config,
+    FeaturesConfig,
+    LogConfig,
+    ModelConfig,
+    ParameterConfig,
+    RankingConfig,
+    RetrievalConfig,
+    Section,
+    StateConfig,
+    TableConfig,
+    TaskConfig,
+    TrainerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CatalogueConfig",
+    "Config",
+    "FeaturesConfig",
+    "LogConfig",
+    "ModelConfig",
+    "ParameterConfig",
+    "RankingConfig",
+    "RetrievalConfig",
+    "Section",
+    "StateConfig",
+    "TableConfig",
+    "TaskConfig",
+    "TrainerConfig",
+    "TrainingConfig",
+    "load",
+    "one_thread_each",
+    "parse",
+]
