@@ -125,14 +125,20 @@ class ModelConfig(Section):
     """Layers of one task tower."""
     feature_gate_rank: int = Field(16, ge=1)
     """Rank of HoME's feature gate."""
+    home_without: tuple[Literal["norm", "hierarchy", "feature_gate", "self_gate"], ...] = ()
+    """Parts of HoME to leave out, to see what they bring."""
     tower_dim: int = Field(32, ge=4, le=256)
     """Width of user and item vectors of the two-tower model."""
     temperature: float = Field(0.1, gt=0)
     """Two-tower softmax temperature."""
+    dense_optimizer: Literal["adam", "adagrad"] = "adam"
+    """Optimiser of dense weights."""
     dense_learning_rate: float = Field(0.003, gt=0)
-    """Adam step of dense weights."""
+    """Step of dense weights."""
     row_learning_rate: float = Field(0.05, gt=0)
     """Adagrad step of embedding rows."""
+    row_l2: float = Field(0.0, ge=0)
+    """Mini-batch aware L2 of embeddings: this over how often a row was seen, times the row, is added to its gradient."""
     wide_learning_rate: float = Field(0.2, gt=0)
     """Adagrad step of wide weights."""
     init_scale: float = Field(0.05, ge=0)

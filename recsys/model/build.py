@@ -38,6 +38,7 @@ def ranker(config: Config, schema: Schema) -> Ranker:
         expert_hidden=model.expert_hidden,
         tower_hidden=model.tower_hidden,
         feature_gate_rank=model.feature_gate_rank,
+        home_without=model.home_without,
         number_prior=tuple(prior(name) for name in schema.numbers),
         task_prior=tuple(task.prior for task in config.tasks),
     )

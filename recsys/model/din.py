@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from recsys.model import fused
 from recsys.model.layers import Dice, uniform
 
 _CANDIDATES = 64
@@ -76,7 +77,7 @@ class TargetAttention(nn.Module):
             raise ValueError(
                 f"history has {longest} entries, the attention knows {len(self.rank_bias)}: cut it to the newest"
             )
-        if len(history) == 1:
+        if len(history) == 1 and not self.training:
             return self._pool_one(candidate, history[0], mask[0], gaps[0])
         return self._pool_pairs(candidate, history, mask, request, gaps)
 
@@ -93,10 +94,9 @@ class TargetAttention(nn.Module):
         entries = history[rank]
         matrix = (self.product * entries.unsqueeze(1) + self.candidate).flatten(0, 1).T
         bias = self._entry_bias(entries, torch.arange(len(rank), device=rank.device), gaps[rank])
-        step = len(candidate) if self.training else _CANDIDATES  # batch statistics need all at once
         scores = [
             self._score(torch.mm(part, matrix).add_(bias.flatten()).view(-1, bias.shape[1]))
-            for part in candidate.split(max(step, 1))
+            for part in candidate.split(_CANDIDATES)
         ]
         weights = torch.cat(scores).view(len(candidate), len(rank))
         if self._softmax:
@@ -112,22 +112,19 @@ class TargetAttention(nn.Module):
         gaps: torch.Tensor,
     ) -> torch.Tensor:
         """Candidates of several requests: only the pairs that exist are computed."""
-        present = mask[request]
+        present, longest = mask[request], history.shape[1]
         row, rank = present.nonzero(as_tuple=True)
-        owner = request[row]
-        entries = history[owner, rank]
-        per_entry = self._entry_bias(history, (mask.cumsum(1) - 1).clamp(min=0), gaps)
-        first = (
-            (candidate[row] * entries) @ self.product.T + (candidate @ self.candidate.T)[row] + per_entry[owner, rank]
-        )
-        scores = self._score(first)
-        dense = scores.new_full(present.shape, torch.finfo(scores.dtype).min if self._softmax else 0.0)
-        dense = dense.index_put((row, rank), scores)
+        pairs = torch.stack([row, request[row] * longest + rank]).numpy()
+        per_entry = self._entry_bias(history, (mask.cumsum(1) - 1).clamp(min=0), gaps).flatten(0, 1)
+        entries = history.flatten(0, 1)
+        per_candidate = candidate @ self.candidate.T
+        scores = self._score(fused.pair_sums((candidate, entries, self.product, per_candidate, per_entry), pairs))
         if self._softmax:
-            weights = torch.where(present, torch.softmax(dense, 1), 0.0)
+            dense = scores.new_full(present.shape, -torch.inf).index_put((row, rank), scores)
+            weights = torch.softmax(dense, 1)[row, rank]
         else:
-            weights = dense * present.sum(1, keepdim=True).clamp(min=1).to(dense.dtype).rsqrt()
-        return torch.bmm(weights.unsqueeze(1), history[request]).squeeze(1)
+            weights = scores * present.sum(1).to(scores.dtype).rsqrt()[row]
+        return fused.pair_pool(weights, entries, pairs, len(candidate))
 
     def _score(self, first: torch.Tensor) -> torch.Tensor:
         """Pre-activations of the first layer [P, H] -> weights [P]."""

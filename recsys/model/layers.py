@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
+
+from recsys.model import fused, kernels
 
 MOMENTUM = 0.01
 """Share of a batch in running statistics once they are warm: half follows a drift half as fast, double is noisier."""
@@ -78,6 +81,20 @@ class StreamingNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(stats)) if affine else None
         self.bias = nn.Parameter(torch.zeros(stats)) if affine else None
 
+    def prepare(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """For the fused forms: running mean and 1 / std [2, G, F], and in training those of the batch x [G, N, F] if the
+        gradient flows through them."""
+        batch = None
+        if self.training and x.shape[1]:
+            moments = np.empty((2, x.shape[0], x.shape[2]))
+            kernels.moments(x.detach().contiguous().numpy(), moments)
+            mean, var = torch.from_numpy(moments).to(x.dtype).unsqueeze(2)
+            self._update(mean.view_as(self.mean), var.view_as(self.var))
+            if x.shape[1] >= MIN_BATCH:
+                batch = torch.stack([mean.squeeze(1), torch.rsqrt(var.squeeze(1) + self._epsilon)])
+        groups = (x.shape[0], x.shape[2])
+        return torch.stack([self.mean.view(groups), torch.rsqrt(self.var + self._epsilon).view(groups)]), batch
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.shape[-2]:
             x = self._learn(x)
@@ -119,5 +136,5 @@ class Dice(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = torch.sigmoid(self.norm(x))
-        return x * torch.addcmul(self.alpha, gate, 1.0 - self.alpha)
+        running, batch = self.norm.prepare(x.unsqueeze(0))
+        return fused.dice(x, self.alpha, running[:, 0], None if batch is None else batch[:, 0])

@@ -1,4 +1,4 @@
-"""From features to rows: which rows a batch looks up, and where each of them goes. Numpy only.
+"""From features to rows: which rows a batch looks up, and where each of them goes.
 
 Legend: R requests, M items in all, U unique (slot, key) pairs, T history entries.
 """
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from recsys.features.build import Features
 from recsys.features.schema import Schema
+from recsys.model import gather, kernels
 from recsys.types import Bool, Int32, Int64, UInt8
 
 Index = npt.NDArray[np.intp]
@@ -48,29 +49,35 @@ class Plan:
 def unique_rows(parts: Sequence[tuple[Int32, Int64, Bool]], layout: str) -> tuple[Block, list[Index]]:
     """Unique (slot, key) pairs of several column blocks, each (slots [C], keys [..., C], mask [..., C]).
 
-    Exact: keys are made unique slot by slot, so two slots never share a row.
+    In order of first occurrence; for each block, which of them each column takes [..., C]; U stands for a masked one.
     """
-    places = [np.full(keys.shape, -1, np.intp) for _, keys, _ in parts]
-    all_slots, all_keys, count = [], [], 0
-    for slot in sorted({int(slot) for slots, _, _ in parts for slot in slots}):
-        chosen = [(part, mask[..., slots == slot]) for part, (slots, _, mask) in enumerate(parts)]
-        values = np.concatenate([parts[part][1][..., parts[part][0] == slot][present] for part, present in chosen])
-        keys, inverse = np.unique(values, return_inverse=True)
-        start = 0
-        for part, present in chosen:
-            width = int(present.sum())
-            block = np.full(present.shape, -1, np.intp)
-            block[present] = inverse[start : start + width] + count
-            places[part][..., parts[part][0] == slot] = block
-            start += width
-        all_slots.append(np.full(len(keys), slot, np.int32))
-        all_keys.append(keys)
-        count += len(keys)
-    slots = np.concatenate(all_slots) if all_slots else np.zeros(0, np.int32)
-    keys = np.concatenate(all_keys) if all_keys else np.zeros(0, np.int64)
-    for place in places:
-        place[place < 0] = count
-    return Block(layout=layout, slots=slots, keys=keys), places
+    slots = np.concatenate([np.broadcast_to(slots, keys.shape).ravel() for slots, keys, _ in parts])
+    keys = np.concatenate([keys.ravel() for _, keys, _ in parts])
+    mask = np.concatenate([mask.ravel() for _, _, mask in parts])
+    first, places = (_unique if kernels.compiled.is_set() else _unique_slowly)(slots, keys, mask)
+    ends = np.cumsum([keys.size for _, keys, _ in parts])[:-1]
+    blocks = [block.reshape(keys.shape) for block, (_, keys, _) in zip(np.split(places, ends), parts, strict=True)]
+    return Block(layout=layout, slots=slots[first], keys=keys[first]), blocks
+
+
+def _unique(slots: Int32, keys: Int64, mask: Bool) -> tuple[Index, Index]:
+    """Where each distinct pair was first seen [U], and which of them each position has [n] (U: masked)."""
+    heads = np.full(1 << max(1, 2 * len(keys) - 1).bit_length(), -1)
+    first, places = np.empty(len(keys), np.intp), np.empty(len(keys), np.intp)
+    count = gather.unique(slots, keys, mask, heads, first, places)
+    return first[:count], places
+
+
+def _unique_slowly(slots: Int32, keys: Int64, mask: Bool) -> tuple[Index, Index]:
+    """The same while the kernel is not compiled yet."""
+    pairs = np.rec.fromarrays([slots[mask], keys[mask]])
+    _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    places = np.full(len(keys), len(order), np.intp)
+    places[mask] = rank[inverse]
+    return np.flatnonzero(mask)[first[order]], places
 
 
 def plan(schema: Schema, batch: Sequence[Features]) -> Plan:

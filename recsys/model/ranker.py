@@ -15,7 +15,7 @@ from torch import nn
 
 from recsys.errors import SchemaMismatch
 from recsys.model.din import Activation, TargetAttention
-from recsys.model.home import Home, HomeSpec
+from recsys.model.home import Home, HomeSpec, Reading
 from recsys.model.layers import StreamingNorm, seeded
 
 _NUMBER_LIMIT = 5.0
@@ -54,6 +54,7 @@ class RankerSpec:
     expert_hidden: tuple[int, ...] = (64, 32)
     tower_hidden: tuple[int, ...] = (16,)
     feature_gate_rank: int = 16
+    home_without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, size, expected in (
@@ -119,6 +120,7 @@ class Ranker(nn.Module):
                 expert_hidden=spec.expert_hidden,
                 tower_hidden=spec.tower_hidden,
                 feature_gate_rank=spec.feature_gate_rank,
+                without=spec.home_without,
             ),
             generator,
         )
@@ -131,6 +133,10 @@ class Ranker(nn.Module):
         deep = self._deep(inputs)
         step = len(deep) if self.training else _EXAMPLES  # batch statistics need all at once
         return wide + torch.cat([self.home(part) for part in deep.split(max(step, 1))])
+
+    def readings(self, inputs: RankerInputs) -> list[Reading]:
+        """How HoME's gates and experts fare on these examples."""
+        return self.home.readings(self._deep(inputs), self.spec.tasks)
 
     def _deep(self, inputs: RankerInputs) -> torch.Tensor:
         history = inputs.history.flatten(2)
@@ -149,11 +155,11 @@ class Ranker(nn.Module):
         return torch.cat([user, *pooled, item, numbers], 1)
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum over tasks of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 3, weights [M] -> scalar."""
+def losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each task's sum of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 3, weights [M] -> [T]."""
     known = torch.where(mask, labels, 0.0)
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, known, reduction="none")
-    return (entropy * mask * weights.unsqueeze(1)).sum() / max(len(logits), 1)
+    return (torch.where(mask, entropy, 0.0) * weights.unsqueeze(1)).sum(0) / max(len(logits), 1)
 
 
 def to_bytes(module: nn.Module) -> bytes:

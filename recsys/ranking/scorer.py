@@ -16,8 +16,8 @@ from recsys.config import Config
 from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build
-from recsys.model.assemble import pool, ranker_inputs
+from recsys.model import build, fused
+from recsys.model.assemble import ranker_inputs, starts
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block, plan, unique_rows
 from recsys.model.ranker import Ranker
@@ -91,26 +91,23 @@ class Scorer:
             ],
             "tower",
         )
-        rows = self._extended(block)
-        fields = self._schema.item_fields[: self._schema.num_history_fields]
+        (rows,) = self._rows([block])
+        fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
         with torch.inference_mode():
-            history = pool(_take(rows, past), user.history_mask[None], fields)
+            mine, history = fused.take_fields(rows, self._config.model.dim, [(shared, np.arange(2)), (past, fields)])
             vectors: Float32 = towers.user_vectors(
-                _take(rows, shared), history, torch.from_numpy(user.history_mask[None, :, 0])
+                mine, history, torch.from_numpy(user.history_mask[None, :, 0])
             ).numpy()
         return vectors[0]
 
     def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]."""
         block, (items,) = unique_rows([(self._schema.item_slots, keys, mask)], "tower")
-        rows = self._extended(block)
-        with torch.inference_mode():
-            vectors: Float32 = towers.item_vectors(pool(_take(rows, items), mask, self._schema.item_fields)).numpy()
-        return vectors
-
-    def _extended(self, block: Block) -> torch.Tensor:
         (rows,) = self._rows([block])
-        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        with torch.inference_mode():
+            parts = [(items, starts(self._schema.item_fields))]
+            vectors: Float32 = towers.item_vectors(*fused.take_fields(rows, self._config.model.dim, parts)).numpy()
+        return vectors
 
     def _rows(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
         try:
@@ -172,7 +169,3 @@ class Scorer:
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _take(rows: torch.Tensor, index: npt.NDArray[np.intp]) -> torch.Tensor:
-    return torch.nn.functional.embedding(torch.from_numpy(index), rows)

@@ -14,11 +14,12 @@ from recsys.features.build import UserFeatures, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
-from recsys.model import build
-from recsys.model.assemble import pool
+from recsys.model import build, fused
+from recsys.model.assemble import starts
 from recsys.model.frequency import Frequency
 from recsys.model.plan import unique_rows
 from recsys.table.tables import Tables
+from recsys.training.dense import DenseOptimizer
 from recsys.types import Feedback, HistoryEvent, Int64
 
 BATCH = 64
@@ -42,7 +43,7 @@ class TowerLearner:
         self._types = set(config.retrieval.count_types)
         self._length = config.features.history_len
         self.model = build.two_tower(config, schema)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.model.dense_learning_rate)
+        self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
         self.frequency = Frequency()
         self._histories: OrderedDict[str, list[tuple[str, str]]] = OrderedDict()
         """(item, feedback type) of each user, oldest first."""
@@ -80,44 +81,36 @@ class TowerLearner:
         item_keys, item_mask = self._catalogue.keys[rows], self._catalogue.mask[rows]
         longest = max(len(p.user.history_keys) for p in batch)
         width = len(self._schema.history_slots)
-        history = np.zeros((len(batch), longest, width), np.int64)
+        past_keys = np.zeros((len(batch), longest, width), np.int64)
         present = np.zeros((len(batch), longest, width), np.bool_)
         for index, p in enumerate(batch):
-            history[index, : len(p.user.history_keys)] = p.user.history_keys
+            past_keys[index, : len(p.user.history_keys)] = p.user.history_keys
             present[index, : len(p.user.history_keys)] = p.user.history_mask
         users = np.array([p.user.shared_keys[:1] for p in batch])
         block, (user, past, item) = unique_rows(
             [
                 (self._schema.shared_slots[:1], users, np.ones_like(users, np.bool_)),
-                (self._schema.history_slots, history, present),
+                (self._schema.history_slots, past_keys, present),
                 (self._schema.item_slots, item_keys, item_mask),
             ],
             "tower",
         )
         values = torch.from_numpy(self._table.lookup_train(block.slots, block.keys, now_ms)).requires_grad_()
-        extended = torch.cat([values, values.new_zeros(1, values.shape[1])])
-
-        def take(index: Any) -> torch.Tensor:
-            return torch.nn.functional.embedding(torch.from_numpy(index), extended)
-
-        fields = self._schema.item_fields
+        fields, narrow = self._schema.item_fields, self._schema.num_history_fields
+        parts = [(user, np.arange(2)), (past, starts(fields[:narrow])), (item, starts(fields))]
+        mine, history, items = fused.take_fields(values, values.shape[1], parts)
         self.steps += 1
         positives: Int64 = item_keys[:, 0]
         self.frequency.update(self.steps, positives)
         self.model.train()
-        user_vectors = self.model.user_vectors(
-            take(user),
-            pool(take(past), present, fields[: self._schema.num_history_fields]),
-            torch.from_numpy(present[..., 0]),
-        )
-        item_vectors = self.model.item_vectors(pool(take(item), item_mask, fields))
+        user_vectors = self.model.user_vectors(mine, history, torch.from_numpy(present[..., 0]))
+        item_vectors = self.model.item_vectors(items)
         log_q = torch.from_numpy(np.log(self.frequency.probability(positives)).astype(np.float32))
         mean = self.model.loss(user_vectors, item_vectors, torch.from_numpy(positives), log_q, torch.ones(len(batch)))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero()
         mean.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         gradient = np.zeros(values.shape, np.float32) if values.grad is None else values.grad.numpy() * len(batch)
-        if not np.isfinite(gradient).all():
+        if not (np.isfinite(gradient).all() and torch.isfinite(self.optimizer.gradient).all()):
             return
         self.optimizer.step()
         self._table.apply_gradients(block.slots, block.keys, gradient, now_ms)

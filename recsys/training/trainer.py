@@ -42,7 +42,8 @@ class StepReport:
     outcomes: dict[str, int] = field(default_factory=dict)
     dead_letters: list[DeadLetter] = field(default_factory=list)
     emissions: list[Emission] = field(default_factory=list)
-    skipped_batches: int = 0
+    skipped_batches: dict[str, int] = field(default_factory=dict)
+    """Batches not learned, by task whose gradient was not finite."""
     expired: int = 0
 
     def count(self, outcome: str) -> None:
@@ -81,7 +82,7 @@ class Trainer:
         for outcome in self.joiner.take_settled():
             report.count(outcome)
         if learn:
-            report.skipped_batches += self._learn(report.emissions, now_ms)
+            self._learn(report, now_ms)
             self._watch(report.emissions)
         self.covers_ms = max(self.covers_ms, now_ms)
         self.steps += 1
@@ -127,28 +128,26 @@ class Trainer:
         if self.towers:
             self.towers.feedback(feedback, now_ms)
 
-    def _learn(self, emissions: Sequence[Emission], now_ms: int) -> int:
-        """Train in batches of at most `batch_size` items, never mixing first and later emissions; returns skipped batches."""
-        skipped = 0
+    def _learn(self, report: StepReport, now_ms: int) -> None:
+        """Train in batches of at most `batch_size` items, never mixing first and later emissions."""
         batch: list[Emission] = []
         size = 0
-        for emission in emissions:
+        for emission in report.emissions:
             full = size + len(emission.labels) > self.config.training.batch_size
             if batch and (full or emission.first != batch[0].first):
-                skipped += not self._learn_batch(batch, now_ms)
+                self._learn_batch(batch, report, now_ms)
                 batch, size = [], 0
             batch.append(emission)
             size += len(emission.labels)
         if batch:
-            skipped += not self._learn_batch(batch, now_ms)
-        return skipped
+            self._learn_batch(batch, report, now_ms)
 
-    def _learn_batch(self, batch: Sequence[Emission], now_ms: int) -> bool:
+    def _learn_batch(self, batch: Sequence[Emission], report: StepReport, now_ms: int) -> None:
         shown = [np.flatnonzero(e.shown) for e in batch]
         chosen = [(e, rows) for e, rows in zip(batch, shown, strict=True) if len(rows)]
         if not chosen:
-            return True
-        return self.learner.learn(
+            return
+        culprits = self.learner.learn(
             Batch(
                 features=[decode(self.schema, e.features).take(rows) for e, rows in chosen],
                 labels=np.concatenate([e.labels[rows] for e, rows in chosen]),
@@ -157,6 +156,8 @@ class Trainer:
             ),
             now_ms,
         )
+        for task in culprits:
+            report.skipped_batches[task] = report.skipped_batches.get(task, 0) + 1
 
     def _watch(self, emissions: Sequence[Emission]) -> None:
         """The breaker: the first task's rate over the last `breaker_examples` outside its bounds stops learning."""

@@ -9,7 +9,7 @@ import torch
 
 from recsys.errors import SchemaMismatch
 from recsys.model.layers import seeded
-from recsys.model.ranker import Ranker, RankerInputs, RankerSpec, from_bytes, loss, to_bytes
+from recsys.model.ranker import Ranker, RankerInputs, RankerSpec, from_bytes, losses, to_bytes
 
 SPEC = RankerSpec(
     num_shared=2,
@@ -52,7 +52,7 @@ def trained(steps: int = 30) -> Ranker:
     labels = (batch.item[:, 0, :2] > 0).float()
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(model(batch), labels, torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).backward()
+        losses(model(batch), labels, torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).sum().backward()
         optimizer.step()
     return model.eval()
 
@@ -136,7 +136,8 @@ def test_model_learns_what_the_prior_cannot_say() -> None:
     batch, mask = inputs(), torch.ones(40, 2, dtype=torch.bool)
     labels = (batch.item[:, 0, :2] > 0).float()
     before, after = (
-        loss(model(batch), labels, mask, torch.ones(40)) for model in (Ranker(SPEC, seed=1).eval(), trained(150))
+        losses(model(batch), labels, mask, torch.ones(40)).sum()
+        for model in (Ranker(SPEC, seed=1).eval(), trained(150))
     )
     assert after < 0.5 * before
 
@@ -146,7 +147,7 @@ def test_gradients_reach_every_row() -> None:
     tensors = [batch.shared, batch.history, batch.item, batch.wide]
     for tensor in tensors:
         tensor.requires_grad_()
-    loss(model(batch), torch.ones(40, 2), torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).backward()
+    losses(model(batch), torch.ones(40, 2), torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).sum().backward()
     for tensor in tensors:
         assert tensor.grad is not None
     assert (batch.item.grad != 0).flatten(1).any(1).all()
@@ -158,10 +159,10 @@ def test_loss_is_masked_weighted_cross_entropy_over_items() -> None:
     labels = torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
     mask, weights = torch.tensor([[True, False], [True, True]]), torch.tensor([1.0, 3.0])
     p = torch.sigmoid(logits.detach())
-    expected = (-p[0, 0].log() - 3 * (1 - p[1, 0]).log() - 3 * p[1, 1].log()) / 2
-    value = loss(logits, labels, mask, weights)
+    expected = torch.stack([-p[0, 0].log() - 3 * (1 - p[1, 0]).log(), -3 * p[1, 1].log()]) / 2
+    value = losses(logits, labels, mask, weights)
     torch.testing.assert_close(value.detach(), expected)
-    value.backward()
+    value.sum().backward()
     assert logits.grad is not None and logits.grad[0, 1] == 0 and torch.isfinite(logits.grad).all()
 
 
