@@ -127,7 +127,7 @@ SKIPPED_BATCHES = _counter(
     ("task",),
 )
 GATE_WEIGHT = _gauge(
-    "recsys_gate_weight",
+    "recsys_gate_weight_ratio",
     "HoME: mean share of an expert in an output of a level, over the last batch; near 1 the other experts have collapsed.",
     ("level", "output", "expert"),
 )
