@@ -196,7 +196,7 @@ class PlainLearner:
         nn.utils.clip_grad_norm_(self.parameters, 10.0)
         self.dense.step()
         self.rows.step()
-        return float(loss)
+        return loss.item()
 
 
 def collate(schema: Schema, features: Sequence[Features], slot_rows: int, slot_pairs: int) -> dict[str, torch.Tensor]:

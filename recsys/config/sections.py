@@ -117,6 +117,8 @@ class ModelConfig(Section):
     """Activation of the attention's layers."""
     attention_softmax: bool = False
     """Let the weights of a history sum to 1; else their sum says how much of it a candidate wakes."""
+    input_width: int = Field(0, ge=0, le=4096)
+    """Compress HoME's input to this width by one linear map, whose user part is computed once a request; 0: do not."""
     experts: int = Field(2, ge=1, le=8)
     """Experts of each HoME group."""
     expert_hidden: tuple[int, ...] = (64, 32)
@@ -223,6 +225,8 @@ class RankingConfig(Section):
     """HTTP port of the API."""
     scorer: Literal["model", "sources"] = "model"
     """`sources`: rank by source scores alone."""
+    full_candidates: int = Field(200, ge=1)
+    """Candidates that the whole network scores, the best by its wide part; double costs twice the scoring."""
     draw_position: int = Field(5, ge=0)
     """This position (from 1) is drawn at random from the best `draw_pool`; 0: none."""
     draw_pool: int = Field(20, ge=2, le=50)

@@ -20,7 +20,7 @@ Fields = Sequence[tuple[str, int]]
 
 def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor, dim: int) -> RankerInputs:
     """The ranker's tensors from looked-up rows: deep [U, d + tasks …], wide [U', tasks]. Gradients flow back to both."""
-    fields, tasks = schema.item_fields, len(schema.tasks)
+    fields = schema.item_fields
     shared, history, item = fused.take_fields(
         deep,
         dim,
@@ -30,10 +30,6 @@ def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Te
             (plan.item, starts(fields)),
         ],
     )
-    every = np.arange(len(plan.item))
-    wide_sum = fused.sum_columns(deep, dim, tasks, [(plan.item, every), (plan.shared, plan.request)])
-    if plan.crosses.shape[1]:
-        wide_sum = wide_sum + fused.sum_columns(wide, 0, tasks, [(plan.crosses, every)])
     return RankerInputs(
         shared=shared,
         history=history,
@@ -41,9 +37,16 @@ def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Te
         history_gaps=torch.from_numpy(plan.history_gaps.astype(np.int64)),
         item=item,
         numbers=torch.from_numpy(np.ascontiguousarray(plan.numbers)),
-        wide=wide_sum,
+        wide=wide_sums(schema, plan, deep, wide, dim),
         request=torch.from_numpy(plan.request),
     )
+
+
+def wide_sums(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor, dim: int) -> torch.Tensor:
+    """Each item's sum of the wide weights of all its keys [M, tasks]."""
+    every, tasks = np.arange(len(plan.item)), len(schema.tasks)
+    sums = fused.sum_columns(deep, dim, tasks, [(plan.item, every), (plan.shared, plan.request)])
+    return sums + fused.sum_columns(wide, 0, tasks, [(plan.crosses, every)]) if plan.crosses.shape[1] else sums
 
 
 def starts(fields: Fields) -> Index:

@@ -34,6 +34,7 @@ def ranker(config: Config, schema: Schema) -> Ranker:
         softmax=model.attention_softmax,
         sequences=len(schema.sequences),
         gaps=GAP_BUCKETS if schema.time_gaps else 0,
+        input_width=model.input_width,
         experts=model.experts,
         expert_hidden=model.expert_hidden,
         tower_hidden=model.tower_hidden,

@@ -17,6 +17,8 @@ from recsys.model.layers import Dice, uniform
 
 _CANDIDATES = 64
 """Candidates served at once: with 50 entries and 32 units 400 kB, which a core's cache holds; double spills, half only adds calls."""
+_ENTRIES = 8
+"""History entries scored at once for all candidates: with 500 of them and 32 units 512 kB; see _CANDIDATES."""
 
 Activation = Literal["dice", "prelu"]
 
@@ -92,16 +94,35 @@ class TargetAttention(nn.Module):
         """All candidates of one request: the first layer is folded into one matrix of the history, [T H, D]."""
         rank = mask.nonzero().squeeze(1)
         entries = history[rank]
-        matrix = (self.product * entries.unsqueeze(1) + self.candidate).flatten(0, 1).T
+        matrix = (self.product * entries.unsqueeze(1) + self.candidate).flatten(0, 1)
         bias = self._entry_bias(entries, torch.arange(len(rank), device=rank.device), gaps[rank])
+        serving = fused.ready() and not torch.is_grad_enabled()
+        scores = self._lines if serving and isinstance(self.activations[0], Dice) else self._one_by_one
+        weights = scores(candidate, matrix, bias)
+        if self._softmax:
+            return torch.softmax(weights, 0).T @ entries
+        return weights.T @ (entries * max(len(rank), 1) ** -0.5)
+
+    def _one_by_one(self, candidate: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Scores [T, M] of candidate [M, D] by matrix [T H, D] and bias [T, H]."""
         scores = [
-            self._score(torch.mm(part, matrix).add_(bias.flatten()).view(-1, bias.shape[1]))
+            self._score(torch.mm(part, matrix.T).add_(bias.flatten()).view(-1, bias.shape[1])).view(
+                len(part), len(bias)
+            )
             for part in candidate.split(_CANDIDATES)
         ]
-        weights = torch.cat(scores).view(len(candidate), len(rank))
-        if self._softmax:
-            return torch.softmax(weights, 1) @ entries
-        return weights @ (entries * max(len(rank), 1) ** -0.5)
+        return torch.cat(scores).T
+
+    def _lines(self, candidate: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """The same with the candidates side by side: one activation is one pass over a line of them."""
+        dices = [(dice.norm.running(), dice.alpha) for dice in self.activations if isinstance(dice, Dice)]
+        layers = list(zip(self.weights, self.biases, strict=True))
+        parts, scores = candidate.T.contiguous(), []
+        for start in range(0, len(bias), _ENTRIES):
+            some = bias[start : start + _ENTRIES]
+            lines = matrix[start * bias.shape[1] : start * bias.shape[1] + some.numel()] @ parts
+            scores.append(fused.attention_scores(lines.view(*some.shape, len(candidate)), some, dices, layers))
+        return torch.cat(scores) if scores else bias.new_zeros(0, len(candidate))
 
     def _pool_pairs(
         self,

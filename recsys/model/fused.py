@@ -27,6 +27,15 @@ def _array(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().numpy()
 
 
+def grouped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Matrix products by group: x [1 or G, N, I] (one for all, or one each), weight [G, I, O] -> [G, N, O]."""
+    if len(x) == len(weight):
+        return torch.bmm(x, weight)
+    # One wide product: thin ones, of a gate's few columns, leave most of a core's registers empty.
+    out = x[0] @ weight.transpose(0, 1).flatten(1)
+    return out.view(x.shape[1], len(weight), weight.shape[2]).transpose(0, 1).contiguous()
+
+
 class FeatureGate(Function):
     """HoME's feature gate: x [1 or G, M, V] (one input for all groups, or one each), down [G, V, 2 r + 1], bias [G, 1, 1],
     up [G, 2, r, V] -> [G, M, V]."""
@@ -34,7 +43,8 @@ class FeatureGate(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, bias: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         groups, rank = down.shape[0], up.shape[2]
-        low = torch.bmm(x.expand(groups, -1, -1), down)
+        x = x.contiguous()
+        low = grouped(x, down)
         gates = x.new_empty(2, groups, x.shape[1], x.shape[2])
         for part in range(2):
             torch.bmm(low[..., part * rank : (part + 1) * rank], up[:, part], out=gates[part])
@@ -273,8 +283,13 @@ class SumColumns(Function):
         return grows, None, None, None
 
 
+def ready() -> bool:
+    """Whether the kernels are compiled."""
+    return kernels.compiled.is_set()
+
+
 def _fused() -> bool:
-    return torch.is_grad_enabled() or kernels.compiled.is_set()
+    return torch.is_grad_enabled() or ready()
 
 
 def feature_gate(x: torch.Tensor, down: torch.Tensor, bias: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -321,6 +336,24 @@ def sum_columns(rows: torch.Tensor, start: int, tasks: int, parts: Sequence[tupl
     return SumColumns.apply(rows, start, tasks, parts) if _fused() else eager.sum_columns(rows, start, tasks, parts)
 
 
+def attention_scores(
+    first: torch.Tensor, bias: torch.Tensor, dices: Sequence[tuple[torch.Tensor, torch.Tensor]], layers: Sequence[Any]
+) -> torch.Tensor:
+    """All layers behind DIN's first, candidates side by side: first [T, H, M] (overwritten) and bias [T, H] make its
+    pre-activations; `dices` are each activation's running mean and rstd [2, F] and alpha [F], `layers` the weight and bias
+    behind each of them -> scores [T, M]. For inference."""
+    x = first
+    for (running, alpha), (weight, after) in zip(dices, layers, strict=True):
+        affine = torch.stack([running[1], -running[0] * running[1]])
+        kernels.dice_lines(_array(x), _array(bias), _array(affine), _array(alpha))
+        if len(weight) == 1:
+            scores = x.new_empty(len(x), x.shape[2])
+            kernels.weighted_lines(_array(x), _array(weight[0]), after.item(), _array(scores))
+            return scores
+        x, bias = torch.bmm(weight.expand(len(x), -1, -1), x), after.unsqueeze(0)
+    raise AssertionError("the last layer has one output")
+
+
 def warm_up() -> float:
     """Compile every kernel for float32, or read it from the on-disk cache; the seconds it took.
 
@@ -355,5 +388,7 @@ def _run_each_kernel() -> None:
         SumColumns.apply(ones(1, 1), 0, 1, [(index, np.zeros(1, np.intp))]),
     ]
     torch.autograd.backward([output.sum() for output in outputs])
+    kernels.dice_lines(*(np.ones(shape, np.float32) for shape in ((1, 1, 1), (1, 1), (2, 1), (1,))))
+    kernels.weighted_lines(np.ones((1, 1, 1), np.float32), np.ones(1, np.float32), 0.0, np.ones((1, 1), np.float32))
     kernels.moments(np.ones((1, 1, 1), np.float32), np.ones((2, 1, 1)))
     gather.unique(*(np.ones(1, t) for t in (np.int32, np.int64, np.bool_)), np.full(2, -1), *np.zeros((2, 1), np.intp))

@@ -122,7 +122,7 @@ class Level(nn.Module):
         """Outputs [O, M, Z]; each expert's share in each output, then the self gate's weights [O, M, E + K]; experts [E, M, Z]."""
         gated = inputs.expand(self._groups, -1, -1) if self.feature_gate is None else self.feature_gate(inputs)
         experts = self.experts(gated)
-        logits = self.gate(gate_inputs.expand(len(self._reach), -1, -1))
+        logits = self.gate(gate_inputs)
         outputs, shares = fused.mix(logits, experts, self._reach, self._own)
         return outputs, shares, experts
 

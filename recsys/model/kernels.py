@@ -195,6 +195,30 @@ def dice(x: Array, affine: Array, alpha: Array, out: Array) -> None:
 
 
 @kernel
+def dice_lines(x: Array, bias: Array, affine: Array, alpha: Array) -> None:
+    """Add `bias` and apply Dice, in place: x [T, F, M], bias [T or 1, F], affine [2, F], alpha [F]."""
+    entries, width, examples = x.shape
+    for entry in range(entries):
+        for f in range(width):
+            line, add, scale, shift = x[entry, f], bias[entry % bias.shape[0], f], affine[0, f], affine[1, f]
+            low, high = alpha[f], 1 - alpha[f]
+            for row in range(examples):
+                value = line[row] + add
+                line[row] = value * (low + high * _sigmoid(value * scale + shift))
+
+
+@kernel
+def weighted_lines(x: Array, weights: Array, bias: float, out: Array) -> None:
+    """out [T, M] = bias + the sum over F of weights [F] times x [T, F, M]."""
+    entries, width, examples = x.shape
+    for entry in range(entries):
+        out[entry] = bias
+        for f in range(width):
+            for row in range(examples):
+                out[entry, row] += weights[f] * x[entry, f, row]
+
+
+@kernel
 def dice_back(g: Array, x: Array, affine: Array, alpha: Array, batch: Array, through: bool, out: Array) -> None:
     """Gradient of `dice`: out [M + 1, F] is that of x, and in the last row that of alpha; batch [2, F] as in `norm_silu_back`."""
     examples, width = x.shape

@@ -32,7 +32,7 @@ def uniform(shape: Sequence[int], fan_in: int, generator: torch.Generator) -> nn
 
 
 class GroupedLinear(nn.Module):
-    """One affine map per group: [G, N, inputs] -> [G, N, outputs]."""
+    """One affine map per group: [1 or G, N, inputs] -> [G, N, outputs]."""
 
     def __init__(self, groups: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups, 1, outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x, self.weight).add_(self.bias)  # baddbmm would first copy the bias into every row
+        return fused.grouped(x, self.weight).add_(self.bias)  # baddbmm would first copy the bias into every row
 
 
 class MLP(nn.Module):
@@ -92,8 +92,11 @@ class StreamingNorm(nn.Module):
             self._update(mean.view_as(self.mean), var.view_as(self.var))
             if x.shape[1] >= MIN_BATCH:
                 batch = torch.stack([mean.squeeze(1), torch.rsqrt(var.squeeze(1) + self._epsilon)])
-        groups = (x.shape[0], x.shape[2])
-        return torch.stack([self.mean.view(groups), torch.rsqrt(self.var + self._epsilon).view(groups)]), batch
+        return self.running().view(2, x.shape[0], x.shape[2]), batch
+
+    def running(self) -> torch.Tensor:
+        """Running mean and 1 / std [2, ..., F], without the dimension of examples."""
+        return torch.stack([self.mean, torch.rsqrt(self.var + self._epsilon)]).squeeze(-2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.shape[-2]:

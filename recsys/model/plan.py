@@ -6,7 +6,7 @@ Legend: R requests, M items in all, U unique (slot, key) pairs, T history entrie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,16 @@ class Plan:
     crosses: Index
     request: Int64
     numbers: npt.NDArray[np.float32]
+
+    def keep(self, items: Index) -> Plan:
+        """The same with only these of its M items; the rows to look up stay."""
+        return replace(
+            self,
+            item=self.item[items],
+            crosses=self.crosses[items],
+            request=self.request[items],
+            numbers=self.numbers[items],
+        )
 
 
 def unique_rows(parts: Sequence[tuple[Int32, Int64, Bool]], layout: str) -> tuple[Block, list[Index]]:

@@ -16,7 +16,7 @@ from torch import nn
 from recsys.errors import SchemaMismatch
 from recsys.model.din import Activation, TargetAttention
 from recsys.model.home import Home, HomeSpec, Reading
-from recsys.model.layers import StreamingNorm, seeded
+from recsys.model.layers import StreamingNorm, seeded, uniform
 
 _NUMBER_LIMIT = 5.0
 """Normalised numbers are clipped to ± this many standard deviations: one odd counter must not drown the rest."""
@@ -50,6 +50,8 @@ class RankerSpec:
     """Sequences that the history is read as, each with an attention of its own."""
     gaps: int = 0
     """Buckets of the time since a history entry that the attention knows; 0: none."""
+    input_width: int = 0
+    """Width to which HoME's input is compressed by one linear map; 0: it is not."""
     experts: int = 2
     expert_hidden: tuple[int, ...] = (64, 32)
     tower_hidden: tuple[int, ...] = (16,)
@@ -112,9 +114,10 @@ class Ranker(nn.Module):
         )
         self.number_norm = StreamingNorm(spec.num_numbers)
         width = (spec.num_shared + spec.num_item) * spec.dim + (1 + spec.sequences) * entry + spec.num_numbers
+        self.compress = uniform((width, spec.input_width), width, generator) if spec.input_width else None
         self.home = Home(
             HomeSpec(
-                width=width,
+                width=spec.input_width or width,
                 groups=spec.groups,
                 experts=spec.experts,
                 expert_hidden=spec.expert_hidden,
@@ -129,10 +132,14 @@ class Ranker(nn.Module):
 
     def forward(self, inputs: RankerInputs) -> torch.Tensor:
         """Logits [M, tasks]."""
-        wide = torch.addmm(self.bias, inputs.numbers, self.number_weights) + inputs.wide
+        wide = self.wide_logits(inputs.numbers, inputs.wide)
         deep = self._deep(inputs)
         step = len(deep) if self.training else _EXAMPLES  # batch statistics need all at once
         return wide + torch.cat([self.home(part) for part in deep.split(max(step, 1))])
+
+    def wide_logits(self, numbers: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        """What is known without the network: numbers [M, num_numbers], wide sums [M, tasks] -> logits [M, tasks]."""
+        return torch.addmm(self.bias, numbers, self.number_weights) + wide
 
     def readings(self, inputs: RankerInputs) -> list[Reading]:
         """How HoME's gates and experts fare on these examples."""
@@ -150,9 +157,12 @@ class Ranker(nn.Module):
         share = mask / mask.sum(1, keepdim=True).clamp(min=1)
         mean = torch.bmm(share.unsqueeze(1).to(history.dtype), history).squeeze(1)
         user = torch.cat([inputs.shared.flatten(1), mean], 1)
-        user = user.expand(len(item), -1) if len(user) == 1 else user[inputs.request]
         numbers = self.number_norm(inputs.numbers).clamp(-_NUMBER_LIMIT, _NUMBER_LIMIT)
-        return torch.cat([user, *pooled, item, numbers], 1)
+        own = [*pooled, item, numbers]
+        if self.compress is not None:  # the user's share is the same for all items of a request
+            user, own = user @ self.compress[: user.shape[1]], [torch.cat(own, 1) @ self.compress[user.shape[1] :]]
+        user = user.expand(len(item), -1) if len(user) == 1 else user.index_select(0, inputs.request)
+        return torch.cat([user, *own], 1) if self.compress is None else user + own[0]
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,13 @@ class Work:
         mask = int(self.masks[candidate])
         return tuple(name for bit, name in enumerate(self.names) if mask >> bit & 1)
 
+    def keep(self, candidates: npt.NDArray[np.intp]) -> None:
+        """Go on with these candidates only."""
+        self.rows, self.masks = self.rows[candidates], self.masks[candidates]
+        self.source_scores = self.source_scores[candidates]
+        if self.features is not None:
+            self.features = self.features.take(candidates)
+
     def late(self, stage: str) -> bool:
         """Whether the deadline has passed; then the stage is skipped and the answer says so."""
         if time.perf_counter() < self.deadline:
@@ -234,7 +241,10 @@ class Pipeline:
         work.scores = work.source_scores.astype(np.float64)
         if work.features is None or not len(work.rows) or work.late("score"):
             return
-        (work.predictions,) = self._scorer.predict([work.features])
+        most = max(self._config.ranking.full_candidates, work.request.n + self._draw.pool)
+        kept, work.predictions = self._scorer.rank(work.features, most)
+        if len(kept) < len(work.rows):
+            work.keep(kept)
         work.scores = self._scorer.value(work.predictions)
         if not self._scorer.available:
             work.degraded.append("no_parameters")

@@ -17,9 +17,9 @@ from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
 from recsys.model import build, fused
-from recsys.model.assemble import ranker_inputs, starts
+from recsys.model.assemble import ranker_inputs, starts, wide_sums
 from recsys.model.layouts import layouts
-from recsys.model.plan import Block, plan, unique_rows
+from recsys.model.plan import Block, Plan, plan, unique_rows
 from recsys.model.ranker import Ranker
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.parameters import Parameters, ParameterState
@@ -70,6 +70,27 @@ class Scorer:
             probabilities: Float32 = torch.sigmoid(logits).numpy()
         counts = np.cumsum([len(f.item_keys) for f in batch])[:-1]
         return list(np.split(probabilities, counts))
+
+    def rank(self, features: Features, most: int) -> tuple[npt.NDArray[np.intp], Float32]:
+        """The whole network's probabilities [k, T] of the `most` items that the wide part values most, and which they are [k]."""
+        lay = plan(self._schema, [features])
+        deep, wide = self._rows([lay.deep, lay.wide])
+        return self.score_rows(lay, (deep, wide), most)
+
+    def score_rows(
+        self, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int
+    ) -> tuple[npt.NDArray[np.intp], Float32]:
+        """As `rank`, of a request laid out whose rows were looked up: deep [U, d + tasks …] and wide [U', tasks]."""
+        dim, networks, kept = self._config.model.dim, self._networks, np.arange(len(lay.item))
+        with torch.inference_mode():
+            if len(kept) > most:
+                sums = wide_sums(self._schema, lay, *rows, dim)
+                logits = networks.ranker.wide_logits(torch.from_numpy(lay.numbers), sums)
+                light = self.value(torch.sigmoid(logits).numpy())
+                kept = np.sort(np.argsort(-light, kind="stable")[:most])
+                lay = lay.keep(kept)
+            logits = networks.ranker.eval()(ranker_inputs(self._schema, lay, *rows, dim))
+            return kept, torch.sigmoid(logits).numpy()
 
     def value(self, predictions: Float32) -> npt.NDArray[np.float64]:
         """What ranks: the weighted sum of the tasks' probabilities [K]."""

@@ -1,6 +1,10 @@
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from recsys.model import fused, kernels
 from recsys.model.din import Activation, TargetAttention
 from recsys.model.layers import Dice, seeded
 
@@ -18,6 +22,18 @@ def build(activation: Activation = "dice", softmax: bool = False) -> TargetAtten
             if name.endswith(("mean", "var")):
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.1)
     return module.eval()
+
+
+@contextlib.contextmanager
+def form(compiled: bool) -> Iterator[None]:
+    """Serve with the fused operations, or op by op as before they are compiled."""
+    fused.warm_up()
+    if not compiled:
+        kernels.compiled.clear()
+    try:
+        yield
+    finally:
+        kernels.compiled.set()
 
 
 def inputs(requests: int = R) -> tuple[torch.Tensor, ...]:
@@ -64,9 +80,13 @@ def naive(module: TargetAttention, softmax: bool, *tensors: torch.Tensor) -> tor
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("activation", ["dice", "prelu"])
 @pytest.mark.parametrize("requests", [1, R])
-def test_factorised_attention_equals_the_published_form(requests: int, activation: Activation, softmax: bool) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_factorised_attention_equals_the_published_form(
+    compiled: bool, requests: int, activation: Activation, softmax: bool
+) -> None:
     module, tensors = build(activation, softmax), inputs(requests)
-    torch.testing.assert_close(module(*tensors), naive(module, softmax, *tensors), atol=1e-5, rtol=1e-5)
+    with form(compiled), torch.no_grad():
+        torch.testing.assert_close(module(*tensors), naive(module, softmax, *tensors), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("softmax", [False, True])

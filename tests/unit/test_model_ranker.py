@@ -10,6 +10,7 @@ import torch
 from recsys.errors import SchemaMismatch
 from recsys.model.layers import seeded
 from recsys.model.ranker import Ranker, RankerInputs, RankerSpec, from_bytes, losses, to_bytes
+from tests.unit.test_model_din import form
 
 SPEC = RankerSpec(
     num_shared=2,
@@ -45,8 +46,8 @@ def inputs(items: int = 40, requests: int = 4) -> RankerInputs:
     )
 
 
-def trained(steps: int = 30) -> Ranker:
-    model = Ranker(SPEC, seed=1)
+def trained(steps: int = 30, spec: RankerSpec = SPEC) -> Ranker:
+    model = Ranker(spec, seed=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     batch = inputs()
     labels = (batch.item[:, 0, :2] > 0).float()
@@ -55,6 +56,15 @@ def trained(steps: int = 30) -> Ranker:
         losses(model(batch), labels, torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).sum().backward()
         optimizer.step()
     return model.eval()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("requests", [1, 4])
+def test_compiled_and_op_by_op_agree(requests: int, compiled: bool) -> None:
+    model, batch = trained(), inputs(requests=requests)
+    with form(compiled), torch.inference_mode():
+        served = model(batch)
+    torch.testing.assert_close(served, model(batch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -87,9 +97,11 @@ def test_another_process_builds_equal_bits() -> None:
     assert other.stdout.strip() == hashlib.sha256(to_bytes(Ranker(SPEC, seed=1))).hexdigest()
 
 
-def test_one_batch_of_requests_equals_each_request_alone() -> None:
-    model, batch = trained(), inputs()
-    with torch.inference_mode():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("input_width", [0, 5])
+def test_one_batch_of_requests_equals_each_request_alone(input_width: int, compiled: bool) -> None:
+    model, batch = trained(spec=replace(SPEC, input_width=input_width)), inputs()
+    with form(compiled), torch.inference_mode():
         together = model(batch)
         for request in range(4):
             rows = batch.request == request
