@@ -10,13 +10,12 @@ from recsys.config.sections import (
     ParameterConfig,
     RankingConfig,
     RetrievalConfig,
-    Section,
     StateConfig,
     TableConfig,
-    TaskConfig,
     TrainerConfig,
     TrainingConfig,
 )
+from recsys.config.tasks import Section, TaskConfig
 
 __all__ = [
     "CatalogueConfig",

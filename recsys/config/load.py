@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from recsys.config.sections import Config, TaskConfig
+from recsys.config.sections import Config
+from recsys.config.tasks import TaskConfig
 from recsys.errors import ConfigError
 
 PREFIX = "RECSYS_"

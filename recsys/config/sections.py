@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from recsys.config.formula import formula
+from recsys.config.tasks import Section, TaskConfig, check, expanded, quantities
 
 MAX_SOCKET_PATH = 100
 """Bytes of a Unix socket's path that every system takes; a longer data folder gets a socket in the temporary folder."""
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class LogConfig(Section):
@@ -85,25 +83,6 @@ class FeaturesConfig(Section):
     """Weight of the n-th newest history event in attribute affinity is this to the n: .8 gives the last three half of the sum."""
     counter_half_life_s: float = Field(86_400.0, gt=0)
     """Half-life of the impression and positive counters behind rate features, seconds of log time."""
-
-
-class TaskConfig(Section):
-    """One thing the ranker predicts."""
-
-    name: str
-    """Key of `predictions`."""
-    types: tuple[str, ...]
-    """Feedback types that make the label 1."""
-    min_value: float | None = None
-    """Feedback counts only from this `value` on."""
-    group: str = "inter"
-    """HoME category: tasks of one group share level-2 experts."""
-    window_s: float = Field(60.0, ge=0)
-    """The label is final this long after the impression; 0: at once."""
-    weight: float = 1.0
-    """Weight of the task in the score that ranks."""
-    prior: float = Field(0.05, gt=0, lt=1)
-    """Rate assumed before anything is learned."""
 
 
 class ModelConfig(Section):
@@ -225,6 +204,9 @@ class RankingConfig(Section):
     """HTTP port of the API."""
     scorer: Literal["model", "sources"] = "model"
     """`sources`: rank by source scores alone."""
+    value: str = ""
+    """What ranks, a formula over the tasks' predictions such as `click * (1 + 5 * like)`: numbers, + - * / **, log, exp, sqrt,
+    min, max; 0 and below rank last. Empty: their sum weighted by `tasks.weight`."""
     full_candidates: int = Field(200, ge=1)
     """Candidates that the whole network scores, the best by its wide part; double costs twice the scoring."""
     draw_position: int = Field(5, ge=0)
@@ -290,11 +272,18 @@ class Config(Section):
     parameter: ParameterConfig = ParameterConfig()
     trainer: TrainerConfig = TrainerConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_tasks(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and isinstance(raw.get("tasks"), list | tuple):
+            return {**raw, "tasks": expanded(raw["tasks"])}
+        return raw
+
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
-        names = [task.name for task in self.tasks]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"tasks must have distinct names and be at least one, got {names}")
+        check(self.tasks)
+        if self.ranking.value:
+            formula(self.ranking.value, self.value_names)
         attributes = set(self.catalogue.attributes)
         for name, chosen in (
             ("catalogue.multivalued", self.catalogue.multivalued),
@@ -321,6 +310,17 @@ class Config(Section):
         if unknown:
             raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
         return self
+
+    @property
+    def quantities(self) -> dict[str, dict[str, float]]:
+        """Expected values of tasks with buckets: name → (task → what its probability adds)."""
+        return quantities(self.tasks)
+
+    @property
+    def value_names(self) -> list[str]:
+        """What `ranking.value` may name: quantities, and tasks that are not part of one."""
+        parts = {part for steps in self.quantities.values() for part in steps}
+        return [*(task.name for task in self.tasks if task.name not in parts), *self.quantities]
 
     @property
     def parameter_address(self) -> str:

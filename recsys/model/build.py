@@ -42,6 +42,7 @@ def ranker(config: Config, schema: Schema) -> Ranker:
         home_without=model.home_without,
         number_prior=tuple(prior(name) for name in schema.numbers),
         task_prior=tuple(task.prior for task in config.tasks),
+        after=tuple(schema.tasks.index(task.after) if task.after else -1 for task in config.tasks),
     )
     return Ranker(spec, seed=config.seed)
 

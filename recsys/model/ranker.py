@@ -21,6 +21,9 @@ from recsys.model.layers import StreamingNorm, seeded, uniform
 _NUMBER_LIMIT = 5.0
 """Normalised numbers are clipped to ± this many standard deviations: one odd counter must not drown the rest."""
 
+_CERTAIN = 1e-6
+"""A chained probability stays below 1 by this much: its complement is computed from its logarithm, as float32 allows."""
+
 _EXAMPLES = 256
 """Examples that pass the head at once when serving: half adds calls, double makes the allocator fetch fresh pages each time."""
 
@@ -43,6 +46,8 @@ class RankerSpec:
     """Starting wide weight of each number, the same for all tasks."""
     task_prior: tuple[float, ...]
     """Starting probability of each task."""
+    after: tuple[int, ...] = ()
+    """The earlier task that each is chained on, -1: none; empty: none at all."""
     attention: tuple[int, ...] = (32, 16)
     activation: Activation = "dice"
     softmax: bool = False
@@ -63,6 +68,7 @@ class RankerSpec:
             ("groups", len(self.groups), len(self.tasks)),
             ("task_prior", len(self.task_prior), len(self.tasks)),
             ("number_prior", len(self.number_prior), self.num_numbers),
+            ("after", len(self.after or self.tasks), len(self.tasks)),
         ):
             if size != expected:
                 raise ValueError(f"{name} has {size} values, expected {expected}")
@@ -127,7 +133,7 @@ class Ranker(nn.Module):
             ),
             generator,
         )
-        self.bias = nn.Parameter(torch.tensor([math.log(p / (1 - p)) for p in spec.task_prior]))
+        self.bias = nn.Parameter(torch.tensor([_logit(prior) for prior in _conditional(spec)]))
         self.number_weights = nn.Parameter(torch.tensor(spec.number_prior).unsqueeze(1).repeat(1, len(spec.tasks)))
 
     def forward(self, inputs: RankerInputs) -> torch.Tensor:
@@ -140,6 +146,23 @@ class Ranker(nn.Module):
     def wide_logits(self, numbers: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
         """What is known without the network: numbers [M, num_numbers], wide sums [M, tasks] -> logits [M, tasks]."""
         return torch.addmm(self.bias, numbers, self.number_weights) + wide
+
+    def log_odds(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of the tasks, from the network's logits [M, T]: a chained task's logit is that of its share of the task before
+        (entire-space modelling, Ma et al. 2018)."""
+        if not any(parent >= 0 for parent in self.spec.after):
+            return logits
+        logs: list[torch.Tensor] = []
+        for task, parent in enumerate(self.spec.after):
+            log = nn.functional.logsigmoid(logits[:, task])
+            logs.append(log if parent < 0 else log + logs[parent])
+        log_p = torch.stack(logs, 1).clamp(max=-_CERTAIN)
+        chained = torch.tensor(self.spec.after) >= 0
+        return torch.where(chained, log_p - torch.log(-torch.expm1(log_p)), logits)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of the tasks, from the network's logits [M, T]."""
+        return torch.sigmoid(self.log_odds(logits))
 
     def readings(self, inputs: RankerInputs) -> list[Reading]:
         """How HoME's gates and experts fare on these examples."""
@@ -165,11 +188,23 @@ class Ranker(nn.Module):
         return torch.cat([user, *own], 1) if self.compress is None else user + own[0]
 
 
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def _conditional(spec: RankerSpec) -> list[float]:
+    """Each task's starting share of the task that it is chained on."""
+    parents = spec.after or (-1,) * len(spec.tasks)
+    return [
+        p if parent < 0 else p / spec.task_prior[parent] for p, parent in zip(spec.task_prior, parents, strict=True)
+    ]
+
+
 def losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Each task's sum of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 3, weights [M] -> [T]."""
+    """Each task's sum of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 4 -> [T]."""
     known = torch.where(mask, labels, 0.0)
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, known, reduction="none")
-    return (torch.where(mask, entropy, 0.0) * weights.unsqueeze(1)).sum(0) / max(len(logits), 1)
+    return (torch.where(mask, entropy, 0.0) * weights).sum(0) / max(len(logits), 1)
 
 
 def to_bytes(module: nn.Module) -> bytes:

@@ -23,6 +23,7 @@ from recsys.model.plan import Block, Plan, plan, unique_rows
 from recsys.model.ranker import Ranker
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.parameters import Parameters, ParameterState
+from recsys.ranking.value import Value
 from recsys.table.tables import Tables
 from recsys.types import Bool, Float32, Int64
 
@@ -53,7 +54,7 @@ class Scorer:
         self._refreshing = threading.Lock()
         self.state = ParameterState()
         self.available = True
-        self._weights = np.array([task.weight for task in config.tasks])
+        self.value = Value(config)
 
     @property
     def dense_version(self) -> int:
@@ -67,7 +68,7 @@ class Scorer:
         self._networks.ranker.eval()
         with torch.inference_mode():
             logits = self._networks.ranker(ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim))
-            probabilities: Float32 = torch.sigmoid(logits).numpy()
+            probabilities: Float32 = self._networks.ranker.probabilities(logits).numpy()
         counts = np.cumsum([len(f.item_keys) for f in batch])[:-1]
         return list(np.split(probabilities, counts))
 
@@ -86,15 +87,11 @@ class Scorer:
             if len(kept) > most:
                 sums = wide_sums(self._schema, lay, *rows, dim)
                 logits = networks.ranker.wide_logits(torch.from_numpy(lay.numbers), sums)
-                light = self.value(torch.sigmoid(logits).numpy())
+                light = self.value(networks.ranker.probabilities(logits).numpy())
                 kept = np.sort(np.argsort(-light, kind="stable")[:most])
                 lay = lay.keep(kept)
             logits = networks.ranker.eval()(ranker_inputs(self._schema, lay, *rows, dim))
-            return kept, torch.sigmoid(logits).numpy()
-
-    def value(self, predictions: Float32) -> npt.NDArray[np.float64]:
-        """What ranks: the weighted sum of the tasks' probabilities [K]."""
-        return predictions.astype(np.float64) @ self._weights
+            return kept, networks.ranker.probabilities(logits).numpy()
 
     @property
     def towers(self) -> TwoTower:

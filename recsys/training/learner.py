@@ -43,6 +43,7 @@ class Learner:
         self.tables = tables
         self.model = build.ranker(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
+        self._weights = torch.tensor([task.loss_weight for task in config.tasks])
         self._last: Sequence[Features] = ()
 
     def learn(self, batch: Batch, now_ms: int) -> tuple[str, ...]:
@@ -54,7 +55,7 @@ class Learner:
         self.model.train(admit)
         logits = self.model(ranker_inputs(self._schema, lay, deep, wide, self._dim))
         labels, mask = torch.from_numpy(batch.labels.astype(np.float32)), torch.from_numpy(batch.mask)
-        each = losses(logits, labels, mask, torch.ones(len(labels)))
+        each = losses(self.model.log_odds(logits), labels, mask, self._weights.expand(len(labels), -1))
         self.optimizer.zero()
         each.sum().backward(retain_graph=True)
         gradients = [_gradient(rows, len(labels)) for rows in (deep, wide)]
@@ -89,7 +90,8 @@ class Learner:
     def predict(self, features: Sequence[Features]) -> Float32:
         """Probabilities [M, T] in eval mode; nothing is counted or created."""
         with torch.inference_mode():
-            probabilities: Float32 = torch.sigmoid(self.model(self._serving_inputs(features))).numpy()
+            logits = self.model(self._serving_inputs(features))
+            probabilities: Float32 = self.model.probabilities(logits).numpy()
         return probabilities
 
     def readings(self) -> list[Reading]:

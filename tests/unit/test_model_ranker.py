@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,7 +54,7 @@ def trained(steps: int = 30, spec: RankerSpec = SPEC) -> Ranker:
     labels = (batch.item[:, 0, :2] > 0).float()
     for _ in range(steps):
         optimizer.zero_grad()
-        losses(model(batch), labels, torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).sum().backward()
+        losses(model(batch), labels, torch.ones(40, 2, dtype=torch.bool), torch.ones(40, 2)).sum().backward()
         optimizer.step()
     return model.eval()
 
@@ -65,6 +66,35 @@ def test_compiled_and_op_by_op_agree(requests: int, compiled: bool) -> None:
     with form(compiled), torch.inference_mode():
         served = model(batch)
     torch.testing.assert_close(served, model(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_a_chained_task_is_the_product_of_the_shares_before_it() -> None:
+    spec = replace(
+        SPEC,
+        tasks=("a", "b", "c", "d"),
+        groups=("x",) * 4,
+        task_prior=(0.4, 0.2, 0.3, 0.05),
+        after=(-1, 0, -1, 1),
+        number_prior=(0.0,) * 3,
+    )
+    model = Ranker(spec, seed=0).double()
+    logits = torch.randn(50, 4, generator=seeded(1), dtype=torch.float64).mul(4).requires_grad_()
+    s = 1 / (1 + np.exp(-logits.detach().numpy()))
+    expected = np.stack([s[:, 0], s[:, 0] * s[:, 1], s[:, 2], s[:, 0] * s[:, 1] * s[:, 3]], 1)
+    torch.testing.assert_close(model.probabilities(logits), torch.from_numpy(expected), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        model.probabilities(model.bias.expand(1, -1)).float(), torch.tensor([[0.4, 0.2, 0.3, 0.05]])
+    )
+    labels = torch.from_numpy((np.random.default_rng(2).random((50, 4)) < 0.4).astype(float))
+    each = losses(model.log_odds(logits), labels, torch.ones(50, 4, dtype=torch.bool), torch.ones(50, 4))
+    y = labels.numpy()
+    entropy = -(y * np.log(expected) + (1 - y) * np.log1p(-expected)).mean(0)
+    torch.testing.assert_close(each, torch.from_numpy(entropy), atol=1e-5, rtol=1e-5)
+    extreme = torch.tensor([[60.0, 60.0, -60.0, -60.0], [-60.0, -60.0, 60.0, 60.0]], requires_grad=True)
+    losses(
+        model.log_odds(extreme), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 4)
+    ).sum().backward()
+    assert extreme.grad is not None and torch.isfinite(extreme.grad).all()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -148,7 +178,7 @@ def test_model_learns_what_the_prior_cannot_say() -> None:
     batch, mask = inputs(), torch.ones(40, 2, dtype=torch.bool)
     labels = (batch.item[:, 0, :2] > 0).float()
     before, after = (
-        losses(model(batch), labels, mask, torch.ones(40)).sum()
+        losses(model(batch), labels, mask, torch.ones(40, 2)).sum()
         for model in (Ranker(SPEC, seed=1).eval(), trained(150))
     )
     assert after < 0.5 * before
@@ -159,7 +189,7 @@ def test_gradients_reach_every_row() -> None:
     tensors = [batch.shared, batch.history, batch.item, batch.wide]
     for tensor in tensors:
         tensor.requires_grad_()
-    losses(model(batch), torch.ones(40, 2), torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).sum().backward()
+    losses(model(batch), torch.ones(40, 2), torch.ones(40, 2, dtype=torch.bool), torch.ones(40, 2)).sum().backward()
     for tensor in tensors:
         assert tensor.grad is not None
     assert (batch.item.grad != 0).flatten(1).any(1).all()
@@ -169,9 +199,9 @@ def test_gradients_reach_every_row() -> None:
 def test_loss_is_masked_weighted_cross_entropy_over_items() -> None:
     logits = torch.tensor([[0.3, -1.0], [2.0, 0.1]], requires_grad=True)
     labels = torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
-    mask, weights = torch.tensor([[True, False], [True, True]]), torch.tensor([1.0, 3.0])
+    mask, weights = torch.tensor([[True, False], [True, True]]), torch.tensor([[1.0, 1.0], [3.0, 2.0]])
     p = torch.sigmoid(logits.detach())
-    expected = torch.stack([-p[0, 0].log() - 3 * (1 - p[1, 0]).log(), -3 * p[1, 1].log()]) / 2
+    expected = torch.stack([-p[0, 0].log() - 3 * (1 - p[1, 0]).log(), -2 * p[1, 1].log()]) / 2
     value = losses(logits, labels, mask, weights)
     torch.testing.assert_close(value.detach(), expected)
     value.sum().backward()
