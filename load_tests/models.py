@@ -209,7 +209,7 @@ def training(report: Report, rng: np.random.Generator, steps: int) -> None:
             ],
             labels=rng.random((size, len(schema.tasks))) < 0.3,
             mask=np.ones((size, len(schema.tasks)), np.bool_),
-            first=np.ones(size, np.bool_),
+            first=True,
         )
         for _ in range(BATCHES)
     ]

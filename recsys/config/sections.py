@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from recsys.config.formula import formula
-from recsys.config.tasks import Section, TaskConfig, check, expanded, quantities
+from recsys.config.tasks import LATE, NEVER, Section, TaskConfig, check, expanded, quantities
 
 MAX_SOCKET_PATH = 100
 """Bytes of a Unix socket's path that every system takes; a longer data folder gets a socket in the temporary folder."""
@@ -100,7 +100,7 @@ class ModelConfig(Section):
     """Compress HoME's input to this width by one linear map, whose user part is computed once a request; 0: do not."""
     experts: int = Field(2, ge=1, le=8)
     """Experts of each HoME group."""
-    expert_hidden: tuple[int, ...] = (64, 32)
+    expert_hidden: tuple[int, ...] = (32, 32)
     """Layers of one expert."""
     tower_hidden: tuple[int, ...] = (16,)
     """Layers of one task tower."""
@@ -320,6 +320,7 @@ class Config(Section):
     def value_names(self) -> list[str]:
         """What `ranking.value` may name: quantities, and tasks that are not part of one."""
         parts = {part for steps in self.quantities.values() for part in steps}
+        parts |= {task.name for task in self.tasks if task.name.endswith((LATE, NEVER))}
         return [*(task.name for task in self.tasks if task.name not in parts), *self.quantities]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,6 +33,11 @@ class TaskConfig(Section):
     """HoME category: tasks of one group share level-2 experts."""
     window_s: float = Field(60.0, ge=0)
     """The label is final this long after the impression; 0: at once."""
+    labels: Literal["window", "early_positive", "fnw", "es_dfm"] = "window"
+    """Learn when the window closes; or positives when they come; or all as negative at once and positives again, weighted (fnw),
+    or so after `wait_s`, with two helper tasks (es_dfm)."""
+    wait_s: float = Field(0.0, ge=0)
+    """fnw, es_dfm: labels are first learned this long after the impression."""
     weight: float = 1.0
     """Weight of the task in the score that ranks."""
     loss_weight: float = Field(1.0, ge=0)
@@ -41,37 +46,47 @@ class TaskConfig(Section):
     """Rate assumed before anything is learned."""
 
 
+LATE, NEVER = "~late", "~never"
+"""Ends of the names of an es_dfm task's helpers."""
 _NEXT_PRIOR = 0.6
 """Assumed share of those over one bound that are over the next, too, before anything is learned."""
 
 
 def expanded(raw: Sequence[Any]) -> list[Any]:
-    """The tasks as parsed, each with `buckets` replaced by its chain of binary ones. ValueError names what is wrong."""
-    tasks: list[Any] = []
-    for task in raw:
-        bounds = task.get("buckets") if isinstance(task, Mapping) else None
-        if not bounds:
-            tasks.append(task)
-            continue
-        name = task.get("name", "")
-        if list(bounds) != sorted(set(bounds)) or min(bounds) <= 0:
-            raise ValueError(f"tasks: buckets of {name!r} must rise from above 0, got {list(bounds)}")
-        if "min_value" in task:
-            raise ValueError(
-                f"tasks: {name!r} has buckets and min_value: drop min_value, the first bucket takes its place"
-            )
-        names = [f"{name}>{bound:g}" for bound in bounds]
-        steps = _steps(bounds)
-        for place, bound in enumerate(bounds):
-            chained = {
-                "name": names[place],
-                "min_value": bound,
-                "after": names[place - 1] if place else task.get("after", ""),
-                "weight": task.get("weight", 1.0) * steps[place],
-                "prior": task.get("prior", 0.05) * _NEXT_PRIOR**place,
-            }
-            tasks.append({key: value for key, value in task.items() if key != "buckets"} | chained)
+    """The tasks as parsed, each with `buckets` replaced by its chain of binary ones, and the helpers of es_dfm behind.
+    ValueError names what is wrong."""
+    tasks = [one for task in raw for one in (_chain(task) if isinstance(task, Mapping) else [task])]
+    names = {task["name"] for task in tasks if isinstance(task, Mapping) and "name" in task}
+    for task in list(tasks):
+        if isinstance(task, Mapping) and task.get("labels") == "es_dfm" and f"{task.get('name')}{LATE}" not in names:
+            rest = {key: task[key] for key in ("group", "window_s", "loss_weight") if key in task}
+            for end, prior in ((LATE, task.get("prior", 0.05) / 2), (NEVER, 0.98)):
+                tasks.append({"name": task["name"] + end, "types": (), "weight": 0.0, "prior": prior, **rest})
     return tasks
+
+
+def _chain(task: Mapping[str, Any]) -> list[Any]:
+    """A task with `buckets` as a chain of binary ones; another as it is."""
+    bounds, name = task.get("buckets"), task.get("name", "")
+    if not bounds:
+        return [task]
+    if list(bounds) != sorted(set(bounds)) or min(bounds) <= 0:
+        raise ValueError(f"tasks: buckets of {name!r} must rise from above 0, got {list(bounds)}")
+    if task.get("min_value") is not None:
+        raise ValueError(f"tasks: {name!r} has buckets and min_value: drop min_value, the first bucket takes its place")
+    names, steps = [f"{name}>{bound:g}" for bound in bounds], _steps(bounds)
+    rest = {key: value for key, value in task.items() if key != "buckets"}
+    return [
+        rest
+        | {
+            "name": names[place],
+            "min_value": bound,
+            "after": names[place - 1] if place else task.get("after", ""),
+            "weight": task.get("weight", 1.0) * steps[place],
+            "prior": task.get("prior", 0.05) * _NEXT_PRIOR**place,
+        }
+        for place, bound in enumerate(bounds)
+    ]
 
 
 def _steps(bounds: Sequence[float]) -> list[float]:
@@ -95,6 +110,9 @@ def check(tasks: Sequence[TaskConfig]) -> None:
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks must have distinct names and be at least one, got {names}")
+    for task in tasks:
+        if task.labels in ("fnw", "es_dfm") and task.wait_s >= max(task.window_s, 1e-3):
+            raise ValueError(f"tasks: wait_s of {task.name!r} must be below its window_s, {task.window_s:g}")
     for place, task in enumerate(tasks):
         if not task.after:
             continue

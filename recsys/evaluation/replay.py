@@ -277,19 +277,20 @@ class Replay:
         for path in self.trainer.joiner.take_dropped():
             path.unlink(missing_ok=True)
         for emission in report.emissions:
-            self._report(emission.request_id, emission.time_ms, emission.labels, emission.mask)
+            self._report(emission.request_id, emission.time_ms, emission.labels, emission.final)
         self.copy.learned(now_ms - 1)
 
-    def _report(self, request_id: str, time_ms: int, labels: Any, mask: Any) -> None:
+    def _report(self, request_id: str, time_ms: int, labels: Any, final: Any) -> None:
         user_id, predicted = self._predictions.get(request_id, ("", None))
         if predicted is None or time_ms < self.options.report_from_ms:
             return
         assert self._origin_ms is not None
         day = (time_ms - self._origin_ms) // 86_400_000
-        for task in np.flatnonzero(mask):
-            users, days = np.full(len(labels), key_of(user_id)), np.full(len(labels), day)
-            self.progressive.add(self.schema.tasks[task], predicted[:, task], labels[:, task], users, days)
-            self._reported += len(labels) if task == 0 else 0
+        for task in np.flatnonzero(final.any(0)):
+            known = final[:, task]
+            users, days = np.full(known.sum(), key_of(user_id)), np.full(known.sum(), day)
+            self.progressive.add(self.schema.tasks[task], predicted[known, task], labels[known, task], users, days)
+            self._reported += int(known.sum()) if task == 0 else 0
 
     def result(self) -> dict[str, Any]:
         """The report's JSON."""

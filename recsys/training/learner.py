@@ -19,18 +19,20 @@ from recsys.model.home import Reading
 from recsys.model.plan import Block, Plan, plan
 from recsys.model.ranker import RankerInputs, losses
 from recsys.table.tables import Tables
+from recsys.training.delayed import Importance
 from recsys.training.dense import DenseOptimizer
 from recsys.types import Bool, Float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """M items of R requests: labels [M, T], mask [M, T] of final labels, first [R]: whether the request is counted."""
+    """M items of R requests: labels [M, T], mask [M, T] of labels to train on, and whether its items are counted:
+    all of a batch are in their first emission, or none."""
 
     features: Sequence[Features]
     labels: Bool
     mask: Bool
-    first: Bool
+    first: bool
 
 
 class Learner:
@@ -43,19 +45,20 @@ class Learner:
         self.tables = tables
         self.model = build.ranker(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
-        self._weights = torch.tensor([task.loss_weight for task in config.tasks])
+        self._importance = Importance(config.tasks)
         self._last: Sequence[Features] = ()
 
     def learn(self, batch: Batch, now_ms: int) -> tuple[str, ...]:
         """One step. When the gradient is not finite nothing is changed but admission counts and running statistics, and the
         tasks it came from are named."""
         lay = plan(self._schema, batch.features)
-        admit = bool(batch.first.any())
+        admit = batch.first
         deep, wide = (self._rows(block, now_ms, admit) for block in (lay.deep, lay.wide))
         self.model.train(admit)
         logits = self.model(ranker_inputs(self._schema, lay, deep, wide, self._dim))
         labels, mask = torch.from_numpy(batch.labels.astype(np.float32)), torch.from_numpy(batch.mask)
-        each = losses(self.model.log_odds(logits), labels, mask, self._weights.expand(len(labels), -1))
+        log_odds = self.model.log_odds(logits)
+        each = losses(log_odds, labels, mask, self._importance.weights(torch.sigmoid(log_odds), labels))
         self.optimizer.zero()
         each.sum().backward(retain_graph=True)
         gradients = [_gradient(rows, len(labels)) for rows in (deep, wide)]

@@ -33,9 +33,10 @@ class Progressive:
 
     def add(self, report: StepReport) -> None:
         for emission in report.emissions:
-            for task in np.flatnonzero(emission.mask):
-                known = emission.shown & np.isfinite(emission.predictions[:, task])
-                labels = emission.labels[emission.shown, task]
+            for task in np.flatnonzero(emission.final.any(0)):
+                shown = emission.shown & emission.final[:, task]
+                known = shown & np.isfinite(emission.predictions[:, task])
+                labels = emission.labels[shown, task]
                 positives = int(labels.sum())
                 metrics.EXAMPLES.labels(self._tasks[task], "1").inc(positives)
                 metrics.EXAMPLES.labels(self._tasks[task], "0").inc(len(labels) - positives)

@@ -57,7 +57,7 @@ def batch(of: Learner, seed: int = 0, size: int = 40) -> Batch:
             )
         )
     labels = np.array([[f.item_keys[0, 0] < 6, f.item_keys[0, 1] < 3] for f in features])
-    return Batch(features=features, labels=labels, mask=np.ones((size, 2), np.bool_), first=np.ones(size, np.bool_))
+    return Batch(features=features, labels=labels, mask=np.ones((size, 2), np.bool_), first=True)
 
 
 def everything(of: Learner) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
