@@ -112,6 +112,10 @@ class ModelConfig(Section):
     """Width of user and item vectors of the two-tower model."""
     temperature: float = Field(0.1, gt=0)
     """Two-tower softmax temperature."""
+    calibrate: bool = False
+    """Correct each task's log-odds by a bias and a slope that follow the stream."""
+    error_memory: float = Field(0.0, ge=0, le=1)
+    """Correct predictions by this share of what the network was lately off by on similar examples (ReLoop2); 0: do not."""
     dense_optimizer: Literal["adam", "adagrad"] = "adam"
     """Optimiser of dense weights."""
     dense_learning_rate: float = Field(0.003, gt=0)

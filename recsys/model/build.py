@@ -40,6 +40,8 @@ def ranker(config: Config, schema: Schema) -> Ranker:
         tower_hidden=model.tower_hidden,
         feature_gate_rank=model.feature_gate_rank,
         home_without=model.home_without,
+        calibrate=model.calibrate,
+        error_memory=model.error_memory,
         number_prior=tuple(prior(name) for name in schema.numbers),
         task_prior=tuple(task.prior for task in config.tasks),
         after=tuple(schema.tasks.index(task.after) if task.after else -1 for task in config.tasks),

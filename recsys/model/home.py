@@ -152,8 +152,16 @@ class Home(nn.Module):
         nn.init.zeros_(self.towers[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.hidden(x))
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """What the towers see: [M, width] -> [T, M, Z]."""
         x = x.unsqueeze(0)
-        h = self.task(*self._second(self.meta(x, x)))
+        hidden: torch.Tensor = self.task(*self._second(self.meta(x, x)))
+        return hidden
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """The towers: [T, M, Z] -> [M, T]."""
         for layer, tower in enumerate(self.towers):
             h = tower(nn.functional.silu(h) if layer else h)
         return h.squeeze(2).T

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from recsys.errors import SchemaMismatch
+from recsys.model.correct import Calibrator, ErrorMemory
 from recsys.model.din import Activation, TargetAttention
 from recsys.model.home import Home, HomeSpec, Reading
 from recsys.model.layers import StreamingNorm, seeded, uniform
@@ -62,6 +63,9 @@ class RankerSpec:
     tower_hidden: tuple[int, ...] = (16,)
     feature_gate_rank: int = 16
     home_without: tuple[str, ...] = ()
+    calibrate: bool = False
+    error_memory: float = 0.0
+    """Strength of the error memory; 0: none."""
 
     def __post_init__(self) -> None:
         for name, size, expected in (
@@ -133,15 +137,43 @@ class Ranker(nn.Module):
             ),
             generator,
         )
+        tasks = len(spec.tasks)
+        self.calibrator = Calibrator(tasks) if spec.calibrate else None
+        keys = tasks * spec.expert_hidden[-1]
+        self.memory = ErrorMemory(keys, tasks, seed=seed, strength=spec.error_memory) if spec.error_memory else None
         self.bias = nn.Parameter(torch.tensor([_logit(prior) for prior in _conditional(spec)]))
         self.number_weights = nn.Parameter(torch.tensor(spec.number_prior).unsqueeze(1).repeat(1, len(spec.tasks)))
 
     def forward(self, inputs: RankerInputs) -> torch.Tensor:
         """Logits [M, tasks]."""
+        return self.scores(inputs)[0]
+
+    def scores(self, inputs: RankerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [M, tasks], and what HoME's towers saw [tasks, M, Z]."""
         wide = self.wide_logits(inputs.numbers, inputs.wide)
         deep = self._deep(inputs)
         step = len(deep) if self.training else _EXAMPLES  # batch statistics need all at once
-        return wide + torch.cat([self.home(part) for part in deep.split(max(step, 1))])
+        hidden = torch.cat([self.home.hidden(part) for part in deep.split(max(step, 1))], 1)
+        return wide + self.home.logits(hidden), hidden
+
+    def predict(self, inputs: RankerInputs) -> torch.Tensor:
+        """Probabilities [M, tasks] to serve: corrected, where a corrector is configured."""
+        logits, hidden = self.scores(inputs)
+        log_odds = self.log_odds(logits)
+        p = torch.sigmoid(log_odds if self.calibrator is None else self.calibrator(log_odds))
+        return p if self.memory is None else self.memory(memory_keys(hidden), p)
+
+    @torch.no_grad()
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
+        """Let the correctors see labels [M, tasks] and their weights (0: unknown), with the scores made before they were learned."""
+        if self.calibrator is None and self.memory is None:
+            return
+        log_odds = self.log_odds(logits)
+        if self.memory is not None:
+            p = torch.sigmoid(log_odds if self.calibrator is None else self.calibrator(log_odds))
+            self.memory.update(memory_keys(hidden), p, labels, weights > 0)
+        if self.calibrator is not None:
+            self.calibrator.update(log_odds, labels, weights)
 
     def wide_logits(self, numbers: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
         """What is known without the network: numbers [M, num_numbers], wide sums [M, tasks] -> logits [M, tasks]."""
@@ -186,6 +218,12 @@ class Ranker(nn.Module):
             user, own = user @ self.compress[: user.shape[1]], [torch.cat(own, 1) @ self.compress[user.shape[1] :]]
         user = user.expand(len(item), -1) if len(user) == 1 else user.index_select(0, inputs.request)
         return torch.cat([user, *own], 1) if self.compress is None else user + own[0]
+
+
+def memory_keys(hidden: torch.Tensor) -> torch.Tensor:
+    """Keys of the error memory: [tasks, M, Z] -> [M, tasks Z], centred, so that signs of projections tell them apart."""
+    keys = hidden.transpose(0, 1).flatten(1)
+    return keys - keys.mean(1, keepdim=True)
 
 
 def _logit(p: float) -> float:

@@ -67,8 +67,8 @@ class Scorer:
         deep, wide = self._rows([lay.deep, lay.wide])
         self._networks.ranker.eval()
         with torch.inference_mode():
-            logits = self._networks.ranker(ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim))
-            probabilities: Float32 = self._networks.ranker.probabilities(logits).numpy()
+            inputs = ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim)
+            probabilities: Float32 = self._networks.ranker.predict(inputs).numpy()
         counts = np.cumsum([len(f.item_keys) for f in batch])[:-1]
         return list(np.split(probabilities, counts))
 
@@ -90,8 +90,10 @@ class Scorer:
                 light = self.value(networks.ranker.probabilities(logits).numpy())
                 kept = np.sort(np.argsort(-light, kind="stable")[:most])
                 lay = lay.keep(kept)
-            logits = networks.ranker.eval()(ranker_inputs(self._schema, lay, *rows, dim))
-            return kept, networks.ranker.probabilities(logits).numpy()
+            probabilities: Float32 = (
+                networks.ranker.eval().predict(ranker_inputs(self._schema, lay, *rows, dim)).numpy()
+            )
+        return kept, probabilities
 
     @property
     def towers(self) -> TwoTower:

@@ -55,10 +55,11 @@ class Learner:
         admit = batch.first
         deep, wide = (self._rows(block, now_ms, admit) for block in (lay.deep, lay.wide))
         self.model.train(admit)
-        logits = self.model(ranker_inputs(self._schema, lay, deep, wide, self._dim))
+        logits, hidden = self.model.scores(ranker_inputs(self._schema, lay, deep, wide, self._dim))
         labels, mask = torch.from_numpy(batch.labels.astype(np.float32)), torch.from_numpy(batch.mask)
         log_odds = self.model.log_odds(logits)
-        each = losses(log_odds, labels, mask, self._importance.weights(torch.sigmoid(log_odds), labels))
+        weights = self._importance.weights(torch.sigmoid(log_odds), labels)
+        each = losses(log_odds, labels, mask, weights)
         self.optimizer.zero()
         each.sum().backward(retain_graph=True)
         gradients = [_gradient(rows, len(labels)) for rows in (deep, wide)]
@@ -66,6 +67,7 @@ class Learner:
             return self._culprits(each, (deep, wide))
         if self._l2:
             regularise(gradients[0], deep.detach().numpy(), _occurrences(lay) * admit, self._dim, self._l2)
+        self.model.observe(logits, hidden, labels, weights * mask)
         self.optimizer.step()
         for block, gradient in zip((lay.deep, lay.wide), gradients, strict=True):
             self.tables[block.layout].apply_gradients(block.slots, block.keys, gradient, now_ms)
@@ -93,8 +95,7 @@ class Learner:
     def predict(self, features: Sequence[Features]) -> Float32:
         """Probabilities [M, T] in eval mode; nothing is counted or created."""
         with torch.inference_mode():
-            logits = self.model(self._serving_inputs(features))
-            probabilities: Float32 = self.model.probabilities(logits).numpy()
+            probabilities: Float32 = self.model.predict(self._serving_inputs(features)).numpy()
         return probabilities
 
     def readings(self) -> list[Reading]:
