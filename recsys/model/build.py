@@ -18,7 +18,9 @@ def ranker(config: Config, schema: Schema) -> Ranker:
     def prior(name: str) -> float:
         if name.startswith("affinity."):
             return model.affinity_prior / num_affinities
-        return priors.get(name, 0.5 if "_rate." in name else 0.0)
+        if name.startswith("rate.") and "*" not in name:  # a rate of user or item, spread over the half-lives
+            return 0.5 / len(schema.counters.half_lives_s)
+        return priors.get(name, 0.0)
 
     spec = RankerSpec(
         num_shared=len(schema.shared_slots),
@@ -52,7 +54,7 @@ def ranker(config: Config, schema: Schema) -> Ranker:
 def two_tower(config: Config, schema: Schema) -> TwoTower:
     """The untrained retrieval towers."""
     spec = TwoTowerSpec(
-        num_shared=len(schema.shared_slots),
+        num_shared=1,
         num_item=len(schema.item_fields),
         num_history=schema.num_history_fields,
         dim=config.model.dim,
