@@ -129,6 +129,8 @@ class ModelConfig(Section):
     """Width of user and item vectors of the two-tower model."""
     temperature: float = Field(0.1, gt=0)
     """Two-tower softmax temperature."""
+    hard_negatives: int = Field(0, ge=0, le=20)
+    """Items last shown to a user without being acted upon that its positives are told from, beside those of the batch."""
     calibrate: bool = False
     """Correct each task's log-odds by a bias and a slope that follow the stream."""
     error_memory: float = Field(0.0, ge=0, le=1)

@@ -54,7 +54,7 @@ def ranker(config: Config, schema: Schema) -> Ranker:
 def two_tower(config: Config, schema: Schema) -> TwoTower:
     """The untrained retrieval towers."""
     spec = TwoTowerSpec(
-        num_shared=1,
+        num_shared=len(schema.shared_slots),
         num_item=len(schema.item_fields),
         num_history=schema.num_history_fields,
         dim=config.model.dim,

@@ -102,11 +102,11 @@ class Scorer:
 
     def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
         """The user's vector [tower_dim]; None before anything is known of them."""
-        if not len(user.history_keys):
+        if not (len(user.history_keys) or user.shared_mask[1:].any()):
             return None
         block, (shared, past) = unique_rows(
             [
-                (self._schema.shared_slots[:1], user.shared_keys[None, :1], user.shared_mask[None, :1]),
+                (self._schema.shared_slots, user.shared_keys[None], user.shared_mask[None]),
                 (self._schema.history_slots, user.history_keys[None], user.history_mask[None]),
             ],
             "tower",
@@ -114,7 +114,9 @@ class Scorer:
         (rows,) = self._rows([block])
         fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
         with torch.inference_mode():
-            mine, history = fused.take_fields(rows, self._config.model.dim, [(shared, np.arange(2)), (past, fields)])
+            mine, history = fused.take_fields(
+                rows, self._config.model.dim, [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
+            )
             vectors: Float32 = towers.user_vectors(
                 mine, history, torch.from_numpy(user.history_mask[None, :, 0])
             ).numpy()

@@ -115,6 +115,8 @@ class Trainer:
         if impression.features:
             decode(self.schema, impression.features)
         report.count("impression_" + self.joiner.impression(impression, now_ms))
+        if self.towers:
+            self.towers.impression(impression)
 
     def feedback(self, feedback: Feedback, now_ms: int, report: StepReport) -> None:
         if feedback.type == FORGET:
