@@ -11,7 +11,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from recsys import metrics
 from tests.documents import exported
 
-NO_UNIT = {"recsys_ready", "recsys_breaker_open", "recsys_trainer_epoch", "recsys_parameter_version_step"}
+NO_UNIT = {
+    "recsys_ready",
+    "recsys_breaker_open",
+    "recsys_trainer_epoch",
+    "recsys_parameter_version_step",
+    "recsys_parameter_device_info",
+}
 UNITS = ("_total", "_seconds", "_bytes", "_records", "_rows", "_items", "_impressions", "_ratio", "_loss", "_entropy")
 
 
