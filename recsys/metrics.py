@@ -122,7 +122,24 @@ TRAIN_STEP_SECONDS = _histogram(
     "recsys_train_step_seconds", "Time of one trainer step: join, train, mark touched.", buckets=WORK_BUCKETS_S
 )
 SKIPPED_BATCHES = _counter(
-    "recsys_skipped_batches_total", "Batches not learned because their gradients were not finite."
+    "recsys_skipped_batches_total",
+    "Batches not learned because their gradients were not finite, by task they came from.",
+    ("task",),
+)
+GATE_WEIGHT = _gauge(
+    "recsys_gate_weight_ratio",
+    "HoME: mean share of an expert in an output of a level, over the last batch; near 1 the other experts have collapsed.",
+    ("level", "output", "expert"),
+)
+EXPERT_SCALE = _gauge(
+    "recsys_expert_scale", "HoME: mean absolute output of an expert over the last batch.", ("level", "expert")
+)
+DEAD_UNITS = _gauge(
+    "recsys_dead_units_ratio", "HoME: share of an expert's units silent in the whole last batch.", ("level", "expert")
+)
+COMPILE_SECONDS = _gauge(
+    "recsys_compile_seconds",
+    "Time to compile the fused operations at start, or to read them from the cache; 0 while they run op by op.",
 )
 JOURNAL_STEPS = _counter("recsys_journal_steps_total", "Steps written to the journal and run.")
 BREAKER_OPEN = _gauge("recsys_breaker_open", "1 while learning waits because the feedback looks broken, else 0.")

@@ -17,19 +17,26 @@ from recsys.errors import BadInput
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import cross, key_of
-from recsys.types import Bool, Float32, HistoryEvent, Int32, Int64
+from recsys.types import Bool, Float32, HistoryEvent, Int32, Int64, UInt8
 
 Index = npt.NDArray[np.intp]
+
+GAP_BUCKETS = 32
+"""Buckets of the time since a history event: bucket b begins at 2^(b/1.5) - 1 s, the last at 19 days."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserFeatures:
-    """The shared block: shared keys [S], history keys [T, H], newest first, T ≤ history_len."""
+    """The shared block: shared keys [S], history keys [T, H], newest first, at most `history_len` of each sequence."""
 
     shared_keys: Int64
     shared_mask: Bool
     history_keys: Int64
     history_mask: Bool
+    history_kinds: UInt8
+    """[T] bit s: the entry belongs to sequence s."""
+    history_gaps: UInt8
+    """[T] bucket of the time since the event; 0 unless the schema has `time_gaps`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,23 +67,23 @@ class Features:
 class Signals:
     """What counters say about the K items, as of the request: see `Schema.numbers`."""
 
-    user_rates: Float32
-    item_rates: Float32
+    counters: Float32
+    """[K, the schema's counter numbers]"""
     popularity: Float32
     covisit: Float32
 
 
 def user_features(
-    schema: Schema, catalogue: Catalogue, user_id: str, history: Sequence[HistoryEvent], context: Mapping[str, Any]
+    schema: Schema,
+    catalogue: Catalogue,
+    user_id: str,
+    history: Sequence[HistoryEvent],
+    context: Mapping[str, Any],
+    now_ms: int = 0,
 ) -> UserFeatures:
-    """Keys of the user, the context and the newest `history_len` history events."""
-    shared_keys = np.zeros(len(schema.shared_slots), np.int64)
-    shared_mask = np.zeros(len(schema.shared_slots), np.bool_)
-    shared_keys[0], shared_mask[0] = key_of(user_id), True
-    for column, name in enumerate(schema.context, start=1):
-        if (value := context.get(name)) is not None:
-            shared_keys[column], shared_mask[column] = key_of(value if isinstance(value, str) else str(value)), True
-    recent = history[: -schema.history_len - 1 : -1]
+    """Keys of the user, the context and the newest `history_len` history events of each sequence."""
+    shared_keys, shared_mask = shared_columns(schema, user_id, context)
+    recent, kinds = _newest(schema, history)
     width = len(schema.history_slots)
     rows = catalogue.rows([event.item_id for event in recent])
     known = np.maximum(rows, 0)
@@ -84,7 +91,51 @@ def user_features(
     for position in np.flatnonzero(rows < 0).tolist():
         keys[position], mask[position] = 0, False
         keys[position, 0], mask[position, 0] = key_of(recent[position].item_id), True
-    return UserFeatures(shared_keys=shared_keys, shared_mask=shared_mask, history_keys=keys, history_mask=mask)
+    return UserFeatures(
+        shared_keys=shared_keys,
+        shared_mask=shared_mask,
+        history_keys=keys,
+        history_mask=mask,
+        history_kinds=kinds,
+        history_gaps=_gaps(recent, now_ms) if schema.time_gaps else np.zeros(len(recent), np.uint8),
+    )
+
+
+def shared_columns(schema: Schema, user_id: str, context: Mapping[str, Any]) -> tuple[Int64, Bool]:
+    """Keys and mask of the user and the context [S]."""
+    keys, mask = np.zeros(len(schema.shared_slots), np.int64), np.zeros(len(schema.shared_slots), np.bool_)
+    keys[0], mask[0] = key_of(user_id), True
+    for column, name in enumerate(schema.context, start=1):
+        if (value := context.get(name)) is not None:
+            keys[column], mask[column] = key_of(value if isinstance(value, str) else str(value)), True
+    return keys, mask
+
+
+def _newest(schema: Schema, history: Sequence[HistoryEvent]) -> tuple[Sequence[HistoryEvent], UInt8]:
+    """The newest events of each sequence, newest first, and the sequences that each belongs to."""
+    if schema.sequences == ((),):
+        recent = history[: -schema.history_len - 1 : -1]
+        return recent, np.ones(len(recent), np.uint8)
+    left = [schema.history_len] * len(schema.sequences)
+    chosen, kinds = [], []
+    for event in reversed(history):
+        bits = 0
+        for sequence in schema.members.get(event.type, ()):
+            if left[sequence]:
+                left[sequence] -= 1
+                bits |= 1 << sequence
+        if bits:
+            chosen.append(event)
+            kinds.append(bits)
+        elif not any(left):
+            break
+    return chosen, np.array(kinds, np.uint8)
+
+
+def _gaps(recent: Sequence[HistoryEvent], now_ms: int) -> UInt8:
+    seconds = np.array([now_ms - event.time_ms for event in recent]) / 1000
+    bucket = 1.5 * np.log2(1.0 + np.maximum(seconds, 0.0))
+    return np.minimum(bucket, GAP_BUCKETS - 1).astype(np.uint8)
 
 
 def item_features(
@@ -94,14 +145,13 @@ def item_features(
     item_keys, item_mask = catalogue.keys[rows], catalogue.mask[rows]
     cross_keys, cross_mask = _crosses(schema, catalogue, user, item_keys, item_mask)
     numbers = np.empty((len(rows), len(schema.numbers)), np.float32)
-    tasks = len(schema.tasks)
-    numbers[:, :tasks] = signals.user_rates
-    numbers[:, tasks : 2 * tasks] = signals.item_rates
-    numbers[:, 2 * tasks] = np.log1p(signals.popularity)
-    numbers[:, 2 * tasks + 1] = np.log1p(signals.covisit)
-    numbers[:, 2 * tasks + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
+    start = len(schema.counters.numbers)
+    numbers[:, :start] = signals.counters
+    numbers[:, start] = np.log1p(signals.popularity)
+    numbers[:, start + 1] = np.log1p(signals.covisit)
+    numbers[:, start + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
     weights = affinity_decay ** np.arange(len(user.history_keys))
-    for column, (name, _) in enumerate(schema.item_fields[1 : schema.num_history_fields], start=2 * tasks + 3):
+    for column, (name, _) in enumerate(schema.item_fields[1 : schema.num_history_fields], start=start + 3):
         where = catalogue.columns(name)
         numbers[:, column] = _affinity(
             user.history_keys[:, where], user.history_mask[:, where], weights, item_keys[:, where], item_mask[:, where]
@@ -159,7 +209,8 @@ def _crosses(
 
 
 def encode(features: Features) -> bytes:
-    """Little-endian: history length and item count (uint16), then keys (int64), masks (packed bits), numbers (float32)."""
+    """Little-endian: history length and item count (uint16), then keys (int64), masks (packed bits), the history's kinds
+    and gaps (uint8), numbers (float32)."""
     user = features.user
     keys = (user.shared_keys, user.history_keys, features.item_keys, features.cross_keys)
     masks = (user.shared_mask, user.history_mask, features.item_mask, features.cross_mask)
@@ -169,6 +220,8 @@ def encode(features: Features) -> bytes:
             head,
             *(np.ascontiguousarray(k, "<i8").tobytes() for k in keys),
             np.packbits(np.concatenate([m.ravel() for m in masks])).tobytes(),
+            user.history_kinds.tobytes(),
+            user.history_gaps.tobytes(),
             np.ascontiguousarray(features.numbers, "<f4").tobytes(),
         ]
     )
@@ -187,7 +240,7 @@ def decode(schema: Schema, data: bytes) -> Features:
     ]
     sizes = [int(np.prod(shape)) for shape in shapes]
     packed, numbers = (sum(sizes) + 7) // 8, items * len(schema.numbers)
-    expected = 4 + 8 * sum(sizes) + packed + 4 * numbers
+    expected = 4 + 8 * sum(sizes) + packed + 2 * history + 4 * numbers
     if len(data) != expected:
         raise BadInput(
             f"features: {len(data)} bytes, schema {schema.hash} needs {expected}; write them with the same schema",
@@ -202,7 +255,19 @@ def decode(schema: Schema, data: bytes) -> Features:
     values = np.frombuffer(data, "<f4", numbers, expected - 4 * numbers).reshape(items, len(schema.numbers))
     if not np.isfinite(values).all():
         raise BadInput("features: a number is not finite; write only finite numbers", field="features")
-    user = UserFeatures(shared_keys=keys[0], shared_mask=masks[0], history_keys=keys[1], history_mask=masks[1])
+    kinds, gaps = np.frombuffer(data, np.uint8, 2 * history, 4 + 8 * sum(sizes) + packed).reshape(2, history)
+    if (gaps >= GAP_BUCKETS).any() or (kinds >> len(schema.sequences)).any():
+        raise BadInput(
+            f"features: unknown sequence or time gap; write them with schema {schema.hash}", field="features"
+        )
+    user = UserFeatures(
+        shared_keys=keys[0],
+        shared_mask=masks[0],
+        history_keys=keys[1],
+        history_mask=masks[1],
+        history_kinds=kinds,
+        history_gaps=gaps,
+    )
     return Features(
         user=user, item_keys=keys[2], item_mask=masks[2], cross_keys=keys[3], cross_mask=masks[3], numbers=values
     )

@@ -8,58 +8,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from recsys.features.schema import Schema
-from recsys.model.plan import Plan
+from recsys.model import fused
+from recsys.model.plan import Index, Plan
 from recsys.model.ranker import RankerInputs
+
+Fields = Sequence[tuple[str, int]]
 
 
 def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor, dim: int) -> RankerInputs:
-    """The ranker's tensors from looked-up rows: deep [U, d + tasks], wide [U', tasks]. Gradients flow back to both."""
-    deep = torch.cat([deep, deep.new_zeros(1, deep.shape[1])])
-    wide = torch.cat([wide, wide.new_zeros(1, wide.shape[1])])
-    embedding, first_order = deep[:, :dim], deep[:, dim:]
-    shared, item, crosses = (torch.from_numpy(x) for x in (plan.shared, plan.item, plan.crosses))
-    request = torch.from_numpy(plan.request)
-    item_rows = _take(deep, item)
-    wide_sum = item_rows[..., dim:].sum(1) + _take(first_order, shared).sum(1)[request]
-    if crosses.shape[1]:
-        wide_sum = wide_sum + torch.nn.functional.embedding_bag(crosses, wide, mode="sum")
+    """The ranker's tensors from looked-up rows: deep [U, d + tasks …], wide [U', tasks]. Gradients flow back to both."""
     fields = schema.item_fields
-    missing = len(deep) - 1
+    shared, history, item = fused.take_fields(
+        deep,
+        dim,
+        [
+            (plan.shared, np.arange(plan.shared.shape[1] + 1)),
+            (plan.history, starts(fields[: schema.num_history_fields])),
+            (plan.item, starts(fields)),
+        ],
+    )
     return RankerInputs(
-        shared=_take(embedding, shared),
-        history=pool(
-            _take(embedding, torch.from_numpy(plan.history)),
-            plan.history != missing,
-            fields[: schema.num_history_fields],
-        ),
-        history_mask=torch.from_numpy(plan.history_mask),
-        item=pool(item_rows[..., :dim], plan.item != missing, fields),
+        shared=shared,
+        history=history,
+        history_masks=torch.from_numpy(plan.history_masks),
+        history_gaps=torch.from_numpy(plan.history_gaps.astype(np.int64)),
+        item=item,
         numbers=torch.from_numpy(np.ascontiguousarray(plan.numbers)),
-        wide=wide_sum,
-        request=request,
+        wide=wide_sums(schema, plan, deep, wide, dim),
+        request=torch.from_numpy(plan.request),
     )
 
 
-def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.embedding(index, rows)
+def wide_sums(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor, dim: int) -> torch.Tensor:
+    """Each item's sum of the wide weights of all its keys [M, tasks]."""
+    every, tasks = np.arange(len(plan.item)), len(schema.tasks)
+    sums = fused.sum_columns(deep, dim, tasks, [(plan.item, every), (plan.shared, plan.request)])
+    return sums + fused.sum_columns(wide, 0, tasks, [(plan.crosses, every)]) if plan.crosses.shape[1] else sums
 
 
-def pool(columns: torch.Tensor, present: npt.NDArray[np.bool_], fields: Sequence[tuple[str, int]]) -> torch.Tensor:
-    """Mean over each field's present columns: [..., columns, d] to [..., fields, d]; zeros where none is present."""
-    if all(width == 1 for _, width in fields):
-        return columns
-    pooled, start = [], 0
-    for _, width in fields:
-        part = columns[..., start : start + width, :]
-        if width > 1:
-            count = torch.from_numpy(np.maximum(present[..., start : start + width].sum(-1, keepdims=True), 1)).to(
-                columns.dtype
-            )
-            part = part.sum(-2, keepdim=True) / count.unsqueeze(-1)
-        pooled.append(part)
-        start += width
-    return torch.cat(pooled, dim=-2)
+def starts(fields: Fields) -> Index:
+    """Where each field's columns begin, and where the last ones end [F + 1]."""
+    return np.cumsum([0, *(width for _, width in fields)])

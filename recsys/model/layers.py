@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
+
+from recsys.model import fused, kernels
 
 MOMENTUM = 0.01
 """Share of a batch in running statistics once they are warm: half follows a drift half as fast, double is noisier."""
@@ -29,7 +32,7 @@ def uniform(shape: Sequence[int], fan_in: int, generator: torch.Generator) -> nn
 
 
 class GroupedLinear(nn.Module):
-    """One affine map per group: [G, N, inputs] -> [G, N, outputs]."""
+    """One affine map per group: [1 or G, N, inputs] -> [G, N, outputs]."""
 
     def __init__(self, groups: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -37,7 +40,7 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups, 1, outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x, self.weight).add_(self.bias)  # baddbmm would first copy the bias into every row
+        return fused.grouped(x, self.weight).add_(self.bias)  # baddbmm would first copy the bias into every row
 
 
 class MLP(nn.Module):
@@ -77,6 +80,23 @@ class StreamingNorm(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.gain = nn.Parameter(torch.ones(stats)) if affine else None
         self.bias = nn.Parameter(torch.zeros(stats)) if affine else None
+
+    def prepare(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """For the fused forms: running mean and 1 / std [2, G, F], and in training those of the batch x [G, N, F] if the
+        gradient flows through them."""
+        batch = None
+        if self.training and x.shape[1]:
+            moments = np.empty((2, x.shape[0], x.shape[2]))
+            kernels.moments(x.detach().contiguous().numpy(), moments)
+            mean, var = torch.from_numpy(moments).to(x.dtype).unsqueeze(2)
+            self._update(mean.view_as(self.mean), var.view_as(self.var))
+            if x.shape[1] >= MIN_BATCH:
+                batch = torch.stack([mean.squeeze(1), torch.rsqrt(var.squeeze(1) + self._epsilon)])
+        return self.running().view(2, x.shape[0], x.shape[2]), batch
+
+    def running(self) -> torch.Tensor:
+        """Running mean and 1 / std [2, ..., F], without the dimension of examples."""
+        return torch.stack([self.mean, torch.rsqrt(self.var + self._epsilon)]).squeeze(-2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.shape[-2]:
@@ -119,5 +139,5 @@ class Dice(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = torch.sigmoid(self.norm(x))
-        return x * torch.addcmul(self.alpha, gate, 1.0 - self.alpha)
+        running, batch = self.norm.prepare(x.unsqueeze(0))
+        return fused.dice(x, self.alpha, running[:, 0], None if batch is None else batch[:, 0])

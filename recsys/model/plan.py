@@ -1,4 +1,4 @@
-"""From features to rows: which rows a batch looks up, and where each of them goes. Numpy only.
+"""From features to rows: which rows a batch looks up, and where each of them goes.
 
 Legend: R requests, M items in all, U unique (slot, key) pairs, T history entries.
 """
@@ -6,14 +6,15 @@ Legend: R requests, M items in all, U unique (slot, key) pairs, T history entrie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from recsys.features.build import Features
 from recsys.features.schema import Schema
-from recsys.types import Bool, Int32, Int64
+from recsys.model import gather, kernels
+from recsys.types import Bool, Int32, Int64, UInt8
 
 Index = npt.NDArray[np.intp]
 
@@ -35,39 +36,58 @@ class Plan:
     wide: Block
     shared: Index
     history: Index
-    history_mask: Bool
+    history_masks: Bool
+    """[S, R, T]: the entries of each sequence"""
+    history_gaps: UInt8
+    """[R, T]"""
     item: Index
     crosses: Index
     request: Int64
     numbers: npt.NDArray[np.float32]
 
+    def keep(self, items: Index) -> Plan:
+        """The same with only these of its M items; the rows to look up stay."""
+        return replace(
+            self,
+            item=self.item[items],
+            crosses=self.crosses[items],
+            request=self.request[items],
+            numbers=self.numbers[items],
+        )
+
 
 def unique_rows(parts: Sequence[tuple[Int32, Int64, Bool]], layout: str) -> tuple[Block, list[Index]]:
     """Unique (slot, key) pairs of several column blocks, each (slots [C], keys [..., C], mask [..., C]).
 
-    Exact: keys are made unique slot by slot, so two slots never share a row.
+    In order of first occurrence; for each block, which of them each column takes [..., C]; U stands for a masked one.
     """
-    places = [np.full(keys.shape, -1, np.intp) for _, keys, _ in parts]
-    all_slots, all_keys, count = [], [], 0
-    for slot in sorted({int(slot) for slots, _, _ in parts for slot in slots}):
-        chosen = [(part, mask[..., slots == slot]) for part, (slots, _, mask) in enumerate(parts)]
-        values = np.concatenate([parts[part][1][..., parts[part][0] == slot][present] for part, present in chosen])
-        keys, inverse = np.unique(values, return_inverse=True)
-        start = 0
-        for part, present in chosen:
-            width = int(present.sum())
-            block = np.full(present.shape, -1, np.intp)
-            block[present] = inverse[start : start + width] + count
-            places[part][..., parts[part][0] == slot] = block
-            start += width
-        all_slots.append(np.full(len(keys), slot, np.int32))
-        all_keys.append(keys)
-        count += len(keys)
-    slots = np.concatenate(all_slots) if all_slots else np.zeros(0, np.int32)
-    keys = np.concatenate(all_keys) if all_keys else np.zeros(0, np.int64)
-    for place in places:
-        place[place < 0] = count
-    return Block(layout=layout, slots=slots, keys=keys), places
+    slots = np.concatenate([np.broadcast_to(slots, keys.shape).ravel() for slots, keys, _ in parts])
+    keys = np.concatenate([keys.ravel() for _, keys, _ in parts])
+    mask = np.concatenate([mask.ravel() for _, _, mask in parts])
+    first, places = (_unique if kernels.compiled.is_set() else _unique_slowly)(slots, keys, mask)
+    ends = np.cumsum([keys.size for _, keys, _ in parts])[:-1]
+    blocks = [block.reshape(keys.shape) for block, (_, keys, _) in zip(np.split(places, ends), parts, strict=True)]
+    return Block(layout=layout, slots=slots[first], keys=keys[first]), blocks
+
+
+def _unique(slots: Int32, keys: Int64, mask: Bool) -> tuple[Index, Index]:
+    """Where each distinct pair was first seen [U], and which of them each position has [n] (U: masked)."""
+    heads = np.full(1 << max(1, 2 * len(keys) - 1).bit_length(), -1)
+    first, places = np.empty(len(keys), np.intp), np.empty(len(keys), np.intp)
+    count = gather.unique(slots, keys, mask, heads, first, places)
+    return first[:count], places
+
+
+def _unique_slowly(slots: Int32, keys: Int64, mask: Bool) -> tuple[Index, Index]:
+    """The same while the kernel is not compiled yet."""
+    pairs = np.rec.fromarrays([slots[mask], keys[mask]])
+    _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    places = np.full(len(keys), len(order), np.intp)
+    places[mask] = rank[inverse]
+    return np.flatnonzero(mask)[first[order]], places
 
 
 def plan(schema: Schema, batch: Sequence[Features]) -> Plan:
@@ -76,9 +96,14 @@ def plan(schema: Schema, batch: Sequence[Features]) -> Plan:
     width = len(schema.history_slots)
     history = np.zeros((len(batch), longest, width), np.int64)
     history_mask = np.zeros((len(batch), longest, width), np.bool_)
+    kinds, gaps = np.zeros((len(batch), longest), np.uint8), np.zeros((len(batch), longest), np.uint8)
     for request, f in enumerate(batch):
-        history[request, : len(f.user.history_keys)] = f.user.history_keys
-        history_mask[request, : len(f.user.history_keys)] = f.user.history_mask
+        length = len(f.user.history_keys)
+        history[request, :length] = f.user.history_keys
+        history_mask[request, :length] = f.user.history_mask
+        kinds[request, :length] = f.user.history_kinds
+        gaps[request, :length] = f.user.history_gaps
+    sequences = np.arange(len(schema.sequences), dtype=np.uint8)[:, None, None]
     deep, (shared, past, item) = unique_rows(
         [
             (
@@ -110,7 +135,8 @@ def plan(schema: Schema, batch: Sequence[Features]) -> Plan:
         wide=wide,
         shared=shared,
         history=past,
-        history_mask=history_mask[..., 0],
+        history_masks=(kinds >> sequences & 1).astype(np.bool_) & history_mask[..., 0],
+        history_gaps=gaps,
         item=item,
         crosses=crosses,
         request=np.repeat(np.arange(len(batch), dtype=np.int64), [len(f.item_keys) for f in batch]),

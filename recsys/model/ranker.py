@@ -1,6 +1,6 @@
 """The ranker: a wide part that knows something at once, and DIN + HoME beside it.
 
-Legend: R requests, M items in all, T history entries (newest first), d embedding width.
+Legend: R requests, M items in all, S sequences, T history entries (newest first), d embedding width.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import torch
 from torch import nn
 
 from recsys.errors import SchemaMismatch
+from recsys.model.correct import Calibrator, ErrorMemory
 from recsys.model.din import Activation, TargetAttention
-from recsys.model.home import Home, HomeSpec
-from recsys.model.layers import StreamingNorm, seeded
+from recsys.model.home import Home, HomeSpec, Reading
+from recsys.model.layers import StreamingNorm, seeded, uniform
 
 _NUMBER_LIMIT = 5.0
 """Normalised numbers are clipped to ± this many standard deviations: one odd counter must not drown the rest."""
+
+_CERTAIN = 1e-6
+"""A chained probability stays below 1 by this much: its complement is computed from its logarithm, as float32 allows."""
 
 _EXAMPLES = 256
 """Examples that pass the head at once when serving: half adds calls, double makes the allocator fetch fresh pages each time."""
@@ -34,6 +38,7 @@ class RankerSpec:
     num_history: int
     """Fields of a history entry; they correspond to the first fields of the item."""
     history_len: int
+    """Entries of one sequence"""
     dim: int
     num_numbers: int
     tasks: tuple[str, ...]
@@ -42,19 +47,32 @@ class RankerSpec:
     """Starting wide weight of each number, the same for all tasks."""
     task_prior: tuple[float, ...]
     """Starting probability of each task."""
+    after: tuple[int, ...] = ()
+    """The earlier task that each is chained on, -1: none; empty: none at all."""
     attention: tuple[int, ...] = (32, 16)
     activation: Activation = "dice"
     softmax: bool = False
+    sequences: int = 1
+    """Sequences that the history is read as, each with an attention of its own."""
+    gaps: int = 0
+    """Buckets of the time since a history entry that the attention knows; 0: none."""
+    input_width: int = 0
+    """Width to which HoME's input is compressed by one linear map; 0: it is not."""
     experts: int = 2
     expert_hidden: tuple[int, ...] = (64, 32)
     tower_hidden: tuple[int, ...] = (16,)
     feature_gate_rank: int = 16
+    home_without: tuple[str, ...] = ()
+    calibrate: bool = False
+    error_memory: float = 0.0
+    """Strength of the error memory; 0: none."""
 
     def __post_init__(self) -> None:
         for name, size, expected in (
             ("groups", len(self.groups), len(self.tasks)),
             ("task_prior", len(self.task_prior), len(self.tasks)),
             ("number_prior", len(self.number_prior), self.num_numbers),
+            ("after", len(self.after or self.tasks), len(self.tasks)),
         ):
             if size != expected:
                 raise ValueError(f"{name} has {size} values, expected {expected}")
@@ -70,8 +88,10 @@ class RankerInputs:
     """[R, num_shared, d]"""
     history: torch.Tensor
     """[R, T, num_history, d], newest first"""
-    history_mask: torch.Tensor
-    """[R, T] bool"""
+    history_masks: torch.Tensor
+    """[S, R, T] bool: the entries of each sequence"""
+    history_gaps: torch.Tensor
+    """[R, T] int64: bucket of the time since the entry"""
     item: torch.Tensor
     """[M, num_item, d]"""
     numbers: torch.Tensor
@@ -90,55 +110,139 @@ class Ranker(nn.Module):
         generator = seeded(seed)
         self.spec = spec
         entry = spec.num_history * spec.dim
-        self.attention = TargetAttention(
-            entry,
-            spec.history_len,
-            spec.attention,
-            generator=generator,
-            activation=spec.activation,
-            softmax=spec.softmax,
+        self.attention = nn.ModuleList(
+            TargetAttention(
+                entry,
+                spec.history_len,
+                spec.attention,
+                generator=generator,
+                activation=spec.activation,
+                softmax=spec.softmax,
+                gaps=spec.gaps,
+            )
+            for _ in range(spec.sequences)
         )
         self.number_norm = StreamingNorm(spec.num_numbers)
-        width = (spec.num_shared + spec.num_item) * spec.dim + 2 * entry + spec.num_numbers
+        width = (spec.num_shared + spec.num_item) * spec.dim + (1 + spec.sequences) * entry + spec.num_numbers
+        self.compress = uniform((width, spec.input_width), width, generator) if spec.input_width else None
         self.home = Home(
             HomeSpec(
-                width=width,
+                width=spec.input_width or width,
                 groups=spec.groups,
                 experts=spec.experts,
                 expert_hidden=spec.expert_hidden,
                 tower_hidden=spec.tower_hidden,
                 feature_gate_rank=spec.feature_gate_rank,
+                without=spec.home_without,
             ),
             generator,
         )
-        self.bias = nn.Parameter(torch.tensor([math.log(p / (1 - p)) for p in spec.task_prior]))
+        tasks = len(spec.tasks)
+        self.calibrator = Calibrator(tasks) if spec.calibrate else None
+        keys = tasks * spec.expert_hidden[-1]
+        self.memory = ErrorMemory(keys, tasks, seed=seed, strength=spec.error_memory) if spec.error_memory else None
+        self.bias = nn.Parameter(torch.tensor([_logit(prior) for prior in _conditional(spec)]))
         self.number_weights = nn.Parameter(torch.tensor(spec.number_prior).unsqueeze(1).repeat(1, len(spec.tasks)))
 
     def forward(self, inputs: RankerInputs) -> torch.Tensor:
         """Logits [M, tasks]."""
-        wide = torch.addmm(self.bias, inputs.numbers, self.number_weights) + inputs.wide
+        return self.scores(inputs)[0]
+
+    def scores(self, inputs: RankerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [M, tasks], and what HoME's towers saw [tasks, M, Z]."""
+        wide = self.wide_logits(inputs.numbers, inputs.wide)
         deep = self._deep(inputs)
         step = len(deep) if self.training else _EXAMPLES  # batch statistics need all at once
-        return wide + torch.cat([self.home(part) for part in deep.split(max(step, 1))])
+        hidden = torch.cat([self.home.hidden(part) for part in deep.split(max(step, 1))], 1)
+        return wide + self.home.logits(hidden), hidden
+
+    def predict(self, inputs: RankerInputs) -> torch.Tensor:
+        """Probabilities [M, tasks] to serve: corrected, where a corrector is configured."""
+        logits, hidden = self.scores(inputs)
+        log_odds = self.log_odds(logits)
+        p = torch.sigmoid(log_odds if self.calibrator is None else self.calibrator(log_odds))
+        return p if self.memory is None else self.memory(memory_keys(hidden), p)
+
+    @torch.no_grad()
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
+        """Let the correctors see labels [M, tasks] and their weights (0: unknown), with the scores made before they were learned."""
+        if self.calibrator is None and self.memory is None:
+            return
+        log_odds = self.log_odds(logits)
+        if self.memory is not None:
+            p = torch.sigmoid(log_odds if self.calibrator is None else self.calibrator(log_odds))
+            self.memory.update(memory_keys(hidden), p, labels, weights > 0)
+        if self.calibrator is not None:
+            self.calibrator.update(log_odds, labels, weights)
+
+    def wide_logits(self, numbers: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        """What is known without the network: numbers [M, num_numbers], wide sums [M, tasks] -> logits [M, tasks]."""
+        return torch.addmm(self.bias, numbers, self.number_weights) + wide
+
+    def log_odds(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of the tasks, from the network's logits [M, T]: a chained task's logit is that of its share of the task before
+        (entire-space modelling, Ma et al. 2018)."""
+        if not any(parent >= 0 for parent in self.spec.after):
+            return logits
+        logs: list[torch.Tensor] = []
+        for task, parent in enumerate(self.spec.after):
+            log = nn.functional.logsigmoid(logits[:, task])
+            logs.append(log if parent < 0 else log + logs[parent])
+        log_p = torch.stack(logs, 1).clamp(max=-_CERTAIN)
+        chained = torch.tensor(self.spec.after) >= 0
+        return torch.where(chained, log_p - torch.log(-torch.expm1(log_p)), logits)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of the tasks, from the network's logits [M, T]."""
+        return torch.sigmoid(self.log_odds(logits))
+
+    def readings(self, inputs: RankerInputs) -> list[Reading]:
+        """How HoME's gates and experts fare on these examples."""
+        return self.home.readings(self._deep(inputs), self.spec.tasks)
 
     def _deep(self, inputs: RankerInputs) -> torch.Tensor:
-        mask = inputs.history_mask
         history = inputs.history.flatten(2)
         item = inputs.item.flatten(1)
-        pooled = self.attention(item[:, : history.shape[2]], history, mask, inputs.request)
+        candidate = item[:, : history.shape[2]]
+        pooled = [
+            attention(candidate, history, mask, inputs.request, inputs.history_gaps)
+            for attention, mask in zip(self.attention, inputs.history_masks, strict=True)
+        ]
+        mask = inputs.history_masks.any(0)
         share = mask / mask.sum(1, keepdim=True).clamp(min=1)
         mean = torch.bmm(share.unsqueeze(1).to(history.dtype), history).squeeze(1)
         user = torch.cat([inputs.shared.flatten(1), mean], 1)
-        user = user.expand(len(item), -1) if len(user) == 1 else user[inputs.request]
         numbers = self.number_norm(inputs.numbers).clamp(-_NUMBER_LIMIT, _NUMBER_LIMIT)
-        return torch.cat([user, pooled, item, numbers], 1)
+        own = [*pooled, item, numbers]
+        if self.compress is not None:  # the user's share is the same for all items of a request
+            user, own = user @ self.compress[: user.shape[1]], [torch.cat(own, 1) @ self.compress[user.shape[1] :]]
+        user = user.expand(len(item), -1) if len(user) == 1 else user.index_select(0, inputs.request)
+        return torch.cat([user, *own], 1) if self.compress is None else user + own[0]
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum over tasks of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 3, weights [M] -> scalar."""
+def memory_keys(hidden: torch.Tensor) -> torch.Tensor:
+    """Keys of the error memory: [tasks, M, Z] -> [M, tasks Z], centred, so that signs of projections tell them apart."""
+    keys = hidden.transpose(0, 1).flatten(1)
+    return keys - keys.mean(1, keepdim=True)
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def _conditional(spec: RankerSpec) -> list[float]:
+    """Each task's starting share of the task that it is chained on."""
+    parents = spec.after or (-1,) * len(spec.tasks)
+    return [
+        p if parent < 0 else p / spec.task_prior[parent] for p, parent in zip(spec.task_prior, parents, strict=True)
+    ]
+
+
+def losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each task's sum of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 4 -> [T]."""
     known = torch.where(mask, labels, 0.0)
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, known, reduction="none")
-    return (entropy * mask * weights.unsqueeze(1)).sum() / max(len(logits), 1)
+    return (torch.where(mask, entropy, 0.0) * weights).sum(0) / max(len(logits), 1)
 
 
 def to_bytes(module: nn.Module) -> bytes:

@@ -30,6 +30,14 @@ class TwoTowerSpec:
     """Weight of each history entry relative to the next newer one: half of the mean lies in the newest 7."""
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Hard negatives: items that each user was shown and passed over, [B, N, tower_dim], and which exist [B, N]."""
+
+    items: torch.Tensor
+    mask: torch.Tensor
+
+
 class TwoTower(nn.Module):
     """User and item vectors of length 1 whose inner product is the affinity."""
 
@@ -73,15 +81,21 @@ class TwoTower(nn.Module):
         item_keys: torch.Tensor,
         log_q: torch.Tensor,
         weights: torch.Tensor,
+        passed: Passed | None = None,
     ) -> torch.Tensor:
-        """Mean weighted cross-entropy of each user's item against the batch's other items.
+        """Mean weighted cross-entropy of each user's item against the batch's other items, and those it passed over.
 
         user, item [B, tower_dim] (row i of both is a pair), item_keys [B] int64, log_q [B] log probability that the
-        item is in a batch, weights [B] -> scalar. Other rows with the same item are no negatives.
+        item is in a batch, weights [B] -> scalar. Other rows with the same item are no negatives. What a user passed over is
+        not drawn by popularity and is not corrected for it.
         """
         logits = user @ item.T / self.spec.temperature - log_q
         same = item_keys.unsqueeze(1) == item_keys
         same.fill_diagonal_(False)
         target = torch.arange(len(user), device=user.device)
-        entropy = nn.functional.cross_entropy(logits.masked_fill(same, -torch.inf), target, reduction="none")
+        logits = logits.masked_fill(same, -torch.inf)
+        if passed is not None:
+            own = (passed.items @ user.unsqueeze(2)).squeeze(2) / self.spec.temperature
+            logits = torch.cat([logits, own.masked_fill(~passed.mask, -torch.inf)], 1)
+        entropy = nn.functional.cross_entropy(logits, target, reduction="none")
         return (entropy * weights).sum() / max(len(user), 1)

@@ -54,6 +54,13 @@ class Work:
         mask = int(self.masks[candidate])
         return tuple(name for bit, name in enumerate(self.names) if mask >> bit & 1)
 
+    def keep(self, candidates: npt.NDArray[np.intp]) -> None:
+        """Go on with these candidates only."""
+        self.rows, self.masks = self.rows[candidates], self.masks[candidates]
+        self.source_scores = self.source_scores[candidates]
+        if self.features is not None:
+            self.features = self.features.take(candidates)
+
     def late(self, stage: str) -> bool:
         """Whether the deadline has passed; then the stage is skipped and the answer says so."""
         if time.perf_counter() < self.deadline:
@@ -151,7 +158,12 @@ class Pipeline:
     def user_of(self, work: Work) -> UserFeatures:
         """The shared block of the request's features."""
         return user_features(
-            self._schema, self._catalogue, work.request.user_id, work.state.history, work.request.context
+            self._schema,
+            self._catalogue,
+            work.request.user_id,
+            work.state.history,
+            work.request.context,
+            work.now_ms,
         )
 
     def forbidden(self, work: Work) -> set[int]:
@@ -215,13 +227,11 @@ class Pipeline:
     def build_features(self, work: Work) -> None:
         """Keys and numbers of every candidate."""
         if self._use_model and work.user is not None:
-            work.features = self.features_of(work.request.user_id, work.user, work.history_rows, work.rows, work.now_ms)
+            work.features = self.features_of(work.user, work.history_rows, work.rows, work.now_ms)
 
-    def features_of(
-        self, user_id: str, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int
-    ) -> Features:
+    def features_of(self, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Features:
         """The feature function over these rows, with the counters as they are now."""
-        signals = self._sources.signals(user_id, history_rows, rows, now_ms)
+        signals = self._sources.signals(user, history_rows, rows, now_ms)
         return item_features(self._schema, self._catalogue, user, rows, signals, self._config.features.affinity_decay)
 
     def score(self, work: Work) -> None:
@@ -229,7 +239,10 @@ class Pipeline:
         work.scores = work.source_scores.astype(np.float64)
         if work.features is None or not len(work.rows) or work.late("score"):
             return
-        (work.predictions,) = self._scorer.predict([work.features])
+        most = max(self._config.ranking.full_candidates, work.request.n + self._draw.pool)
+        kept, work.predictions = self._scorer.rank(work.features, most)
+        if len(kept) < len(work.rows):
+            work.keep(kept)
         work.scores = self._scorer.value(work.predictions)
         if not self._scorer.available:
             work.degraded.append("no_parameters")

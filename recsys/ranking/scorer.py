@@ -16,13 +16,14 @@ from recsys.config import Config
 from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build
-from recsys.model.assemble import pool, ranker_inputs
+from recsys.model import build, fused
+from recsys.model.assemble import ranker_inputs, starts, wide_sums
 from recsys.model.layouts import layouts
-from recsys.model.plan import Block, plan, unique_rows
+from recsys.model.plan import Block, Plan, plan, unique_rows
 from recsys.model.ranker import Ranker
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.parameters import Parameters, ParameterState
+from recsys.ranking.value import Value
 from recsys.table.tables import Tables
 from recsys.types import Bool, Float32, Int64
 
@@ -53,7 +54,7 @@ class Scorer:
         self._refreshing = threading.Lock()
         self.state = ParameterState()
         self.available = True
-        self._weights = np.array([task.weight for task in config.tasks])
+        self.value = Value(config)
 
     @property
     def dense_version(self) -> int:
@@ -66,14 +67,33 @@ class Scorer:
         deep, wide = self._rows([lay.deep, lay.wide])
         self._networks.ranker.eval()
         with torch.inference_mode():
-            logits = self._networks.ranker(ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim))
-            probabilities: Float32 = torch.sigmoid(logits).numpy()
+            inputs = ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim)
+            probabilities: Float32 = self._networks.ranker.predict(inputs).numpy()
         counts = np.cumsum([len(f.item_keys) for f in batch])[:-1]
         return list(np.split(probabilities, counts))
 
-    def value(self, predictions: Float32) -> npt.NDArray[np.float64]:
-        """What ranks: the weighted sum of the tasks' probabilities [K]."""
-        return predictions.astype(np.float64) @ self._weights
+    def rank(self, features: Features, most: int) -> tuple[npt.NDArray[np.intp], Float32]:
+        """The whole network's probabilities [k, T] of the `most` items that the wide part values most, and which they are [k]."""
+        lay = plan(self._schema, [features])
+        deep, wide = self._rows([lay.deep, lay.wide])
+        return self.score_rows(lay, (deep, wide), most)
+
+    def score_rows(
+        self, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int
+    ) -> tuple[npt.NDArray[np.intp], Float32]:
+        """As `rank`, of a request laid out whose rows were looked up: deep [U, d + tasks …] and wide [U', tasks]."""
+        dim, networks, kept = self._config.model.dim, self._networks, np.arange(len(lay.item))
+        with torch.inference_mode():
+            if len(kept) > most:
+                sums = wide_sums(self._schema, lay, *rows, dim)
+                logits = networks.ranker.wide_logits(torch.from_numpy(lay.numbers), sums)
+                light = self.value(networks.ranker.probabilities(logits).numpy())
+                kept = np.sort(np.argsort(-light, kind="stable")[:most])
+                lay = lay.keep(kept)
+            probabilities: Float32 = (
+                networks.ranker.eval().predict(ranker_inputs(self._schema, lay, *rows, dim)).numpy()
+            )
+        return kept, probabilities
 
     @property
     def towers(self) -> TwoTower:
@@ -82,35 +102,34 @@ class Scorer:
 
     def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
         """The user's vector [tower_dim]; None before anything is known of them."""
-        if not len(user.history_keys):
+        if not (len(user.history_keys) or user.shared_mask[1:].any()):
             return None
         block, (shared, past) = unique_rows(
             [
-                (self._schema.shared_slots[:1], user.shared_keys[None, :1], user.shared_mask[None, :1]),
+                (self._schema.shared_slots, user.shared_keys[None], user.shared_mask[None]),
                 (self._schema.history_slots, user.history_keys[None], user.history_mask[None]),
             ],
             "tower",
         )
-        rows = self._extended(block)
-        fields = self._schema.item_fields[: self._schema.num_history_fields]
+        (rows,) = self._rows([block])
+        fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
         with torch.inference_mode():
-            history = pool(_take(rows, past), user.history_mask[None], fields)
+            mine, history = fused.take_fields(
+                rows, self._config.model.dim, [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
+            )
             vectors: Float32 = towers.user_vectors(
-                _take(rows, shared), history, torch.from_numpy(user.history_mask[None, :, 0])
+                mine, history, torch.from_numpy(user.history_mask[None, :, 0])
             ).numpy()
         return vectors[0]
 
     def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]."""
         block, (items,) = unique_rows([(self._schema.item_slots, keys, mask)], "tower")
-        rows = self._extended(block)
-        with torch.inference_mode():
-            vectors: Float32 = towers.item_vectors(pool(_take(rows, items), mask, self._schema.item_fields)).numpy()
-        return vectors
-
-    def _extended(self, block: Block) -> torch.Tensor:
         (rows,) = self._rows([block])
-        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        with torch.inference_mode():
+            parts = [(items, starts(self._schema.item_fields))]
+            vectors: Float32 = towers.item_vectors(*fused.take_fields(rows, self._config.model.dim, parts)).numpy()
+        return vectors
 
     def _rows(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
         try:
@@ -172,7 +191,3 @@ class Scorer:
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _take(rows: torch.Tensor, index: npt.NDArray[np.intp]) -> torch.Tensor:
-    return torch.nn.functional.embedding(torch.from_numpy(index), rows)

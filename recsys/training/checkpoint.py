@@ -1,7 +1,7 @@
 """Checkpoints of the trainer, in numbered steps with one crash test each.
 
 Files of one checkpoint in the trainer's folder: `segment-<step>` (rows touched since the last one, or merged ones),
-`dense-<step>` (networks, Adam, frequencies), `small-<step>.json`; `manifest.json` names those that belong.
+`dense-<step>` (networks, moments, frequencies), `small-<step>.json`; `manifest.json` names those that belong.
 """
 
 from __future__ import annotations
@@ -175,14 +175,12 @@ class Checkpoints:
 
 
 def _dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Networks, Adam's moments and item frequencies, copied, under flat names."""
+    """Networks, the optimiser's moments and item frequencies, copied, under flat names."""
     state: dict[str, torch.Tensor] = {}
     for name, part in _networks(trainer).items():
         for key, value in part.model.state_dict().items():
             state[f"{name}.model.{key}"] = value.detach().clone()
-        for index, moments in part.optimizer.state_dict()["state"].items():
-            for key, value in moments.items():
-                state[f"{name}.adam.{index}.{key}"] = value.detach().clone()
+        state |= {f"{name}.moments.{key}": value for key, value in part.optimizer.state().items()}
     if trainer.towers:
         for key, array in trainer.towers.frequency.state().items():
             state[f"frequency.{key}"] = torch.from_numpy(np.array(array))
@@ -193,13 +191,8 @@ def _restore_dense(trainer: Trainer, state: dict[str, torch.Tensor]) -> None:
     for name, part in _networks(trainer).items():
         prefix = f"{name}.model."
         part.model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in state.items():
-            if key.startswith(f"{name}.adam."):
-                index, field = key.removeprefix(f"{name}.adam.").split(".", 1)
-                moments.setdefault(int(index), {})[field] = value
-        groups = part.optimizer.state_dict()["param_groups"]
-        part.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        prefix = f"{name}.moments."
+        part.optimizer.restore({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     if trainer.towers:
         arrays = {k.removeprefix("frequency."): v.numpy() for k, v in state.items() if k.startswith("frequency.")}
         trainer.towers.frequency.restore(arrays)

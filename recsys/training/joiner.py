@@ -1,7 +1,8 @@
 """The joiner: impressions and feedback in, labelled examples out.
 
-Every (impression, item, task) label is emitted exactly once, when its task's window closes in log time. Emissions of one
-impression have disjoint task masks. Tasks of one window close together.
+With the default policy every (impression, item, task) label is emitted exactly once, when its task's window closes in log
+time. The policies that do not wait (`delayed.py`) emit a positive of its own when it comes, and say at the window's end which
+labels became final. Legend: K items of an impression, T tasks.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import numpy as np
 
 from recsys.config import TaskConfig
 from recsys.events.recent import Recent
+from recsys.training.delayed import WAITS, helpers
 from recsys.training.spill import Place, Spill
 from recsys.types import Bool, Feedback, Float32, Impression
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emission:
-    """Labels that became final together: K items of one impression, T tasks."""
+    """Labels of one impression: some to train on now, some that are final now."""
 
     request_id: str
     time_ms: int
@@ -30,13 +32,15 @@ class Emission:
     labels: Bool
     """[K, T]"""
     mask: Bool
-    """[T] tasks that are final now."""
+    """[K, T] labels to train on."""
+    final: Bool
+    """[K, T] labels that are final now; each is so in one emission."""
     shown: Bool
     """[K] items that count as shown."""
     predictions: Float32
     """[K, T] as served; NaN where none was logged."""
-    first: bool
-    """The impression's first emission: only it counts for admission, frequencies and batch statistics."""
+    first: Bool
+    """[K] the item's first emission: only it counts for admission, frequencies and batch statistics."""
 
 
 @dataclass(slots=True)
@@ -44,10 +48,15 @@ class _Open:
     time_ms: int
     items: dict[str, int]
     labels: Bool
+    observed: Bool
+    """[K, T] labels as they were at the task's regular emission."""
     shown: Bool
+    counted: Bool
+    """[K] items that were emitted before."""
     predictions: Float32
     place: Place
-    emitted: int = 0
+    closed: int = 0
+    """Ends that have passed."""
 
 
 class Joiner:
@@ -55,16 +64,24 @@ class Joiner:
 
     def __init__(self, tasks: Sequence[TaskConfig], folder: Path) -> None:
         self._tasks = tuple(tasks)
-        windows = sorted({int(task.window_s * 1000) for task in tasks})
-        self._windows_ms = windows
-        self._masks = [np.array([int(task.window_s * 1000) == w for task in tasks]) for w in windows]
+        self._windows_ms = np.array([int(task.window_s * 1000) for task in tasks])
+        waits = [int(task.wait_s * 1000) for task in tasks]
+        self._regular_ms = np.where([task.labels in WAITS for task in tasks], waits, self._windows_ms)
+        """When each task's labels are emitted, counted from the impression."""
+        self._ends_ms = sorted({*self._windows_ms.tolist(), *self._regular_ms.tolist()})
+        self._at_once = np.array([task.labels != "window" for task in tasks])
+        self._early = np.array([task.labels == "early_positive" for task in tasks])
+        self._helpers = helpers(tasks)
         self._types: dict[str, list[int]] = {}
         for index, task in enumerate(tasks):
             for kind in task.types:
                 self._types.setdefault(kind, []).append(index)
         self._open: dict[str, _Open] = {}
-        self._queues: list[deque[str]] = [deque() for _ in windows]
-        self._early: OrderedDict[str, tuple[int, list[Feedback]]] = OrderedDict()
+        self._queues: list[deque[str]] = [deque() for _ in self._ends_ms]
+        self._waiting: OrderedDict[str, tuple[int, list[Feedback]]] = OrderedDict()
+        """Feedback ahead of its impression."""
+        self._positives: list[tuple[str, int, int]] = []
+        """(request, item, task) of positives to emit without waiting."""
         self._settled: list[str] = []
         self._requests = Recent()
         self._spill = Spill(folder)
@@ -84,13 +101,15 @@ class Joiner:
             time_ms=now_ms,
             items={item.item_id: index for index, item in enumerate(message.items)},
             labels=np.zeros((len(message.items), len(names)), np.bool_),
+            observed=np.zeros((len(message.items), len(names)), np.bool_),
+            counted=np.zeros(len(message.items), np.bool_),
             shown=np.full(len(message.items), message.activation != "deferred"),
             predictions=np.array(predictions, np.float32),
             place=self._spill.append(now_ms, message.features),
         )
         for queue in self._queues:
             queue.append(message.request_id)
-        _, early = self._early.pop(message.request_id, (0, []))
+        _, early = self._waiting.pop(message.request_id, (0, []))
         self._settled += [self.feedback(feedback, now_ms) for feedback in early]
         return "opened"
 
@@ -111,12 +130,15 @@ class Joiner:
             threshold = self._tasks[task].min_value
             if threshold is not None and (message.value is None or message.value < threshold):
                 continue
-            if now_ms > impression.time_ms + int(self._tasks[task].window_s * 1000):
+            age_ms = now_ms - impression.time_ms
+            if age_ms > self._windows_ms[task]:
                 outcome = "too_late"
             elif impression.labels[item, task]:
                 outcome = "duplicate"
             else:
                 impression.labels[item, task] = True
+                if self._at_once[task] and (self._early[task] or age_ms > self._regular_ms[task]):
+                    self._positives.append((message.request_id, item, task))
         return outcome
 
     def _hold(self, message: Feedback, now_ms: int) -> str:
@@ -124,50 +146,84 @@ class Joiner:
         request_id = message.request_id or ""
         if self._requests.contains(request_id):
             return "too_late"
-        self._early.setdefault(request_id, (now_ms, []))[1].append(message)
+        self._waiting.setdefault(request_id, (now_ms, []))[1].append(message)
         return "early"
 
     def due(self, now_ms: int) -> bool:
         """Whether `close` would emit something."""
-        return any(
-            queue and self._open[queue[0]].time_ms + window < now_ms
-            for queue, window in zip(self._queues, self._windows_ms, strict=True)
+        return bool(self._positives) or any(
+            queue and self._open[queue[0]].time_ms + end < now_ms
+            for queue, end in zip(self._queues, self._ends_ms, strict=True)
         )
 
     def close(self, now_ms: int) -> Iterator[Emission]:
-        """Emit every label whose window ended before `now_ms`, in order of closing time, then of opening."""
+        """Emit positives that need not wait, in order of arrival; then what ended before `now_ms`, in order of its end, then of
+        opening."""
+        positives, self._positives = self._positives, []
+        for request_id, item, task in positives:
+            if self._early[task] or self._ended(request_id, task):
+                yield self._positive(request_id, item, task)
         while True:
             due = [
-                (self._open[queue[0]].time_ms + window, index)
-                for index, (queue, window) in enumerate(zip(self._queues, self._windows_ms, strict=True))
-                if queue and self._open[queue[0]].time_ms + window < now_ms
+                (self._open[queue[0]].time_ms + end, index)
+                for index, (queue, end) in enumerate(zip(self._queues, self._ends_ms, strict=True))
+                if queue and self._open[queue[0]].time_ms + end < now_ms
             ]
             if not due:
                 break
             _, index = min(due)
-            yield self._emit(self._queues[index].popleft(), index)
-        waited = self._windows_ms[-1]
-        while self._early and next(iter(self._early.values()))[0] + waited < now_ms:
-            _, (_, never) = self._early.popitem(last=False)
+            yield self._close(self._queues[index].popleft(), self._ends_ms[index])
+        waited = self._ends_ms[-1]
+        while self._waiting and next(iter(self._waiting.values()))[0] + waited < now_ms:
+            _, (_, never) = self._waiting.popitem(last=False)
             self._settled += ["no_impression"] * len(never)
         self._spill.drop_closed()
 
-    def _emit(self, request_id: str, window: int) -> Emission:
+    def _ended(self, request_id: str, task: int) -> bool:
+        """Whether the task's regular emission is past: else it carries this positive, too."""
+        return self._ends_ms.index(self._regular_ms[task]) < self._open[request_id].closed
+
+    def _positive(self, request_id: str, item: int, task: int) -> Emission:
+        mask = np.zeros_like(self._open[request_id].labels)
+        mask[item, task] = True
+        if self._early[task]:
+            self._open[request_id].observed[item, task] = True
+        return self._emission(request_id, mask, mask if self._early[task] else np.zeros_like(mask))
+
+    def _close(self, request_id: str, end_ms: int) -> Emission:
         impression = self._open[request_id]
+        regular, final = self._regular_ms == end_ms, self._windows_ms == end_ms
+        early = impression.observed & self._early
+        mask = np.broadcast_to(regular, impression.labels.shape) & ~early
+        for task, late, never in self._helpers:
+            # What a helper learns is known at the window's end: was there a positive, and had it been seen at the wait's.
+            impression.labels[:, late] = impression.labels[:, task] & ~impression.observed[:, task]
+            impression.labels[:, never] = ~impression.labels[:, task]
+            mask[:, never] &= ~impression.observed[:, task]
+        emission = self._emission(request_id, mask, np.broadcast_to(final, mask.shape) & ~early)
+        keeps = regular & ~self._early
+        impression.observed[:, keeps] = impression.labels[:, keeps]
+        impression.closed += 1
+        if impression.closed == len(self._ends_ms):
+            del self._open[request_id]
+            self._spill.release(impression.place)
+        return emission
+
+    def _emission(self, request_id: str, mask: Bool, final: Bool) -> Emission:
+        impression = self._open[request_id]
+        trained = mask.any(1) & impression.shown
         emission = Emission(
             request_id=request_id,
             time_ms=impression.time_ms,
             features=self._spill.read(impression.place),
             labels=impression.labels.copy(),
-            mask=self._masks[window],
+            mask=mask,
+            final=final,
             shown=impression.shown.copy(),
             predictions=impression.predictions,
-            first=impression.emitted == 0,
+            first=trained & ~impression.counted,
         )
-        impression.emitted += 1
-        if impression.emitted == len(self._windows_ms):
-            del self._open[request_id]
-            self._spill.release(impression.place)
+        impression.counted |= trained
         return emission
 
     def take_settled(self) -> list[str]:
@@ -187,15 +243,14 @@ class Joiner:
                     request_id,
                     entry.time_ms,
                     list(entry.items),
-                    np.packbits(entry.labels).tolist(),
-                    np.packbits(entry.shown).tolist(),
+                    [np.packbits(bits).tolist() for bits in (entry.labels, entry.observed, entry.shown, entry.counted)],
                     entry.predictions.astype(np.float64).ravel().tolist(),
                     list(entry.place),
-                    entry.emitted,
+                    entry.closed,
                 ]
                 for request_id, entry in self._open.items()
             ],
-            "early": [[r, t, [_feedback_state(f) for f in messages]] for r, (t, messages) in self._early.items()],
+            "early": [[r, t, [_feedback_state(f) for f in messages]] for r, (t, messages) in self._waiting.items()],
             "requests": {name: array.tolist() for name, array in self._requests.state().items()},
             "spill": self._spill.sizes(),
         }
@@ -203,25 +258,32 @@ class Joiner:
     def restore(self, state: dict[str, Any]) -> None:
         """Load `state`, and cut the spill files back to what they held then."""
         tasks = len(self._tasks)
-        for request_id, time_ms, items, labels, shown, predictions, place, emitted in state["open"]:
+        for request_id, time_ms, items, packed, predictions, place, closed in state["open"]:
             size = len(items)
-            bits = np.unpackbits(np.array(labels, np.uint8), count=size * tasks).astype(np.bool_)
+            shapes = ((size, tasks), (size, tasks), (size,), (size,))
+            labels, observed, shown, counted = map(_unpacked, packed, shapes)
             self._open[request_id] = _Open(
                 time_ms=time_ms,
                 items={item: index for index, item in enumerate(items)},
-                labels=bits.reshape(size, tasks),
-                shown=np.unpackbits(np.array(shown, np.uint8), count=size).astype(np.bool_),
+                labels=labels,
+                observed=observed,
+                shown=shown,
+                counted=counted,
                 predictions=np.array([np.nan if p is None else p for p in predictions], np.float32).reshape(
                     size, tasks
                 ),
                 place=Place(*place),
-                emitted=emitted,
+                closed=closed,
             )
-            for queue in self._queues[emitted:]:
+            for queue in self._queues[closed:]:
                 queue.append(request_id)
-        self._early = OrderedDict((r, (t, [Feedback(**f) for f in messages])) for r, t, messages in state["early"])
+        self._waiting = OrderedDict((r, (t, [Feedback(**f) for f in messages])) for r, t, messages in state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
         self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
+
+
+def _unpacked(packed: list[int], shape: tuple[int, ...]) -> Bool:
+    return np.unpackbits(np.array(packed, np.uint8), count=int(np.prod(shape))).astype(np.bool_).reshape(shape)
 
 
 def _feedback_state(feedback: Feedback) -> dict[str, Any]:

@@ -1,78 +1,115 @@
-"""One gradient step: rows by the table's optimisers, dense weights by Adam, both from one backward pass."""
+"""One gradient step: rows by the table's optimisers, dense weights by their own, both from one backward pass."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from recsys.config import Config
 from recsys.features.build import Features
 from recsys.features.schema import Schema
-from recsys.model import build
+from recsys.model import build, fused
 from recsys.model.assemble import ranker_inputs
-from recsys.model.plan import Block, plan
-from recsys.model.ranker import loss
+from recsys.model.home import Reading
+from recsys.model.plan import Block, Plan, plan
+from recsys.model.ranker import RankerInputs, losses
 from recsys.table.tables import Tables
+from recsys.training.delayed import Importance
+from recsys.training.dense import DenseOptimizer
 from recsys.types import Bool, Float32
-
-_CLIP_NORM = 10.0
-"""Largest norm of the dense gradient; half slows the first minutes, double lets one odd batch move everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """M items of R requests: labels [M, T], mask [M, T] of final labels, first [R]: whether the request is counted."""
+    """M items of R requests: labels [M, T], mask [M, T] of labels to train on, and whether its items are counted:
+    all of a batch are in their first emission, or none."""
 
     features: Sequence[Features]
     labels: Bool
     mask: Bool
-    first: Bool
+    first: bool
 
 
 class Learner:
-    """The ranker and its rows, learning. Not thread-safe."""
+    """The ranker and its rows, learning. Not thread-safe. Compiles the fused operations before it is ready."""
 
     def __init__(self, config: Config, schema: Schema, tables: Tables) -> None:
+        self.compile_s = fused.warm_up()
         self._schema = schema
-        self._dim = config.model.dim
+        self._dim, self._l2 = config.model.dim, config.model.row_l2
         self.tables = tables
         self.model = build.ranker(config, schema)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.model.dense_learning_rate)
-        self.skipped = 0
+        self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
+        self._importance = Importance(config.tasks)
+        self._last: Sequence[Features] = ()
 
-    def learn(self, batch: Batch, now_ms: int) -> bool:
-        """One step; False when the gradient was not finite and nothing was changed but admission counts."""
+    def learn(self, batch: Batch, now_ms: int) -> tuple[str, ...]:
+        """One step. When the gradient is not finite nothing is changed but admission counts and running statistics, and the
+        tasks it came from are named."""
         lay = plan(self._schema, batch.features)
-        admit = bool(batch.first.any())
+        admit = batch.first
         deep, wide = (self._rows(block, now_ms, admit) for block in (lay.deep, lay.wide))
         self.model.train(admit)
-        logits = self.model(ranker_inputs(self._schema, lay, deep, wide, self._dim))
+        logits, hidden = self.model.scores(ranker_inputs(self._schema, lay, deep, wide, self._dim))
         labels, mask = torch.from_numpy(batch.labels.astype(np.float32)), torch.from_numpy(batch.mask)
-        mean = loss(logits, labels, mask, torch.ones(len(labels)))
-        self.optimizer.zero_grad(set_to_none=True)
-        mean.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
+        log_odds = self.model.log_odds(logits)
+        weights = self._importance.weights(torch.sigmoid(log_odds), labels)
+        each = losses(log_odds, labels, mask, weights)
+        self.optimizer.zero()
+        each.sum().backward(retain_graph=True)
         gradients = [_gradient(rows, len(labels)) for rows in (deep, wide)]
-        if not (torch.isfinite(norm) and all(np.isfinite(g).all() for g in gradients)):
-            self.skipped += 1
-            return False
+        if not self._finite(gradients):
+            return self._culprits(each, (deep, wide))
+        if self._l2:
+            regularise(gradients[0], deep.detach().numpy(), _occurrences(lay) * admit, self._dim, self._l2)
+        self.model.observe(logits, hidden, labels, weights * mask)
         self.optimizer.step()
         for block, gradient in zip((lay.deep, lay.wide), gradients, strict=True):
             self.tables[block.layout].apply_gradients(block.slots, block.keys, gradient, now_ms)
-        return True
+        self._last = batch.features
+        return ()
+
+    def _finite(self, gradients: Sequence[Float32]) -> bool:
+        return bool(torch.isfinite(self.optimizer.gradient).all()) and all(np.isfinite(g).all() for g in gradients)
+
+    def _culprits(self, each: torch.Tensor, rows: Sequence[torch.Tensor]) -> tuple[str, ...]:
+        """The tasks whose loss is not finite; else those whose own gradient is not; all when it takes several of them."""
+        found = [task for task, loss in zip(self._schema.tasks, each.tolist(), strict=True) if not math.isfinite(loss)]
+        if found:
+            return tuple(found)
+        for task, loss in zip(self._schema.tasks, each, strict=True):
+            self.optimizer.zero()
+            for tensor in rows:
+                tensor.grad = None
+            loss.backward(retain_graph=True)
+            if not self._finite([_gradient(tensor, 1) for tensor in rows]):
+                found.append(task)
+        self.optimizer.zero()
+        return tuple(found) or self._schema.tasks
 
     def predict(self, features: Sequence[Features]) -> Float32:
         """Probabilities [M, T] in eval mode; nothing is counted or created."""
+        with torch.inference_mode():
+            probabilities: Float32 = self.model.predict(self._serving_inputs(features)).numpy()
+        return probabilities
+
+    def readings(self) -> list[Reading]:
+        """How gates and experts fare on the last batch that was learned; empty before the first."""
+        if not self._last:
+            return []
+        with torch.inference_mode():
+            return self.model.readings(self._serving_inputs(self._last))
+
+    def _serving_inputs(self, features: Sequence[Features]) -> RankerInputs:
+        self.model.eval()
         lay = plan(self._schema, features)
         deep, wide = (torch.from_numpy(self.tables[b.layout].lookup(b.slots, b.keys)[0]) for b in (lay.deep, lay.wide))
-        self.model.eval()
-        with torch.inference_mode():
-            logits = self.model(ranker_inputs(self._schema, lay, deep, wide, self._dim))
-            probabilities: Float32 = torch.sigmoid(logits).numpy()
-        return probabilities
+        return ranker_inputs(self._schema, lay, deep, wide, self._dim)
 
     def _rows(self, block: Block, now_ms: int, admit: bool) -> torch.Tensor:
         values = self.tables[block.layout].lookup_train(block.slots, block.keys, now_ms, admit)
@@ -85,3 +122,21 @@ def _gradient(rows: torch.Tensor, num_examples: int) -> Float32:
         return np.zeros(rows.shape, np.float32)
     gradient: Float32 = rows.grad.numpy() * num_examples
     return gradient
+
+
+def _occurrences(lay: Plan) -> npt.NDArray[np.int64]:
+    """How often each unique deep row occurs in the batch [U]."""
+    size = len(lay.deep.keys)
+    every = np.concatenate([lay.shared.ravel(), lay.history.ravel(), lay.item.ravel()])
+    return np.bincount(every, minlength=size + 1)[:size]
+
+
+def regularise(gradient: Float32, rows: Float32, occurrences: npt.NDArray[np.int64], dim: int, l2: float) -> None:
+    """Mini-batch aware L2 (Zhou et al. 2018, section 4.3), in place: gradient += l2 / n * row for each row of the batch.
+
+    gradient and rows [U, W]: an embedding of `dim` values first, and how often the row occurred before, n, last; its
+    gradient is set so that plain SGD of rate 1 counts the `occurrences` [U] of this batch, which n includes.
+    """
+    seen = np.maximum(rows[:, -1] + occurrences, 1.0)
+    gradient[:, :dim] += (l2 / seen)[:, None] * rows[:, :dim] * (occurrences > 0)[:, None]
+    gradient[:, -1] = -occurrences

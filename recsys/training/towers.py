@@ -1,25 +1,27 @@
-"""Learning the retrieval towers: each positive feedback is (the user's history before it, the item)."""
+"""Learning the retrieval towers: each positive feedback is (the user's history before it and context, the item)."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from recsys.config import Config
-from recsys.features.build import UserFeatures, user_features
+from recsys.features.build import Index, UserFeatures, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
-from recsys.model import build
-from recsys.model.assemble import pool
+from recsys.model import build, fused
+from recsys.model.assemble import starts
 from recsys.model.frequency import Frequency
-from recsys.model.plan import unique_rows
+from recsys.model.plan import Block, unique_rows
+from recsys.model.two_tower import Passed
 from recsys.table.tables import Tables
-from recsys.types import Feedback, HistoryEvent, Int64
+from recsys.training.dense import DenseOptimizer
+from recsys.types import Bool, Feedback, HistoryEvent, Impression, Int64
 
 BATCH = 64
 """Positives of one step: in-batch negatives of half as many teach little, double waits longer for the first."""
@@ -27,10 +29,27 @@ MAX_USERS = 200_000
 """Users whose recent items are kept (least recently active leave): about 100 MB."""
 
 
+SHOWN = 20
+"""Items last shown to a user that are kept as hard negatives."""
+
+
 @dataclass(slots=True)
 class _Positive:
+    """A user as of the feedback, the catalogue row of its item, and rows shown before that were passed over."""
+
     user: UserFeatures
     row: int
+    passed: list[int]
+
+
+@dataclass(slots=True)
+class _User:
+    """What is kept of a user: (item, feedback type), oldest first; catalogue rows last shown; the last request and its context."""
+
+    events: list[tuple[str, str]] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+    request_id: str = ""
+    context: dict[str, str] = field(default_factory=dict)
 
 
 class TowerLearner:
@@ -40,112 +59,148 @@ class TowerLearner:
         self._schema, self._catalogue = schema, catalogue
         self._table = tables["tower"]
         self._types = set(config.retrieval.count_types)
-        self._length = config.features.history_len
+        self._length, self._hard = config.features.history_len, config.model.hard_negatives
         self.model = build.two_tower(config, schema)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.model.dense_learning_rate)
+        self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
         self.frequency = Frequency()
-        self._histories: OrderedDict[str, list[str]] = OrderedDict()
+        self._users: OrderedDict[str, _User] = OrderedDict()
         self._positives: list[_Positive] = []
         self.steps = 0
+
+    def _user(self, user_id: str) -> _User:
+        user = self._users.setdefault(user_id, _User())
+        self._users.move_to_end(user_id)
+        if len(self._users) > MAX_USERS:
+            self._users.popitem(last=False)
+        return user
+
+    def impression(self, message: Impression) -> None:
+        """Keep what was shown, as long as it is not acted upon, and the request's context."""
+        user = self._user(message.user_id)
+        user.request_id = message.request_id
+        user.context = {name: str(message.context[name]) for name in self._schema.context if message.context.get(name)}
+        if self._hard and message.activation != "deferred":
+            rows = self._catalogue.rows([item.item_id for item in message.items])
+            user.shown += rows[rows >= 0].tolist()
+            del user.shown[:-SHOWN]
 
     def feedback(self, message: Feedback, now_ms: int) -> None:
         """Take one positive; train when a batch is full."""
         if message.type not in self._types:
             return
-        history = self._histories.setdefault(message.user_id, [])
-        self._histories.move_to_end(message.user_id)
-        row = self._catalogue.row(message.item_id)
-        if row is not None and history:
-            past = [HistoryEvent(time_ms=0, event_id="", item_id=item, type="") for item in history]
-            self._positives.append(
-                _Positive(user_features(self._schema, self._catalogue, message.user_id, past, {}), row)
-            )
-        history.append(message.item_id)
-        del history[: -self._length]
-        if len(self._histories) > MAX_USERS:
-            self._histories.popitem(last=False)
+        user, row = self._user(message.user_id), self._catalogue.row(message.item_id)
+        asked = message.request_id is not None and message.request_id == user.request_id
+        context = message.context or (user.context if asked else {})
+        if row is not None:
+            user.shown = [shown for shown in user.shown if shown != row]
+            past = [HistoryEvent(time_ms=0, event_id="", item_id=item, type=kind) for item, kind in user.events]
+            features = user_features(self._schema, self._catalogue, message.user_id, past, context)
+            if past or features.shared_mask[1:].any():
+                self._positives.append(_Positive(features, row, user.shown[-self._hard :] if self._hard else []))
+        user.events.append((message.item_id, message.type))
+        del user.events[: -self._length]
         if len(self._positives) >= BATCH:
             batch, self._positives = self._positives, []
             self._learn(batch, now_ms)
 
     def forget(self, user_id: str) -> None:
         """Drop what is kept of a user."""
-        self._histories.pop(user_id, None)
+        self._users.pop(user_id, None)
         key = key_of(user_id)
         self._positives = [p for p in self._positives if p.user.shared_keys[0] != key]
 
     def _learn(self, batch: list[_Positive], now_ms: int) -> None:
-        rows = np.array([p.row for p in batch])
-        item_keys, item_mask = self._catalogue.keys[rows], self._catalogue.mask[rows]
-        longest = max(len(p.user.history_keys) for p in batch)
-        width = len(self._schema.history_slots)
-        history = np.zeros((len(batch), longest, width), np.int64)
-        present = np.zeros((len(batch), longest, width), np.bool_)
+        passed = np.full((len(batch), self._hard), -1)
         for index, p in enumerate(batch):
-            history[index, : len(p.user.history_keys)] = p.user.history_keys
-            present[index, : len(p.user.history_keys)] = p.user.history_mask
-        users = np.array([p.user.shared_keys[:1] for p in batch])
-        block, (user, past, item) = unique_rows(
-            [
-                (self._schema.shared_slots[:1], users, np.ones_like(users, np.bool_)),
-                (self._schema.history_slots, history, present),
-                (self._schema.item_slots, item_keys, item_mask),
-            ],
-            "tower",
-        )
+            passed[index, : len(p.passed)] = p.passed
+        rows = np.concatenate([[p.row for p in batch], np.maximum(passed, 0).ravel()]).astype(np.int64)
+        item_mask = self._catalogue.mask[rows]
+        item_mask[len(batch) :] &= (passed >= 0).reshape(-1, 1)
+        block, (user, past, item), present = self._lay_out(batch, rows, item_mask)
         values = torch.from_numpy(self._table.lookup_train(block.slots, block.keys, now_ms)).requires_grad_()
-        extended = torch.cat([values, values.new_zeros(1, values.shape[1])])
-
-        def take(index: Any) -> torch.Tensor:
-            return torch.nn.functional.embedding(torch.from_numpy(index), extended)
-
-        fields = self._schema.item_fields
+        fields, narrow = self._schema.item_fields, self._schema.num_history_fields
+        parts = [(user, np.arange(user.shape[1] + 1)), (past, starts(fields[:narrow])), (item, starts(fields))]
+        mine, history, items = fused.take_fields(values, values.shape[1], parts)
         self.steps += 1
-        positives: Int64 = item_keys[:, 0]
+        positives: Int64 = self._catalogue.keys[rows[: len(batch)], 0]
         self.frequency.update(self.steps, positives)
         self.model.train()
-        user_vectors = self.model.user_vectors(
-            take(user),
-            pool(take(past), present, fields[: self._schema.num_history_fields]),
-            torch.from_numpy(present[..., 0]),
-        )
-        item_vectors = self.model.item_vectors(pool(take(item), item_mask, fields))
+        users = self.model.user_vectors(mine, history, torch.from_numpy(present))
+        vectors = self.model.item_vectors(items)
         log_q = torch.from_numpy(np.log(self.frequency.probability(positives)).astype(np.float32))
-        mean = self.model.loss(user_vectors, item_vectors, torch.from_numpy(positives), log_q, torch.ones(len(batch)))
-        self.optimizer.zero_grad(set_to_none=True)
+        mean = self.model.loss(
+            users,
+            vectors[: len(batch)],
+            torch.from_numpy(positives),
+            log_q,
+            torch.ones(len(batch)),
+            Passed(vectors[len(batch) :].view(*passed.shape, -1), torch.from_numpy(passed >= 0))
+            if self._hard
+            else None,
+        )
+        self.optimizer.zero()
         mean.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         gradient = np.zeros(values.shape, np.float32) if values.grad is None else values.grad.numpy() * len(batch)
-        if not np.isfinite(gradient).all():
+        if not (np.isfinite(gradient).all() and torch.isfinite(self.optimizer.gradient).all()):
             return
         self.optimizer.step()
         self._table.apply_gradients(block.slots, block.keys, gradient, now_ms)
 
+    def _lay_out(self, batch: list[_Positive], rows: Int64, item_mask: Bool) -> tuple[Block, list[Index], Bool]:
+        """Rows to look up, the places of users, histories and items among them, and which history entries are present."""
+        longest = max(1, max(len(p.user.history_keys) for p in batch))
+        past = np.zeros((len(batch), longest, len(self._schema.history_slots)), np.int64)
+        present = np.zeros(past.shape, np.bool_)
+        for index, p in enumerate(batch):
+            past[index, : len(p.user.history_keys)] = p.user.history_keys
+            present[index, : len(p.user.history_keys)] = p.user.history_mask
+        shared, shared_mask = (
+            np.stack([getattr(p.user, name) for p in batch]) for name in ("shared_keys", "shared_mask")
+        )
+        block, places = unique_rows(
+            [
+                (self._schema.shared_slots, shared, shared_mask),
+                (self._schema.history_slots, past, present),
+                (self._schema.item_slots, self._catalogue.keys[rows], item_mask),
+            ],
+            "tower",
+        )
+        return block, places, present[..., 0]
+
     def state(self) -> dict[str, Any]:
-        """Histories, waiting positives and step, as JSON-able values."""
+        """Users, waiting positives and step, as JSON-able values."""
         return {
-            "histories": list(self._histories.items()),
+            "users": [[name, u.events, u.shown, u.request_id, u.context] for name, u in self._users.items()],
             "positives": [
-                [p.row, p.user.shared_keys.tolist(), p.user.history_keys.tolist(), p.user.history_mask.tolist()]
-                for p in self._positives
+                [p.row, p.passed, *(getattr(p.user, name).tolist() for name in _USER_ARRAYS)] for p in self._positives
             ],
             "steps": self.steps,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._histories = OrderedDict((user, list(items)) for user, items in state["histories"])
+        """Load what `state` returned."""
+        self._users = OrderedDict(
+            (name, _User([(i, k) for i, k in events], shown, request_id, context))
+            for name, events, shown, request_id, context in state["users"]
+        )
         self._positives = [self._positive(*p) for p in state["positives"]]
         self.steps = state["steps"]
 
-    def _positive(self, row: int, shared: list[int], keys: list[list[int]], mask: list[list[bool]]) -> _Positive:
+    def _positive(self, row: int, passed: list[int], *arrays: Any) -> _Positive:
         width = len(self._schema.history_slots)
-        shared_keys = np.array(shared, np.int64)
-        shared_mask = np.zeros(len(shared), np.bool_)
-        shared_mask[0] = True
-        user = UserFeatures(
-            shared_keys=shared_keys,
-            shared_mask=shared_mask,
-            history_keys=np.array(keys, np.int64).reshape(-1, width),
-            history_mask=np.array(mask, np.bool_).reshape(-1, width),
-        )
-        return _Positive(user, row)
+        found: dict[str, Any] = {
+            name: np.array(values, dtype) for (name, dtype), values in zip(_USER_ARRAYS.items(), arrays, strict=True)
+        }
+        for name in ("history_keys", "history_mask"):
+            found[name] = found[name].reshape(-1, width)
+        return _Positive(UserFeatures(**found), row, passed)
+
+
+_USER_ARRAYS = {
+    "shared_keys": np.int64,
+    "shared_mask": np.bool_,
+    "history_keys": np.int64,
+    "history_mask": np.bool_,
+    "history_kinds": np.uint8,
+    "history_gaps": np.uint8,
+}

@@ -16,7 +16,7 @@ import numpy as np
 from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
-from recsys.features.build import decode
+from recsys.features.build import Index, decode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
@@ -42,7 +42,8 @@ class StepReport:
     outcomes: dict[str, int] = field(default_factory=dict)
     dead_letters: list[DeadLetter] = field(default_factory=list)
     emissions: list[Emission] = field(default_factory=list)
-    skipped_batches: int = 0
+    skipped_batches: dict[str, int] = field(default_factory=dict)
+    """Batches not learned, by task whose gradient was not finite."""
     expired: int = 0
 
     def count(self, outcome: str) -> None:
@@ -81,7 +82,7 @@ class Trainer:
         for outcome in self.joiner.take_settled():
             report.count(outcome)
         if learn:
-            report.skipped_batches += self._learn(report.emissions, now_ms)
+            self._learn(report, now_ms)
             self._watch(report.emissions)
         self.covers_ms = max(self.covers_ms, now_ms)
         self.steps += 1
@@ -114,6 +115,8 @@ class Trainer:
         if impression.features:
             decode(self.schema, impression.features)
         report.count("impression_" + self.joiner.impression(impression, now_ms))
+        if self.towers:
+            self.towers.impression(impression)
 
     def feedback(self, feedback: Feedback, now_ms: int, report: StepReport) -> None:
         if feedback.type == FORGET:
@@ -127,43 +130,46 @@ class Trainer:
         if self.towers:
             self.towers.feedback(feedback, now_ms)
 
-    def _learn(self, emissions: Sequence[Emission], now_ms: int) -> int:
-        """Train in batches of at most `batch_size` items, never mixing first and later emissions; returns skipped batches."""
-        skipped = 0
-        batch: list[Emission] = []
-        size = 0
-        for emission in emissions:
-            full = size + len(emission.labels) > self.config.training.batch_size
-            if batch and (full or emission.first != batch[0].first):
-                skipped += not self._learn_batch(batch, now_ms)
-                batch, size = [], 0
-            batch.append(emission)
-            size += len(emission.labels)
+    def _learn(self, report: StepReport, now_ms: int) -> None:
+        """Train in batches of at most `batch_size` items, never mixing first and later emissions of an item."""
+        batch: list[tuple[Emission, Index]] = []
+        size, last = 0, True
+        for emission in report.emissions:
+            trained = emission.shown & emission.mask.any(1)
+            for first in (True, False):
+                rows = np.flatnonzero(trained & (emission.first == first))
+                if not len(rows):
+                    continue
+                if batch and (first != last or size + len(rows) > self.config.training.batch_size):
+                    self._learn_batch(batch, last, report, now_ms)
+                    batch, size = [], 0
+                batch.append((emission, rows))
+                size, last = size + len(rows), first
         if batch:
-            skipped += not self._learn_batch(batch, now_ms)
-        return skipped
+            self._learn_batch(batch, last, report, now_ms)
 
-    def _learn_batch(self, batch: Sequence[Emission], now_ms: int) -> bool:
-        shown = [np.flatnonzero(e.shown) for e in batch]
-        chosen = [(e, rows) for e, rows in zip(batch, shown, strict=True) if len(rows)]
-        if not chosen:
-            return True
-        return self.learner.learn(
+    def _learn_batch(
+        self, batch: Sequence[tuple[Emission, Index]], first: bool, report: StepReport, now_ms: int
+    ) -> None:
+        culprits = self.learner.learn(
             Batch(
-                features=[decode(self.schema, e.features).take(rows) for e, rows in chosen],
-                labels=np.concatenate([e.labels[rows] for e, rows in chosen]),
-                mask=np.concatenate([np.broadcast_to(e.mask, (len(rows), len(e.mask))) for e, rows in chosen]),
-                first=np.array([e.first for e, _ in chosen]),
+                features=[decode(self.schema, e.features).take(rows) for e, rows in batch],
+                labels=np.concatenate([e.labels[rows] for e, rows in batch]),
+                mask=np.concatenate([e.mask[rows] for e, rows in batch]),
+                first=first,
             ),
             now_ms,
         )
+        for task in culprits:
+            report.skipped_batches[task] = report.skipped_batches.get(task, 0) + 1
 
     def _watch(self, emissions: Sequence[Emission]) -> None:
         """The breaker: the first task's rate over the last `breaker_examples` outside its bounds stops learning."""
         training = self.config.training
         for emission in emissions:
-            if emission.mask[0]:
-                self._rate.append((int(emission.shown.sum()), int(emission.labels[emission.shown, 0].sum())))
+            known = emission.shown & emission.final[:, 0]
+            if known.any():
+                self._rate.append((int(known.sum()), int(emission.labels[known, 0].sum())))
         total = sum(n for n, _ in self._rate)
         while self._rate and total - self._rate[0][0] >= training.breaker_examples:
             total -= self._rate.popleft()[0]

@@ -23,6 +23,7 @@ from recsys.events import messages
 from recsys.events.recent import Recent
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
+from recsys.model import fused
 from recsys.ranking import snapshot
 from recsys.ranking.generation import Generations
 from recsys.ranking.pipeline import Pipeline
@@ -77,6 +78,13 @@ class RankingService:
         self._run("dense", self._follow_dense, 0.2)
         self._run("generations", self._build_generation, 0.1)
         self._run("snapshot", self._save, SNAPSHOT_S)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Get the fused operations ready; until then requests are scored op by op."""
+        seconds = fused.warm_up()
+        metrics.COMPILE_SECONDS.set(seconds)
+        logger.info("scoring is compiled, %.1f s", seconds)
 
     def _run(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
         thread = threading.Thread(target=self._loop, args=(name, turn, pause_s), name=name, daemon=True)

@@ -13,6 +13,7 @@ from recsys.clock import SystemClock
 from recsys.config import Config
 from recsys.errors import Fenced, LogFull, LogUnavailable
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
+from recsys.model.home import Reading
 from recsys.streams.open import open_log
 from recsys.training.runner import CONSUMER, Runner
 from recsys.training.trainer import StepReport
@@ -32,9 +33,10 @@ class Progressive:
 
     def add(self, report: StepReport) -> None:
         for emission in report.emissions:
-            for task in np.flatnonzero(emission.mask):
-                known = emission.shown & np.isfinite(emission.predictions[:, task])
-                labels = emission.labels[emission.shown, task]
+            for task in np.flatnonzero(emission.final.any(0)):
+                shown = emission.shown & emission.final[:, task]
+                known = shown & np.isfinite(emission.predictions[:, task])
+                labels = emission.labels[shown, task]
                 positives = int(labels.sum())
                 metrics.EXAMPLES.labels(self._tasks[task], "1").inc(positives)
                 metrics.EXAMPLES.labels(self._tasks[task], "0").inc(len(labels) - positives)
@@ -68,10 +70,20 @@ def observe(report: StepReport, seconds: float) -> None:
             letter.record.offset,
             letter.reason,
         )
-    if report.skipped_batches:
-        metrics.SKIPPED_BATCHES.inc(report.skipped_batches)
-        logger.error("%d batches skipped: their gradients were not finite", report.skipped_batches)
+    for task, count in report.skipped_batches.items():
+        metrics.SKIPPED_BATCHES.labels(task).inc(count)
+        logger.error("%d batches skipped: the gradient of task %r was not finite", count, task)
     metrics.TABLE_EXPIRED_ROWS.inc(report.expired)
+
+
+def show_reading(reading: Reading) -> None:
+    """Set the gauges of one level's gates and experts."""
+    for output, weights in zip(reading.outputs, reading.gate_weights.tolist(), strict=True):
+        for expert, weight in zip(reading.experts, weights, strict=True):
+            metrics.GATE_WEIGHT.labels(reading.level, output, expert).set(weight)
+    for expert, scale, dead in zip(reading.experts, reading.scales.tolist(), reading.dead.tolist(), strict=True):
+        metrics.EXPERT_SCALE.labels(reading.level, expert).set(scale)
+        metrics.DEAD_UNITS.labels(reading.level, expert).set(dead)
 
 
 def gauges(runner: Runner, published: list[int]) -> None:
@@ -79,6 +91,8 @@ def gauges(runner: Runner, published: list[int]) -> None:
     for layout, table in runner.trainer.tables.items():
         metrics.TABLE_ROWS.labels(layout).set(len(table))
         metrics.TABLE_BYTES.labels(layout).set(table.memory_bytes())
+    for reading in runner.trainer.learner.readings():
+        show_reading(reading)
     metrics.OPEN_IMPRESSIONS.set(len(runner.trainer.joiner))
     metrics.BREAKER_OPEN.set(runner.trainer.breaker_open)
     metrics.TRAINER_EPOCH.set(runner.epoch)
@@ -106,6 +120,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
 
     runner = Runner(config, log, SystemClock(), on_step)
     runner.start(accept_gap=accept_gap)
+    metrics.COMPILE_SECONDS.set(runner.trainer.learner.compile_s)
     ready[0] = True
     metrics.READY.set(1)
     logger.info(

@@ -25,6 +25,15 @@ def test_committed_configurations_are_valid(path: Path) -> None:
         ({"features": {"crosses": [["nobody", "item"]]}}, ["nobody", "user"]),
         ({"features": {"history_attributes": ["colour"]}}, ["colour", "catalogue.attributes"]),
         ({"retrieval": {"sources": {"magic": 3}}}, ["magic", "unknown source"]),
+        ({"features": {"sequences": {"seen": ["glance"]}}}, ["seen", "glance", "features.history_types"]),
+        ({"ranking": {"value": "click + views"}}, ["'views'", "click, like"]),
+        ({"tasks": [{"name": "a", "types": ["a"], "after": "b"}]}, ["'a' is after 'b'", "named before"]),
+        (
+            {"tasks": [{"name": "a", "types": ["a"]}, {"name": "b", "types": ["b"], "after": "a"}]},
+            ["prior of 'b'", "below"],
+        ),
+        ({"tasks": [{"name": "w", "types": ["v"], "buckets": [3, 2]}]}, ["'w'", "rise"]),
+        ({"tasks": [{"name": "w", "types": ["v"], "buckets": [3], "min_value": 1}]}, ["'w'", "drop min_value"]),
     ],
 )
 def test_what_is_wrong_is_named(raw: dict[str, object], words: list[str]) -> None:
@@ -62,3 +71,17 @@ def test_a_long_data_folder_gets_a_short_socket_of_its_own() -> None:
     assert near != far
     assert len(near) < 108
     assert parse({"data_dir": "/data"}).parameter_address == "unix:/data/parameter.sock"
+
+
+def test_buckets_become_a_chain_of_tasks_whose_steps_make_the_expected_value() -> None:
+    watch = {"name": "watch", "types": ["view"], "buckets": [3, 10, 30], "weight": 0.1, "prior": 0.5, "group": "watch"}
+    config = parse({"tasks": [{"name": "click", "types": ["click"]}, watch], "ranking": {"value": "click * watch"}})
+    assert [(t.name, t.after, t.min_value, t.group) for t in config.tasks[1:]] == [
+        ("watch>3", "", 3, "watch"),
+        ("watch>10", "watch>3", 10, "watch"),
+        ("watch>30", "watch>10", 30, "watch"),
+    ]
+    assert config.quantities == {"watch": {"watch>3": 6.5, "watch>10": 13.5, "watch>30": 10.0}}
+    assert [t.weight for t in config.tasks[1:]] == pytest.approx([0.65, 1.35, 1.0])
+    assert config.value_names == ["click", "watch"]
+    assert parse(config.model_dump(mode="json")) == config

@@ -9,7 +9,6 @@ from recsys.config import Config, parse
 from recsys.errors import BadInput
 from recsys.features.build import Signals, decode, encode, item_features, user_features
 from recsys.features.catalogue import Catalogue
-from recsys.features.counters import RateCounters
 from recsys.features.schema import Schema
 from recsys.keys import cross, key_of, mix
 from recsys.types import HistoryEvent, Item
@@ -32,10 +31,8 @@ def small() -> tuple[Config, Schema, Catalogue]:
 
 
 def signals(schema: Schema, size: int) -> Signals:
-    tasks = len(schema.tasks)
     return Signals(
-        user_rates=np.zeros(tasks, np.float32),
-        item_rates=np.zeros((size, tasks), np.float32),
+        counters=np.zeros((size, len(schema.counters.numbers)), np.float32),
         popularity=np.zeros(size, np.float32),
         covisit=np.zeros(size, np.float32),
     )
@@ -70,6 +67,20 @@ def test_crosses_pair_present_columns_only() -> None:
     assert features.cross_mask[0][with_history].tolist() == [True, False, False, False, False]
 
 
+def test_each_sequence_keeps_its_newest_events_and_others_are_left_out() -> None:
+    features = {"sequences": {"seen": ["click", "like"], "liked": ["like"]}, "history_len": 2, "time_gaps": True}
+    _, _, catalogue = small()
+    schema = Schema.of(parse({"features": features}))
+    kinds = ["like", "like", "like", "click", "purchase", "click"]
+    history = [
+        HistoryEvent(time_ms=1000 * n, event_id=str(n), item_id=f"i{n}", type=kind) for n, kind in enumerate(kinds)
+    ]
+    user = user_features(schema, catalogue, "u", history, {}, 6000)
+    assert user.history_keys[:, 0].tolist() == [key_of(f"i{n}") for n in (5, 3, 2, 1)]
+    assert user.history_kinds.tolist() == [0b01, 0b01, 0b10, 0b10]
+    assert user.history_gaps.tolist() == [1, 3, 3, 3]  # floor(1.5 log2(1 + s)) after 1, 3, 4 and 5 s
+
+
 @given(
     st.lists(st.integers(0, 4), min_size=0, max_size=6),
     st.lists(st.integers(0, 4), min_size=0, max_size=3, unique=True),
@@ -81,7 +92,7 @@ def test_what_was_encoded_is_decoded(past: list[int], shown: list[int]) -> None:
     back = decode(schema, encode(features))
     for name in ("item_keys", "item_mask", "cross_keys", "cross_mask", "numbers"):
         np.testing.assert_array_equal(getattr(back, name), getattr(features, name))
-    for name in ("shared_keys", "shared_mask", "history_keys", "history_mask"):
+    for name in ("shared_keys", "shared_mask", "history_keys", "history_mask", "history_kinds", "history_gaps"):
         np.testing.assert_array_equal(getattr(back.user, name), getattr(user, name))
 
 
@@ -137,21 +148,3 @@ def test_other_strings_are_hashed(text: str) -> None:
 def test_mix_is_the_published_splitmix64() -> None:
     # First output of splitmix64 seeded with 1234567 (Rosetta Code's published test vector).
     assert mix(np.array([1234567], np.int64))[0] == 6457827717110365317
-
-
-def test_rates_decay_and_ignore_order() -> None:
-    first, second = (RateCounters(10.0, (0.5,)) for _ in range(2))
-    rows = np.array([3], np.int32)
-    first.impression("u", rows, 0)
-    first.impression("u", rows, 10_000)
-    first.positive("u", 3, 0, 10_000)
-    second.impression("u", rows, 10_000)
-    second.positive("u", 3, 0, 10_000)
-    second.impression("u", rows, 0)
-    shown, positives = 1.5 * 0.5 + 10.0, 1.0 * 0.5 + 5.0  # half a half-life later … twenty seconds after the first
-    expected = np.log(positives / shown / 0.5)
-    np.testing.assert_allclose(first.item_rates(rows, 20_000)[0], expected, rtol=1e-6)
-    np.testing.assert_allclose(first.user_rates("u", 20_000), [expected], rtol=1e-6)
-    # A late record is counted at the time of the newest: an upper bound, the same for both.
-    assert second.item_rates(rows, 20_000)[0] <= first.item_rates(rows, 20_000)[0] + 1e-6
-    assert first.user_rates("unknown", 0).tolist() == [0.0]

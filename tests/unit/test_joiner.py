@@ -7,10 +7,21 @@ import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.config import TaskConfig
+from recsys.config import TaskConfig, parse
 from recsys.training.joiner import Emission, Joiner
 from recsys.types import Feedback, Impression, ShownItem
 
+NOT_WAITING = tuple(
+    parse(
+        {
+            "tasks": [
+                {"name": "click", "types": ["click"], "window_s": 20, "labels": "early_positive"},
+                {"name": "like", "types": ["like"], "window_s": 30, "labels": "fnw"},
+                {"name": "both", "types": ["click", "like"], "window_s": 40, "labels": "es_dfm", "wait_s": 10},
+            ]
+        }
+    ).tasks
+)
 TASKS = (TaskConfig(name="click", types=("click",), window_s=10), TaskConfig(name="like", types=("like",), window_s=60))
 
 
@@ -32,11 +43,13 @@ def test_tasks_close_with_their_windows_and_have_disjoint_masks(tmp_path: Path) 
     assert joiner.feedback(feedback("r", "i0", "like"), 30_000) == "joined"
     assert list(joiner.close(11_000)) == []
     (first,) = joiner.close(11_001)
-    assert (first.features, first.mask.tolist(), first.first) == (b"r", [True, False], True)
+    assert (first.features, first.mask.tolist(), first.first.tolist()) == (b"r", [[True, False]] * 2, [True] * 2)
     assert first.labels[:, 0].tolist() == [False, True]
     np.testing.assert_array_equal(first.predictions[:, 0], [0.25, 0.25])
     (second,) = joiner.close(61_001)
-    assert (second.mask.tolist(), second.first, second.labels[:, 1].tolist()) == ([False, True], False, [True, False])
+    assert (second.mask.tolist(), second.first.tolist()) == ([[False, True]] * 2, [False] * 2)
+    assert second.labels[:, 1].tolist() == [True, False]
+    assert all((e.mask == e.final).all() for e in (first, second))
     assert len(joiner) == 0
     assert not joiner.due(10**9)
 
@@ -71,6 +84,68 @@ def test_impressions_out_of_time_order_keep_their_features(tmp_path: Path) -> No
     assert [e.features for e in joiner.close(400_000)] == [b"older"] * 2
 
 
+def emitted(joiner: Joiner, now_ms: int, item: int = 0) -> list[tuple[dict[str, int], set[str], bool]]:
+    """Of one item: labels to train on by task, tasks that became final, whether it is counted."""
+    names = [task.name for task in joiner._tasks]
+    found = []
+    for emission in joiner.close(now_ms):
+        trained = {n: int(emission.labels[item, t]) for t, n in enumerate(names) if emission.mask[item, t]}
+        final = {n for t, n in enumerate(names) if emission.final[item, t]}
+        found.append((trained, final, bool(emission.first[item])))
+    return found
+
+
+def single(tmp_path: Path, **policy: object) -> Joiner:
+    task = {"name": "buy", "types": ["buy"], "window_s": 60, **policy}
+    joiner = Joiner(parse({"tasks": [task]}).tasks, tmp_path)
+    joiner.impression(impression("r"), 0)
+    return joiner
+
+
+def test_early_positives_are_emitted_once_and_the_rest_at_the_windows_end(tmp_path: Path) -> None:
+    joiner = single(tmp_path, labels="early_positive")
+    assert joiner.feedback(feedback("r", "i0", "buy"), 5000) == "joined"
+    assert joiner.due(5000)
+    assert emitted(joiner, 5000) == [({"buy": 1}, {"buy"}, True)]
+    assert joiner.feedback(feedback("r", "i0", "buy"), 6000) == "duplicate"
+    assert not joiner.due(7000)
+    assert emitted(joiner, 60_001) == [({}, set(), False)]
+    again = single(tmp_path / "other", labels="early_positive")
+    assert again.feedback(feedback("r", "i0", "buy"), 5000) == "joined"
+    list(again.close(5000))
+    assert emitted(again, 60_001, item=1) == [({"buy": 0}, {"buy"}, True)]
+
+
+def test_fnw_emits_negatives_at_once_and_a_positive_again(tmp_path: Path) -> None:
+    joiner = single(tmp_path, labels="fnw")
+    assert emitted(joiner, 1) == [({"buy": 0}, set(), True)]
+    joiner.feedback(feedback("r", "i0", "buy"), 5000)
+    assert emitted(joiner, 5000) == [({"buy": 1}, set(), False)]
+    assert emitted(joiner, 60_001) == [({}, {"buy"}, False)]
+    assert joiner.feedback(feedback("r", "i1", "buy"), 60_001) == "too_late"
+
+
+def test_es_dfm_waits_shortly_repeats_late_positives_and_teaches_its_helpers_in_the_end(tmp_path: Path) -> None:
+    joiner = single(tmp_path, labels="es_dfm", wait_s=10)
+    joiner.feedback(feedback("r", "i0", "buy"), 9000)
+    assert list(joiner.close(10_000)) == []
+    soon, later = joiner, single(tmp_path / "later", labels="es_dfm", wait_s=10)
+    assert emitted(soon, 10_001) == [({"buy": 1}, set(), True)]
+    assert emitted(soon, 60_001) == [({"buy~late": 0}, {"buy", "buy~late", "buy~never"}, False)]
+    assert emitted(later, 10_001) == [({"buy": 0}, set(), True)]
+    later.feedback(feedback("r", "i0", "buy"), 20_000)
+    assert emitted(later, 20_000) == [({"buy": 1}, set(), False)]
+    assert emitted(later, 60_001) == [({"buy~late": 1, "buy~never": 0}, {"buy", "buy~late", "buy~never"}, False)]
+    never = single(tmp_path / "never", labels="es_dfm", wait_s=10)
+    assert emitted(never, 60_001)[1] == ({"buy~late": 0, "buy~never": 1}, {"buy", "buy~late", "buy~never"}, False)
+
+
+def test_a_positive_that_comes_before_the_regular_emission_was_made_is_carried_by_it(tmp_path: Path) -> None:
+    joiner = single(tmp_path, labels="fnw")
+    joiner.feedback(feedback("r", "i0", "buy"), 5000)
+    assert emitted(joiner, 5001) == [({"buy": 1}, set(), True)]
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["impression", "click", "like", "close"]), st.integers(0, 3), st.integers(0, 40)),
     min_size=1,
@@ -79,19 +154,21 @@ STEPS = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(STEPS, st.integers(0, 39))
-def test_restoring_at_any_point_changes_nothing(tmp_path_factory, steps, cut) -> None:  # type: ignore[no-untyped-def]
+@given(STEPS, st.integers(0, 39), st.sampled_from([TASKS, NOT_WAITING]))
+def test_restoring_at_any_point_changes_nothing(tmp_path_factory, steps, cut, tasks) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.mktemp("joiner")
-    straight = run(Joiner(TASKS, folder / "a"), steps, 0)
-    joiner = Joiner(TASKS, folder / "b")
-    before = run(joiner, steps[:cut], 0)
+    now_ms = sum(step for _, _, step in steps[:cut]) * 1000
+    whole, joiner = (Joiner(tasks, folder / name) for name in "ab")
+    straight, before = ([*run(one, steps[:cut], 0), *one.close(now_ms)] for one in (whole, joiner))  # as a step ends
+    straight += run(whole, steps[cut:], now_ms)
     state = orjson.loads(orjson.dumps(joiner.state()))
-    restored = Joiner(TASKS, folder / "b")
+    restored = Joiner(tasks, folder / "b")
     restored.restore(state)
-    after = run(restored, steps[cut:], sum(step for _, _, step in steps[:cut]) * 1000)
+    after = run(restored, steps[cut:], now_ms)
     assert [key(e) for e in straight] == [key(e) for e in before + after]
-    seen = [(e.request_id, task) for e in straight for task in np.flatnonzero(e.mask)]
-    assert len(seen) == len(set(seen))
+    for kind in ("mask", "final"):
+        seen = [(e.request_id, *place) for e in straight for place in np.argwhere(getattr(e, kind)).tolist()]
+        assert len(seen) == len(set(seen)) or (kind == "mask" and tasks is NOT_WAITING)
 
 
 def run(joiner: Joiner, steps: list[tuple[str, int, int]], now_ms: int) -> list[Emission]:
@@ -108,4 +185,5 @@ def run(joiner: Joiner, steps: list[tuple[str, int, int]], now_ms: int) -> list[
 
 
 def key(emission: Emission) -> tuple[object, ...]:
-    return emission.request_id, emission.features, emission.mask.tolist(), emission.labels.tolist(), emission.first
+    arrays = emission.mask, emission.final, emission.labels & (emission.mask | emission.final), emission.first
+    return emission.request_id, emission.features, *(array.tolist() for array in arrays)

@@ -1,15 +1,19 @@
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from recsys.model import fused, kernels
 from recsys.model.din import Activation, TargetAttention
 from recsys.model.layers import Dice, seeded
 
-M, R, T, D = 150, 3, 6, 8
+M, R, T, D, B = 150, 3, 6, 8, 4
 
 
 def build(activation: Activation = "dice", softmax: bool = False) -> TargetAttention:
     """An attention in float64 whose every parameter and statistic is random."""
-    module = TargetAttention(D, T, (7, 5), generator=seeded(1), activation=activation, softmax=softmax).double()
+    module = TargetAttention(D, T, (7, 5), generator=seeded(1), activation=activation, softmax=softmax, gaps=B).double()
     generator = seeded(2)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -20,12 +24,25 @@ def build(activation: Activation = "dice", softmax: bool = False) -> TargetAtten
     return module.eval()
 
 
+@contextlib.contextmanager
+def form(compiled: bool) -> Iterator[None]:
+    """Serve with the fused operations, or op by op as before they are compiled."""
+    fused.warm_up()
+    if not compiled:
+        kernels.compiled.clear()
+    try:
+        yield
+    finally:
+        kernels.compiled.set()
+
+
 def inputs(requests: int = R) -> tuple[torch.Tensor, ...]:
     generator = seeded(3)
     candidate = torch.randn(M, D, generator=generator).double()
     history = torch.randn(requests, T, D, generator=generator).double()
     mask = torch.rand(requests, T, generator=generator) < 0.6
-    return candidate, history, mask, torch.randint(requests, (M,), generator=generator)
+    request = torch.randint(requests, (M,), generator=generator)
+    return candidate, history, mask, request, torch.randint(B, (requests, T), generator=generator)
 
 
 def naive(module: TargetAttention, softmax: bool, *tensors: torch.Tensor) -> torch.Tensor:
@@ -38,7 +55,9 @@ def naive(module: TargetAttention, softmax: bool, *tensors: torch.Tensor) -> tor
         for t in range(T):
             if tensors[2][row, t]:
                 h = tensors[1][row, t]
-                x = w1 @ torch.cat([c, h, c - h, c * h]) + module.rank_bias[t]
+                x = w1 @ torch.cat([c, h, c - h, c * h]) + module.rank_bias[len(entries)]
+                assert module.gap_bias is not None
+                x = x + module.gap_bias[tensors[4][row, t]]
                 for activation, weight, bias in zip(module.activations, module.weights, module.biases, strict=True):
                     if isinstance(activation, Dice):
                         norm = activation.norm
@@ -61,19 +80,23 @@ def naive(module: TargetAttention, softmax: bool, *tensors: torch.Tensor) -> tor
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("activation", ["dice", "prelu"])
 @pytest.mark.parametrize("requests", [1, R])
-def test_factorised_attention_equals_the_published_form(requests: int, activation: Activation, softmax: bool) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_factorised_attention_equals_the_published_form(
+    compiled: bool, requests: int, activation: Activation, softmax: bool
+) -> None:
     module, tensors = build(activation, softmax), inputs(requests)
-    torch.testing.assert_close(module(*tensors), naive(module, softmax, *tensors), atol=1e-5, rtol=1e-5)
+    with form(compiled), torch.no_grad():
+        torch.testing.assert_close(module(*tensors), naive(module, softmax, *tensors), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_one_request_and_pairs_agree_in_value_and_gradient(training: bool, softmax: bool) -> None:
-    candidate, history, mask, request = inputs(1)
+    candidate, history, mask, request, gaps = inputs(1)
     module = build(softmax=softmax).train(training)
     twin = build(softmax=softmax).train(training)
-    padded = torch.cat([history, torch.zeros_like(history)]), torch.cat([mask, torch.zeros_like(mask)])
-    one, pairs = module(candidate, history, mask, request), twin(candidate, *padded, request)
+    padded = [torch.cat([x, torch.zeros_like(x)]) for x in (history, mask, gaps)]
+    one, pairs = module(candidate, history, mask, request, gaps), twin(candidate, *padded[:2], request, padded[2])
     torch.testing.assert_close(one, pairs)
     one.square().sum().backward()
     pairs.square().sum().backward()
@@ -86,11 +109,11 @@ def test_one_request_and_pairs_agree_in_value_and_gradient(training: bool, softm
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("requests", [1, R])
 def test_empty_history_gives_zeros_and_finite_gradients(requests: int, softmax: bool) -> None:
-    candidate, history, mask, request = inputs(requests)
+    candidate, history, mask, request, gaps = inputs(requests)
     mask[0] = False
     module = build(softmax=softmax).train()
     history.requires_grad_()
-    pooled = module(candidate, history, mask, request)
+    pooled = module(candidate, history, mask, request, gaps)
     assert (pooled[request == 0] == 0).all() and torch.isfinite(pooled).all()
     pooled.sum().backward()
     for tensor in (history, *module.parameters()):
@@ -98,21 +121,22 @@ def test_empty_history_gives_zeros_and_finite_gradients(requests: int, softmax: 
 
 
 def test_padding_content_changes_nothing() -> None:
-    candidate, history, mask, request = inputs()
+    candidate, history, mask, request, gaps = inputs()
     module = build().train()
-    before = module(candidate, history, mask, request)
-    again = build().train()(candidate, history.masked_fill(~mask.unsqueeze(2), 1e6), mask, request)
+    before = module(candidate, history, mask, request, gaps)
+    again = build().train()(candidate, history.masked_fill(~mask.unsqueeze(2), 1e6), mask, request, gaps)
     torch.testing.assert_close(before, again)
 
 
 def test_no_candidates_and_no_entries_are_legal() -> None:
     module = build()
-    _, history, mask, request = inputs(1)
-    assert module(torch.empty(0, D).double(), history, mask, request[:0]).shape == (0, D)
-    assert (module(torch.ones(2, D).double(), history[:, :0], mask[:, :0], request[:2]) == 0).all()
+    _, history, mask, request, gaps = inputs(1)
+    assert module(torch.empty(0, D).double(), history, mask, request[:0], gaps).shape == (0, D)
+    assert (module(torch.ones(2, D).double(), history[:, :0], mask[:, :0], request[:2], gaps[:, :0]) == 0).all()
 
 
 def test_too_long_a_history_is_refused() -> None:
-    candidate, history, mask, request = inputs()
+    candidate, history, mask, request, gaps = inputs()
+    twice = [torch.cat([x, x], 1) for x in (history, torch.ones_like(mask), gaps)]
     with pytest.raises(ValueError, match="cut it to the newest"):
-        build()(candidate, torch.cat([history, history], 1), torch.cat([mask, mask], 1), request)
+        build()(candidate, *twice[:2], request, twice[2])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from recsys.model.home import FeatureGate, Home, HomeSpec, Level
+from recsys.model.home import FeatureGate, Home, HomeSpec, Reading
 from recsys.model.layers import seeded
 
 M, V = 9, 6
@@ -44,72 +44,88 @@ class Weights:
         return x @ self.arrays[name + ".weight"][group] + self.arrays[name + ".bias"][group, 0]
 
 
-def expert(w: Weights, level: str, group: int, k: int, experts: int, x: np.ndarray) -> np.ndarray:
-    """Swish(BN(MLP(x * Fea_Gate(x)))) of one expert, for one example."""
-    name = level + ".feature_gate"
-    choice = softmax(np.array([0.0, w.affine(name + ".choice", group, x)[0]]))
-    factor = sum(
-        share * 2 * sigmoid(x @ w.arrays[f"{name}.down.{gate}"][group] @ w.arrays[f"{name}.up.{gate}"][group])
-        for gate, share in enumerate(choice)
-    )
-    index = group * experts + k
-    hidden = np.split(w.affine(level + ".experts.first", group, x * factor), experts)[k]
-    z = w.affine(level + ".experts.rest.0", index, swish(hidden))
-    norm = level + ".experts.norm."
-    mean, var, gain, bias = (w.arrays[norm + part][index, 0] for part in ("mean", "var", "gain", "bias"))
-    return swish(gain * (z - mean) / np.sqrt(var + 1e-5) + bias)
+class Formula:
+    """The paper's formulas for one example, with parts left out as in `HomeSpec.without`."""
+
+    def __init__(self, spec: HomeSpec, w: Weights) -> None:
+        self.spec, self.w = spec, w
+        self.categories = list(dict.fromkeys(spec.groups))
+
+    def expert(self, level: str, group: int, k: int, x: np.ndarray) -> np.ndarray:
+        """Swish(BN(MLP(x * Fea_Gate(x))))."""
+        w, name, rank = self.w, level + ".feature_gate", self.spec.feature_gate_rank
+        if "feature_gate" not in self.spec.without:
+            low = x @ w.arrays[name + ".down"][group]
+            choice = softmax(np.array([0.0, low[-1] + w.arrays[name + ".bias"][group, 0, 0]]))
+            up = w.arrays[name + ".up"][group]
+            gates = [2 * sigmoid(low[part * rank : (part + 1) * rank] @ up[part]) for part in (0, 1)]
+            x = x * sum(share * gate for share, gate in zip(choice, gates, strict=True))
+        index = group * self.spec.experts + k
+        hidden = np.split(w.affine(level + ".experts.first", group, x), self.spec.experts)[k]
+        z = w.affine(level + ".experts.rest.0", index, swish(hidden))
+        if "norm" not in self.spec.without:
+            norm = level + ".experts.norm."
+            mean, var, gain, bias = (w.arrays[norm + part][index, 0] for part in ("mean", "var", "gain", "bias"))
+            z = gain * (z - mean) / np.sqrt(var + 1e-5) + bias
+        return swish(z)
+
+    def mixed(
+        self, level: str, output: int, gate_input: np.ndarray, experts: list[list[np.ndarray]], reach: list[int]
+    ) -> np.ndarray:
+        """Sum(Gate, experts of the groups in reach) + Sum(Self_Gate, experts of the last of them)."""
+        k = self.spec.experts
+        if "hierarchy" in self.spec.without:
+            reach = [*(g for g in range(len(experts)) if g != reach[-1]), reach[-1]]
+        logits = self.w.affine(level + ".gate", output, gate_input)
+        weights = softmax(np.concatenate([logits[g * k : (g + 1) * k] for g in reach]))
+        z = sum(weight * value for weight, value in zip(weights, [e for g in reach for e in experts[g]], strict=True))
+        if "self_gate" in self.spec.without:
+            return z
+        residual = logits[len(experts) * k :]
+        residual = sigmoid(residual) if k == 1 else softmax(residual)
+        return z + sum(weight * value for weight, value in zip(residual, experts[reach[-1]], strict=True))
+
+    def logits(self, v: np.ndarray) -> list[float]:
+        k, groups = range(self.spec.experts), range(1 + len(self.categories))
+        first = [[self.expert("meta", g, i, v) for i in k] for g in groups]
+        z = [self.mixed("meta", 0, v, first, [*groups[1:], 0])]
+        z += [self.mixed("meta", g, v, first, [0, g]) for g in groups[1:]]
+        mine = [1 + self.categories.index(name) for name in self.spec.groups]
+        inputs = [*z, *(z[c] for c in mine)]
+        second = [[self.expert("task", g, i, x) for i in k] for g, x in enumerate(inputs)]
+        found = []
+        for t, c in enumerate(mine):
+            h = self.mixed("task", t, np.concatenate([z[c], z[0]]), second, [0, c, len(groups) + t])
+            found.append(self.w.affine("towers.1", t, swish(self.w.affine("towers.0", t, h)))[0])
+        return found
 
 
-def mixed(
-    w: Weights, level: str, output: int, gate_input: np.ndarray, own: list, others: list, num_experts: int
-) -> np.ndarray:
-    """Sum(Gate, experts in reach) + Sum(Self_Gate, own experts); own and others are (index, value)."""
-    logits = w.affine(level + ".gate", output, gate_input)
-    weights = softmax(np.array([logits[index] for index, _ in own + others]))
-    z = sum(weight * value for weight, (_, value) in zip(weights, own + others, strict=True))
-    residual = logits[num_experts:]
-    residual = sigmoid(residual) if len(own) == 1 else softmax(residual)
-    return z + sum(weight * value for weight, (_, value) in zip(residual, own, strict=True))
-
-
-def published(spec: HomeSpec, w: Weights, v: np.ndarray) -> list[float]:
-    """Logits of one example, by the paper's formulas."""
-    categories, k = list(dict.fromkeys(spec.groups)), spec.experts
-    groups = ["shared", *categories]
-    first = {g: [(i * k + j, expert(w, "meta", i, j, k, v)) for j in range(k)] for i, g in enumerate(groups)}
-    total = len(groups) * k
-    z = {"shared": mixed(w, "meta", 0, v, first["shared"], [pair for c in categories for pair in first[c]], total)}
-    for i, c in enumerate(categories, start=1):
-        z[c] = mixed(w, "meta", i, v, first[c], first["shared"], total)
-    second = {g: [(i * k + j, expert(w, "task", i, j, k, z[g])) for j in range(k)] for i, g in enumerate(groups)}
-    logits = []
-    for t, c in enumerate(spec.groups):
-        i = len(groups) + t
-        own = [(i * k + j, expert(w, "task", i, j, k, z[c])) for j in range(k)]
-        gate_input = np.concatenate([z[c], z["shared"]])
-        h = mixed(w, "task", t, gate_input, own, second["shared"] + second[c], (len(groups) + len(spec.groups)) * k)
-        logits.append(w.affine("towers.1", t, swish(w.affine("towers.0", t, h)))[0])
-    return logits
-
-
+@pytest.mark.parametrize("without", [(), ("norm",), ("hierarchy",), ("feature_gate",), ("self_gate",)])
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("groups", [("inter", "watch", "inter"), ("only", "only"), ("only",)])
-def test_head_equals_the_published_formula(groups: tuple[str, ...], experts: int) -> None:
+def test_head_equals_the_published_formula(groups: tuple[str, ...], experts: int, without: tuple[str, ...]) -> None:
     spec = HomeSpec(
-        width=V, groups=groups, experts=experts, expert_hidden=(5, 4), tower_hidden=(3,), feature_gate_rank=2
+        width=V,
+        groups=groups,
+        experts=experts,
+        expert_hidden=(5, 4),
+        tower_hidden=(3,),
+        feature_gate_rank=2,
+        without=without,
     )
     home = randomised(Home(spec, seeded(0)))
     x = torch.randn(M, V, generator=seeded(1)).double()
-    with torch.no_grad():
-        logits = home(x).numpy()
-    weights = Weights(home)
-    np.testing.assert_allclose(logits, [published(spec, weights, v) for v in x.numpy()], rtol=1e-9, atol=1e-9)
+    formula = Formula(spec, Weights(home))
+    expected = [formula.logits(v) for v in x.numpy()]
+    np.testing.assert_allclose(home(x).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_untrained_feature_gate_is_exactly_one() -> None:
+def test_untrained_feature_gate_changes_nothing() -> None:
     gate = FeatureGate(3, V, 2, seeded(0))
     x = torch.randn(3, M, V, generator=seeded(1))
-    assert torch.equal(gate(x), x)
+    torch.testing.assert_close(gate(x), x, atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(gate(x[:1]), x[:1].expand(3, -1, -1), atol=1e-6, rtol=1e-6)
 
 
 def test_feature_gate_stays_between_zero_and_two() -> None:
@@ -119,21 +135,31 @@ def test_feature_gate_stays_between_zero_and_two() -> None:
     assert factor.min() >= 0 and factor.max() <= 2 and factor.std() > 0.1
 
 
-@pytest.mark.parametrize(("experts", "constant"), [(1, False), (2, True)])
-def test_self_gate_is_a_sigmoid_with_one_expert_and_a_softmax_with_more(experts: int, constant: bool) -> None:
-    level = randomised(Level(HomeSpec(width=V, groups=("a",), experts=experts), V, [[1, 0], [0, 1]], V, seeded(0)))
-    assert isinstance(level, Level)
-    mix, own = level.gate_weights(torch.randn(2, M, V, generator=seeded(1)).double())
-    torch.testing.assert_close(mix.sum(1), torch.ones(2, M).double())
-    assert bool((own.sum(1) - 1).abs().max() < 1e-9) == constant
+def readings(home: Home) -> tuple[Reading, Reading]:
+    first, second = home.readings(torch.randn(M, V, generator=seeded(1)).to(home.towers[-1].weight), ("t", "u"))  # type: ignore[arg-type]
+    return first, second
 
 
 def test_gates_never_leave_their_hierarchy() -> None:
-    home = Home(HomeSpec(width=V, groups=("a", "b"), experts=2), seeded(0))
-    mix, _ = home.task.gate_weights(torch.randn(2, M, 64, generator=seeded(1)))
-    reached = (mix > 0).all(2).view(2, 5, 2).all(2)
+    meta, task = readings(Home(HomeSpec(width=V, groups=("a", "b"), experts=2), seeded(0)))
+    assert meta.experts == ("shared.0", "shared.1", "a.0", "a.1", "b.0", "b.1")
+    reached = (task.gate_weights > 0).view(2, 5, 2).all(2)
     assert reached.tolist() == [[True, True, False, True, False], [True, False, True, False, True]]
-    assert (mix[0].view(5, 2, M)[[2, 4]] == 0).all()
+    for reading in (meta, task):
+        torch.testing.assert_close(reading.gate_weights.sum(1), torch.ones(len(reading.outputs)))
+    open_to_all = readings(Home(HomeSpec(width=V, groups=("a", "b"), without=("hierarchy",)), seeded(0)))
+    assert all((reading.gate_weights > 0).all() for reading in open_to_all)
+
+
+def test_readings_tell_scale_and_dead_units_of_each_expert() -> None:
+    home = Home(HomeSpec(width=V, groups=("a", "b"), expert_hidden=(5, 4)), seeded(0)).eval()
+    norm = home.meta.experts.norm
+    assert norm is not None and norm.gain is not None and norm.bias is not None
+    with torch.no_grad():
+        norm.gain[1], norm.bias[1] = 0.0, torch.tensor([-50.0, -50.0, 3.0, 3.0])
+    meta, _ = readings(home)
+    assert meta.dead.tolist() == [0.0, 0.5, 0.0, 0.0, 0.0, 0.0]
+    assert meta.scales[1].item() == pytest.approx(3 / (1 + np.exp(-3)) / 2)
 
 
 def test_every_parameter_learns() -> None:

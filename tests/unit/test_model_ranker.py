@@ -4,12 +4,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from recsys.errors import SchemaMismatch
 from recsys.model.layers import seeded
-from recsys.model.ranker import Ranker, RankerInputs, RankerSpec, from_bytes, loss, to_bytes
+from recsys.model.ranker import Ranker, RankerInputs, RankerSpec, from_bytes, losses, to_bytes
+from tests.unit.test_model_din import form
 
 SPEC = RankerSpec(
     num_shared=2,
@@ -36,7 +38,8 @@ def inputs(items: int = 40, requests: int = 4) -> RankerInputs:
     return RankerInputs(
         shared=normal(requests, 2, 4),
         history=normal(requests, 5, 2, 4),
-        history_mask=torch.rand(requests, 5, generator=generator) < 0.7,
+        history_masks=torch.rand(1, requests, 5, generator=generator) < 0.7,
+        history_gaps=torch.randint(32, (requests, 5), generator=generator),
         item=normal(items, 3, 4),
         numbers=normal(items, 3),
         wide=normal(items, 2),
@@ -44,16 +47,54 @@ def inputs(items: int = 40, requests: int = 4) -> RankerInputs:
     )
 
 
-def trained(steps: int = 30) -> Ranker:
-    model = Ranker(SPEC, seed=1)
+def trained(steps: int = 30, spec: RankerSpec = SPEC) -> Ranker:
+    model = Ranker(spec, seed=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     batch = inputs()
     labels = (batch.item[:, 0, :2] > 0).float()
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(model(batch), labels, torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).backward()
+        losses(model(batch), labels, torch.ones(40, 2, dtype=torch.bool), torch.ones(40, 2)).sum().backward()
         optimizer.step()
     return model.eval()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("requests", [1, 4])
+def test_compiled_and_op_by_op_agree(requests: int, compiled: bool) -> None:
+    model, batch = trained(), inputs(requests=requests)
+    with form(compiled), torch.inference_mode():
+        served = model(batch)
+    torch.testing.assert_close(served, model(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_a_chained_task_is_the_product_of_the_shares_before_it() -> None:
+    spec = replace(
+        SPEC,
+        tasks=("a", "b", "c", "d"),
+        groups=("x",) * 4,
+        task_prior=(0.4, 0.2, 0.3, 0.05),
+        after=(-1, 0, -1, 1),
+        number_prior=(0.0,) * 3,
+    )
+    model = Ranker(spec, seed=0).double()
+    logits = torch.randn(50, 4, generator=seeded(1), dtype=torch.float64).mul(4).requires_grad_()
+    s = 1 / (1 + np.exp(-logits.detach().numpy()))
+    expected = np.stack([s[:, 0], s[:, 0] * s[:, 1], s[:, 2], s[:, 0] * s[:, 1] * s[:, 3]], 1)
+    torch.testing.assert_close(model.probabilities(logits), torch.from_numpy(expected), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        model.probabilities(model.bias.expand(1, -1)).float(), torch.tensor([[0.4, 0.2, 0.3, 0.05]])
+    )
+    labels = torch.from_numpy((np.random.default_rng(2).random((50, 4)) < 0.4).astype(float))
+    each = losses(model.log_odds(logits), labels, torch.ones(50, 4, dtype=torch.bool), torch.ones(50, 4))
+    y = labels.numpy()
+    entropy = -(y * np.log(expected) + (1 - y) * np.log1p(-expected)).mean(0)
+    torch.testing.assert_close(each, torch.from_numpy(entropy), atol=1e-5, rtol=1e-5)
+    extreme = torch.tensor([[60.0, 60.0, -60.0, -60.0], [-60.0, -60.0, 60.0, 60.0]], requires_grad=True)
+    losses(
+        model.log_odds(extreme), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 4)
+    ).sum().backward()
+    assert extreme.grad is not None and torch.isfinite(extreme.grad).all()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -86,9 +127,11 @@ def test_another_process_builds_equal_bits() -> None:
     assert other.stdout.strip() == hashlib.sha256(to_bytes(Ranker(SPEC, seed=1))).hexdigest()
 
 
-def test_one_batch_of_requests_equals_each_request_alone() -> None:
-    model, batch = trained(), inputs()
-    with torch.inference_mode():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("input_width", [0, 5])
+def test_one_batch_of_requests_equals_each_request_alone(input_width: int, compiled: bool) -> None:
+    model, batch = trained(spec=replace(SPEC, input_width=input_width)), inputs()
+    with form(compiled), torch.inference_mode():
         together = model(batch)
         for request in range(4):
             rows = batch.request == request
@@ -96,13 +139,29 @@ def test_one_batch_of_requests_equals_each_request_alone() -> None:
                 batch,
                 shared=batch.shared[request, None],
                 history=batch.history[request, None],
-                history_mask=batch.history_mask[request, None],
+                history_masks=batch.history_masks[:, request, None],
+                history_gaps=batch.history_gaps[request, None],
                 item=batch.item[rows],
                 numbers=batch.numbers[rows],
                 wide=batch.wide[rows],
                 request=torch.zeros(int(rows.sum()), dtype=torch.int64),
             )
             torch.testing.assert_close(model(alone), together[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_each_sequence_is_attended_to_on_its_own() -> None:
+    spec, batch = replace(SPEC, sequences=2), inputs()
+    model = Ranker(spec, seed=1).eval()
+    with torch.no_grad():
+        model.home.towers[-1].weight.normal_(generator=seeded(1))
+    first, none = batch.history_masks, torch.zeros_like(batch.history_masks)
+    logits = [
+        model(replace(batch, history_masks=torch.cat(masks)))
+        for masks in ((first, none), (none, first), (first, first))
+    ]
+    assert not torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    moved = replace(batch, history=torch.where(first[0, :, :, None, None], batch.history, 9.0))
+    torch.testing.assert_close(model(replace(moved, history_masks=torch.cat([first, none]))), logits[0])
 
 
 def test_serving_in_parts_equals_serving_at_once() -> None:
@@ -119,7 +178,8 @@ def test_model_learns_what_the_prior_cannot_say() -> None:
     batch, mask = inputs(), torch.ones(40, 2, dtype=torch.bool)
     labels = (batch.item[:, 0, :2] > 0).float()
     before, after = (
-        loss(model(batch), labels, mask, torch.ones(40)) for model in (Ranker(SPEC, seed=1).eval(), trained(150))
+        losses(model(batch), labels, mask, torch.ones(40, 2)).sum()
+        for model in (Ranker(SPEC, seed=1).eval(), trained(150))
     )
     assert after < 0.5 * before
 
@@ -129,22 +189,22 @@ def test_gradients_reach_every_row() -> None:
     tensors = [batch.shared, batch.history, batch.item, batch.wide]
     for tensor in tensors:
         tensor.requires_grad_()
-    loss(model(batch), torch.ones(40, 2), torch.ones(40, 2, dtype=torch.bool), torch.ones(40)).backward()
+    losses(model(batch), torch.ones(40, 2), torch.ones(40, 2, dtype=torch.bool), torch.ones(40, 2)).sum().backward()
     for tensor in tensors:
         assert tensor.grad is not None
     assert (batch.item.grad != 0).flatten(1).any(1).all()
-    assert ((batch.history.grad != 0).flatten(2).any(2) == batch.history_mask).all()
+    assert ((batch.history.grad != 0).flatten(2).any(2) == batch.history_masks[0]).all()
 
 
 def test_loss_is_masked_weighted_cross_entropy_over_items() -> None:
     logits = torch.tensor([[0.3, -1.0], [2.0, 0.1]], requires_grad=True)
     labels = torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
-    mask, weights = torch.tensor([[True, False], [True, True]]), torch.tensor([1.0, 3.0])
+    mask, weights = torch.tensor([[True, False], [True, True]]), torch.tensor([[1.0, 1.0], [3.0, 2.0]])
     p = torch.sigmoid(logits.detach())
-    expected = (-p[0, 0].log() - 3 * (1 - p[1, 0]).log() - 3 * p[1, 1].log()) / 2
-    value = loss(logits, labels, mask, weights)
+    expected = torch.stack([-p[0, 0].log() - 3 * (1 - p[1, 0]).log(), -2 * p[1, 1].log()]) / 2
+    value = losses(logits, labels, mask, weights)
     torch.testing.assert_close(value.detach(), expected)
-    value.backward()
+    value.sum().backward()
     assert logits.grad is not None and logits.grad[0, 1] == 0 and torch.isfinite(logits.grad).all()
 
 

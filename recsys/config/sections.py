@@ -1,33 +1,20 @@
-"""Configuration is a value: a TOML file and RECSYS_ environment variables, read once, into frozen models.
-
-`RECSYS_RANKING__PORT=8001` sets `ranking.port`. An unknown key is an error that names the nearest known one.
-"""
+"""Every option, in frozen models: unit, default and what it is for."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
-import os
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from recsys.errors import ConfigError
+from recsys.config.formula import formula
+from recsys.config.tasks import LATE, NEVER, Section, TaskConfig, check, expanded, quantities
 
-PREFIX = "RECSYS_"
 MAX_SOCKET_PATH = 100
 """Bytes of a Unix socket's path that every system takes; a longer data folder gets a socket in the temporary folder."""
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class LogConfig(Section):
@@ -73,6 +60,17 @@ class CatalogueConfig(Section):
     """Values of a multi-valued attribute that are used; the rest is cut."""
 
 
+class CounterConfig(Section):
+    """Decayed counts of one combination of slots."""
+
+    of: tuple[str, ...]
+    """One to three of `user`, context fields, `item` and attributes; a rate leans on that of the longest listed beginning."""
+    values: tuple[Literal["shown", "events", "elsewhere"], ...] = ("shown",)
+    """`shown`: impressions, each task's rate; `events`: of a click log, the share not first in a session; `elsewhere`: `elsewhere_types`."""
+    half_lives_s: tuple[float, ...] = (86_400.0,)
+    """Half-lives, seconds of log time: each is counted."""
+
+
 class FeaturesConfig(Section):
     """What the models see."""
 
@@ -81,7 +79,11 @@ class FeaturesConfig(Section):
     history_types: tuple[str, ...] = ("click", "like", "purchase")
     """Feedback types that enter a user's history."""
     history_len: int = Field(30, ge=1, le=200)
-    """Newest history events that the models attend to."""
+    """Newest history events (of each sequence) that the models attend to."""
+    sequences: dict[str, tuple[str, ...]] = Field(default_factory=dict, max_length=8)
+    """Name → feedback types: each is attended to on its own, over its newest `history_len` events; none: one sequence of all."""
+    time_gaps: bool = False
+    """Tell the attention how long ago each history event was."""
     history_attributes: tuple[str, ...] = ("category", "tags")
     """Attributes of history items that the models attend to, beside the item itself."""
     crosses: tuple[tuple[str, str], ...] = (("user", "category"), ("user", "tags"), ("history", "item"))
@@ -90,27 +92,14 @@ class FeaturesConfig(Section):
     """History items crossed with the candidate."""
     affinity_decay: float = Field(0.8, gt=0, le=1)
     """Weight of the n-th newest history event in attribute affinity is this to the n: .8 gives the last three half of the sum."""
-    counter_half_life_s: float = Field(86_400.0, gt=0)
-    """Half-life of the impression and positive counters behind rate features, seconds of log time."""
-
-
-class TaskConfig(Section):
-    """One thing the ranker predicts."""
-
-    name: str
-    """Key of `predictions`."""
-    types: tuple[str, ...]
-    """Feedback types that make the label 1."""
-    min_value: float | None = None
-    """Feedback counts only from this `value` on."""
-    group: str = "inter"
-    """HoME category: tasks of one group share level-2 experts."""
-    window_s: float = Field(60.0, ge=0)
-    """The label is final this long after the impression; 0: at once."""
-    weight: float = 1.0
-    """Weight of the task in the score that ranks."""
-    prior: float = Field(0.05, gt=0, lt=1)
-    """Rate assumed before anything is learned."""
+    counters: tuple[CounterConfig, ...] = (CounterConfig(of=("user",)), CounterConfig(of=("item",)))
+    """What is counted and shown to the models as numbers."""
+    elsewhere_types: tuple[str, ...] = ()
+    """Feedback without a request that counters of `elsewhere` count; and how often each but the first follows the first on its item."""
+    counter_smoothing: float = Field(10.0, gt=0)
+    """Impressions' worth of the parent's rate in each rate: half doubles the noise of new rows, double hides a hundred impressions."""
+    counter_rows: int = Field(1_000_000, ge=4096)
+    """Most rows of the counters, about 100 bytes each; then the half with the least in it is dropped."""
 
 
 class ModelConfig(Section):
@@ -120,22 +109,40 @@ class ModelConfig(Section):
     """Width of each embedding."""
     attention: tuple[int, ...] = (32, 16)
     """DIN attention layers."""
+    attention_activation: Literal["dice", "prelu"] = "dice"
+    """Activation of the attention's layers."""
+    attention_softmax: bool = False
+    """Let the weights of a history sum to 1; else their sum says how much of it a candidate wakes."""
+    input_width: int = Field(0, ge=0, le=4096)
+    """Compress HoME's input to this width by one linear map, whose user part is computed once a request; 0: do not."""
     experts: int = Field(2, ge=1, le=8)
     """Experts of each HoME group."""
-    expert_hidden: tuple[int, ...] = (64, 32)
+    expert_hidden: tuple[int, ...] = (32, 32)
     """Layers of one expert."""
     tower_hidden: tuple[int, ...] = (16,)
     """Layers of one task tower."""
     feature_gate_rank: int = Field(16, ge=1)
     """Rank of HoME's feature gate."""
+    home_without: tuple[Literal["norm", "hierarchy", "feature_gate", "self_gate"], ...] = ()
+    """Parts of HoME to leave out, to see what they bring."""
     tower_dim: int = Field(32, ge=4, le=256)
     """Width of user and item vectors of the two-tower model."""
     temperature: float = Field(0.1, gt=0)
     """Two-tower softmax temperature."""
+    hard_negatives: int = Field(0, ge=0, le=20)
+    """Items last shown to a user without being acted upon that its positives are told from, beside those of the batch."""
+    calibrate: bool = False
+    """Correct each task's log-odds by a bias and a slope that follow the stream."""
+    error_memory: float = Field(0.0, ge=0, le=1)
+    """Correct predictions by this share of what the network was lately off by on similar examples (ReLoop2); 0: do not."""
+    dense_optimizer: Literal["adam", "adagrad"] = "adam"
+    """Optimiser of dense weights."""
     dense_learning_rate: float = Field(0.003, gt=0)
-    """Adam step of dense weights."""
+    """Step of dense weights."""
     row_learning_rate: float = Field(0.05, gt=0)
     """Adagrad step of embedding rows."""
+    row_l2: float = Field(0.0, ge=0)
+    """Mini-batch aware L2 of embeddings: this over how often a row was seen, times the row, is added to its gradient."""
     wide_learning_rate: float = Field(0.2, gt=0)
     """Adagrad step of wide weights."""
     init_scale: float = Field(0.05, ge=0)
@@ -220,6 +227,11 @@ class RankingConfig(Section):
     """HTTP port of the API."""
     scorer: Literal["model", "sources"] = "model"
     """`sources`: rank by source scores alone."""
+    value: str = ""
+    """What ranks, a formula over the tasks' predictions such as `click * (1 + 5 * like)`: numbers, + - * / **, log, exp, sqrt,
+    min, max; 0 and below rank last. Empty: their sum weighted by `tasks.weight`."""
+    full_candidates: int = Field(200, ge=1)
+    """Candidates that the whole network scores, the best by its wide part; double costs twice the scoring."""
     draw_position: int = Field(5, ge=0)
     """This position (from 1) is drawn at random from the best `draw_pool`; 0: none."""
     draw_pool: int = Field(20, ge=2, le=50)
@@ -285,11 +297,18 @@ class Config(Section):
     parameter: ParameterConfig = ParameterConfig()
     trainer: TrainerConfig = TrainerConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_tasks(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and isinstance(raw.get("tasks"), list | tuple):
+            return {**raw, "tasks": expanded(raw["tasks"])}
+        return raw
+
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
-        names = [task.name for task in self.tasks]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"tasks must have distinct names and be at least one, got {names}")
+        check(self.tasks)
+        if self.ranking.value:
+            formula(self.ranking.value, self.value_names)
         attributes = set(self.catalogue.attributes)
         for name, chosen in (
             ("catalogue.multivalued", self.catalogue.multivalued),
@@ -299,6 +318,12 @@ class Config(Section):
                 raise ValueError(
                     f"{name}: {sorted(set(chosen) - attributes)[0]!r} is not one of catalogue.attributes {sorted(attributes)}"
                 )
+        for name, kinds in self.features.sequences.items():
+            if not kinds or not set(kinds) <= set(self.features.history_types):
+                raise ValueError(
+                    f"features.sequences: {name!r} = {list(kinds)} must be some of features.history_types "
+                    f"{list(self.features.history_types)}"
+                )
         left = {"user", "history", *self.features.context}
         right = {"item", *self.catalogue.attributes}
         for first, second in self.features.crosses:
@@ -306,10 +331,36 @@ class Config(Section):
                 raise ValueError(
                     f"features.crosses: ({first!r}, {second!r}) must pair one of {sorted(left)} with one of {sorted(right)}"
                 )
+        self._counters_agree()
         unknown = set(self.retrieval.sources) - {"covisited", "followed", "nearest", "trending"}
         if unknown:
             raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
         return self
+
+    def _counters_agree(self) -> None:
+        features, known = self.features, {"user", "item", *self.features.context, *self.catalogue.attributes}
+        for counter in features.counters:
+            names = counter.of
+            if not 1 <= len(set(names)) == len(names) <= 3 or not set(names) <= known:
+                raise ValueError(
+                    f"features.counters: {list(names)} must be one to three different ones of {sorted(known)}"
+                )
+            if not counter.half_lives_s or min(counter.half_lives_s) <= 0:
+                raise ValueError(f"features.counters: half_lives_s of {list(names)} must be at least one, all above 0")
+            if "elsewhere" in counter.values and not features.elsewhere_types:
+                raise ValueError(f"features.counters: {list(names)} counts `elsewhere`: set features.elsewhere_types")
+
+    @property
+    def quantities(self) -> dict[str, dict[str, float]]:
+        """Expected values of tasks with buckets: name → (task → what its probability adds)."""
+        return quantities(self.tasks)
+
+    @property
+    def value_names(self) -> list[str]:
+        """What `ranking.value` may name: quantities, and tasks that are not part of one."""
+        parts = {part for steps in self.quantities.values() for part in steps}
+        parts |= {task.name for task in self.tasks if task.name.endswith((LATE, NEVER))}
+        return [*(task.name for task in self.tasks if task.name not in parts), *self.quantities]
 
     @property
     def parameter_address(self) -> str:
@@ -321,76 +372,3 @@ class Config(Section):
             name = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
             path = str(Path(tempfile.gettempdir()) / f"recsys-{name}.sock")
         return f"unix:{path}"
-
-
-def load(path: Path | str | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """Read the file (none: defaults), let the environment override, validate. ConfigError names field, value and remedy."""
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {str(path)!r} does not exist: check --config") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
-    _override(raw, os.environ if environ is None else environ)
-    return parse(raw)
-
-
-def one_thread_each() -> None:
-    """One thread for OpenMP and BLAS in this process, unless the environment says otherwise. Call before numpy is imported.
-
-    Our processes bring their own threads; a BLAS worker that spins beside them costs 25 ms a request on two cores.
-    """
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-
-
-def parse(raw: Mapping[str, Any]) -> Config:
-    """Validate a parsed TOML document."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _override(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
-    for name, text in sorted(environ.items()):
-        if not name.startswith(PREFIX):
-            continue
-        path = name[len(PREFIX) :].lower().split("__")
-        target = raw
-        for part in path[:-1]:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"environment variable {name}: {part!r} is not a section")
-        target[path[-1]] = _value(text)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    field = ".".join(path) or "configuration"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _known(path[:-1]), n=1, cutoff=0.0)
-        return f"{field} is not a known key; did you mean {'.'.join([*path[:-1], *near])!r}?"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{field} = {error['input']!r}: {message}" if path else message
-
-
-def _known(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in path:
-        if part.isdigit():
-            continue
-        annotation = TaskConfig if part == "tasks" else model.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

@@ -1,0 +1,96 @@
+"""Reading the configuration: a TOML file, then RECSYS_ environment variables over it.
+
+`RECSYS_RANKING__PORT=8001` sets `ranking.port`. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from recsys.config.sections import Config, CounterConfig
+from recsys.config.tasks import TaskConfig
+from recsys.errors import ConfigError
+
+PREFIX = "RECSYS_"
+
+
+def load(path: Path | str | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Read the file (none: defaults), let the environment override, validate. ConfigError names field, value and remedy."""
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {str(path)!r} does not exist: check --config") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
+    _override(raw, os.environ if environ is None else environ)
+    return parse(raw)
+
+
+def one_thread_each() -> None:
+    """One thread for OpenMP and BLAS in this process, unless the environment says otherwise. Call before numpy is imported.
+
+    Our processes bring their own threads; a BLAS worker that spins beside them costs 25 ms a request on two cores.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """Validate a parsed TOML document."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _override(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
+    for name, text in sorted(environ.items()):
+        if not name.startswith(PREFIX):
+            continue
+        path = name[len(PREFIX) :].lower().split("__")
+        target = raw
+        for part in path[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"environment variable {name}: {part!r} is not a section")
+        target[path[-1]] = _value(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    field = ".".join(path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _known(path[:-1]), n=1, cutoff=0.0)
+        return f"{field} is not a known key; did you mean {'.'.join([*path[:-1], *near])!r}?"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field} = {error['input']!r}: {message}" if path else message
+
+
+def _known(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        if part.isdigit():
+            continue
+        listed: dict[str, Any] = {"tasks": TaskConfig, "counters": CounterConfig}
+        annotation = listed.get(part) or model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

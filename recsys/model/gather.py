@@ -1,0 +1,167 @@
+"""From rows to columns and back, and DIN's pairs of a candidate and a history entry: Numba, no GIL, one thread.
+
+Legend: U unique rows of width W, N places with C columns, F fields of d values, P pairs, M candidates, D width of an entry,
+H width of the first attention layer. `pairs` [2, P] is each pair's candidate and history entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from recsys.model.kernels import kernel
+
+Array = np.ndarray[Any, Any]
+
+
+@kernel
+def unique(slots: Array, keys: Array, mask: Array, heads: Array, first: Array, places: Array) -> int:
+    """Number the distinct (slot, key) pairs where `mask` holds, in order of first occurrence: slots, keys, mask, places [n].
+
+    `first` [n] gets the position at which each was first seen, `places` its number (their count where the mask does not
+    hold); `heads`, a power of two of at least 2 n entries, comes as -1. Exact: both are compared. Returns the count.
+    """
+    count, last = 0, len(heads) - 1
+    for position in range(len(keys)):
+        if not mask[position]:
+            continue
+        slot, key = slots[position], keys[position]
+        mixed = (np.uint64(key) ^ (np.uint64(slot) << np.uint64(56))) * np.uint64(0x9E3779B97F4A7C15)
+        at = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(last))
+        while heads[at] >= 0:
+            other = first[heads[at]]
+            if keys[other] == key and slots[other] == slot:
+                break
+            at = (at + 1) & last
+        if heads[at] < 0:
+            heads[at] = count
+            first[count] = position
+            count += 1
+        places[position] = heads[at]
+    for position in range(len(keys)):
+        if not mask[position]:
+            places[position] = count
+    return count
+
+
+@kernel
+def take_fields(rows: Array, index: Array, starts: Array, out: Array) -> None:
+    """Mean of each field's present columns: rows [U, W], index [N, C] (U: missing), starts [F + 1] -> out [N, F, d]; zeros
+    where none is present."""
+    places, fields, width = out.shape
+    for place in range(places):
+        for field in range(fields):
+            line = out[place, field]
+            line[:] = 0
+            count = 0
+            for column in range(starts[field], starts[field + 1]):
+                row = index[place, column]
+                if row < len(rows):
+                    count += 1
+                    for d in range(width):
+                        line[d] += rows[row, d]
+            if count > 1:
+                for d in range(width):
+                    line[d] /= count
+
+
+@kernel
+def take_fields_back(g: Array, index: Array, starts: Array, grows: Array) -> None:
+    """Add the gradient of `take_fields` to grows [U, W]."""
+    places, fields, width = g.shape
+    for place in range(places):
+        for field in range(fields):
+            line, count = g[place, field], 0
+            for column in range(starts[field], starts[field + 1]):
+                count += index[place, column] < len(grows)
+            for column in range(starts[field], starts[field + 1]):
+                row = index[place, column]
+                if row < len(grows):
+                    for d in range(width):
+                        grows[row, d] += line[d] / count
+
+
+@kernel
+def sum_columns(rows: Array, start: int, index: Array, owner: Array, out: Array) -> None:
+    """Add to out [M, T] the sum of rows [U, start : start + T] over the columns of index [N, C] at owner [M]."""
+    places, width = out.shape
+    for place in range(places):
+        for column in range(index.shape[1]):
+            row = index[owner[place], column]
+            if row < len(rows):
+                for t in range(width):
+                    out[place, t] += rows[row, start + t]
+
+
+@kernel
+def sum_columns_back(g: Array, start: int, index: Array, owner: Array, grows: Array) -> None:
+    """Add the gradient of `sum_columns` to grows [U, W]."""
+    places, width = g.shape
+    for place in range(places):
+        for column in range(index.shape[1]):
+            row = index[owner[place], column]
+            if row < len(grows):
+                for t in range(width):
+                    grows[row, start + t] += g[place, t]
+
+
+@kernel
+def pair_products(candidate: Array, history: Array, pairs: Array, out: Array) -> None:
+    """Element-wise products: candidate [M, D], history [N, D] -> out [P, D]."""
+    for pair in range(pairs.shape[1]):
+        c, h = candidate[pairs[0, pair]], history[pairs[1, pair]]
+        for d in range(len(c)):
+            out[pair, d] = c[d] * h[d]
+
+
+@kernel
+def pair_products_back(
+    g: Array, candidate: Array, history: Array, pairs: Array, gcandidate: Array, ghistory: Array
+) -> None:
+    """Add the gradients of `pair_products`."""
+    for pair in range(pairs.shape[1]):
+        row, entry = pairs[0, pair], pairs[1, pair]
+        for d in range(candidate.shape[1]):
+            gcandidate[row, d] += g[pair, d] * history[entry, d]
+            ghistory[entry, d] += g[pair, d] * candidate[row, d]
+
+
+@kernel
+def pair_sums(per_candidate: Array, per_entry: Array, pairs: Array, out: Array) -> None:
+    """Add what candidate and entry bring: per_candidate [M, H], per_entry [N, H] -> out [P, H]."""
+    for pair in range(pairs.shape[1]):
+        c, h = per_candidate[pairs[0, pair]], per_entry[pairs[1, pair]]
+        for f in range(len(c)):
+            out[pair, f] += c[f] + h[f]
+
+
+@kernel
+def pair_sums_back(g: Array, pairs: Array, gper_candidate: Array, gper_entry: Array) -> None:
+    """Add the gradients of `pair_sums`."""
+    for pair in range(pairs.shape[1]):
+        row, entry = pairs[0, pair], pairs[1, pair]
+        for f in range(g.shape[1]):
+            gper_candidate[row, f] += g[pair, f]
+            gper_entry[entry, f] += g[pair, f]
+
+
+@kernel
+def pair_pool(weights: Array, history: Array, pairs: Array, out: Array) -> None:
+    """Add each pair's weight times its entry to its candidate: weights [P], history [N, D] -> out [M, D]."""
+    for pair in range(pairs.shape[1]):
+        line, h, weight = out[pairs[0, pair]], history[pairs[1, pair]], weights[pair]
+        for d in range(len(h)):
+            line[d] += weight * h[d]
+
+
+@kernel
+def pair_pool_back(g: Array, weights: Array, history: Array, pairs: Array, gweights: Array, ghistory: Array) -> None:
+    """Gradients of `pair_pool`; ghistory is added to."""
+    for pair in range(pairs.shape[1]):
+        row, entry = pairs[0, pair], pairs[1, pair]
+        dot = weights[pair] * 0
+        for d in range(g.shape[1]):
+            dot += g[row, d] * history[entry, d]
+            ghistory[entry, d] += weights[pair] * g[row, d]
+        gweights[pair] = dot
