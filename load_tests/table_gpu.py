@@ -1,10 +1,12 @@
 """The CUDA table against plain torch and the device's copy bandwidth: `python -m load_tests.table_gpu --json --save`.
 
-Needs torch, triton, numpy and `recsys.table.cuda_rows`, nothing else. Without a device it measures nothing, and says so.
+Needs torch, triton, numpy and our CUDA part, nothing else; the parameter service is measured too where what it needs is
+installed. Without a device it measures nothing, and says so.
 
-Every time is a median over batches that differ, ours and torch's in turn, between two events of the device. A share is
-the least that must be moved (each gradient and each answer once; each distinct row and its index entry once, what is
-changed once more) over the bytes that a plain copy moves in that time.
+Every time is a median over batches that differ, ours and torch's in turn, between two events of the device, which has the
+next batch waiting: so a small batch's time is what the host needs to start it. A share is the least that must be moved (each
+key, gradient and answer once; each distinct row and its index entry once, what is changed once more) over the bytes that a
+plain copy moves in that time: 552 bytes a distinct key of 64 values for find + copy, 1,392 with row-wise Adagrad.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -27,16 +30,23 @@ from recsys.table.cuda_rows import DeviceRows
 
 DIMS = (32, 64, 128)
 BATCHES = (8_192, 65_536, 1_048_576)
+LOOKUPS = (600, 4_200)
+"""Keys that one request looks up: at least, and at most."""
 ZIPF = 1.05
 ROUNDS, WARM_UP, DIFFERENT = 15, 3, 5
-FIRST_ROWS, MOST_ROWS = 10_000_000, 500_000_000
+FIRST_ROWS = 10_000_000
+MOST_ROWS = {32: 500_000_000, 64: 400_000_000, 128: 200_000_000}
 CUDA = torch.device("cuda")
-SHARE_OF_MEMORY = 0.8
-"""Of the free memory, for the largest table: a growing index stands beside the one that it replaces."""
+SHARE_OF_MEMORY = 0.95
+"""Of the free memory, for the largest table."""
 ROOM = 8 * BATCHES[-1]
 """Rows that stay free: a table that might be full asks the device for its counts in every batch."""
 SECTOR = 32
 """Bytes: the least that is read from memory."""
+HKV = {8: (128_000_000, 2.470), 32: (128_000_000, 2.272), 64: (64_000_000, 1.982)}
+"""HierarchicalKV's README: capacity, 2^30 finds a second at load 0.5 of 2^20 keys of which 0.6 are there, on an A100 of
+1,935 GB/s. Of those a copy moves the same share as of an H200's 4,800: 0.87."""
+HKV_HITS, HKV_BYTES_PER_S = 0.6, 0.87 * 1.935e12
 RESULTS = Path(__file__).resolve().parent / "results" / "table_gpu.json"
 
 
@@ -52,17 +62,39 @@ class Clock:
 
 def timed(works: list[Callable[[int], object]]) -> list[float]:
     """Median seconds of each work, which are called in turn with the number of a batch."""
-    seconds: list[list[float]] = [[] for _ in works]
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in works]
     for turn in range(WARM_UP + ROUNDS):
         for number, work in enumerate(works):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             work(turn % DIFFERENT)
             end.record()
-            end.synchronize()
-            if turn >= WARM_UP:
-                seconds[number].append(begin.elapsed_time(end) / 1000)
-    return [median(each) for each in seconds]
+            events[number].append((begin, end))
+        if turn < WARM_UP:
+            torch.cuda.synchronize()  # compiled by now
+    torch.cuda.synchronize()
+    return [median(begin.elapsed_time(end) / 1000 for begin, end in each[WARM_UP:]) for each in events]
+
+
+def timed_here(work: Callable[[int], object], rounds: int = 300) -> dict[str, float]:
+    """Median and 99th percentile of seconds on the host, to the answer."""
+    seconds = []
+    for turn in range(WARM_UP + rounds):
+        begin = time.perf_counter()
+        work(turn % DIFFERENT)
+        seconds.append(time.perf_counter() - begin)
+    return {"seconds": float(np.median(seconds[WARM_UP:])), "p99_seconds": float(np.quantile(seconds[WARM_UP:], 0.99))}
+
+
+def replayed(work: Callable[[int], object]) -> float:
+    """Median seconds of the work as a graph of the device: what it takes without the host."""
+    work(0)
+    torch.cuda.synchronize()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(DIFFERENT)]
+    for turn, graph in enumerate(graphs):
+        with torch.cuda.graph(graph):
+            work(turn)
+    return timed([lambda turn: graphs[turn].replay()])[0]
 
 
 def copy_bandwidth() -> float:
@@ -88,15 +120,23 @@ def drawn(rows: int, count: int, zipf: bool, generator: torch.Generator) -> Tens
     return (ranks.to(torch.int64) - 1).clamp_(0, rows - 1)
 
 
-def filled(dim: int, rows: int, device: torch.device = CUDA) -> DeviceRows:
-    """A table of so many rows."""
+def slots_of(count: int, device: torch.device = CUDA) -> Tensor:
+    """So many keys of slot 0."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def layout_of(dim: int, capacity: int) -> Layout:
     segment = Segment(name="deep", dim=dim, init_scale=0.01)
-    layout = Layout(name="deep", segments=(segment,), slots={0: SlotPolicy()}, capacity=rows + ROOM)
-    table = DeviceRows(layout, device)
-    step = 2**20
+    return Layout(name="deep", segments=(segment,), slots={0: SlotPolicy()}, capacity=capacity)
+
+
+def filled(dim: int, rows: int, device: torch.device = CUDA, room: int = ROOM) -> DeviceRows:
+    """A table of so many rows."""
+    table = DeviceRows(layout_of(dim, rows + room), device)
+    step = BATCHES[-1]
     for start in range(0, rows, step):
         numbers = torch.arange(start, min(start + step, rows), device=device)
-        table.lookup_train(torch.zeros_like(numbers, dtype=torch.int32), keys_of(numbers), 0, 1)
+        table.rows_train(slots_of(len(numbers), device), keys_of(numbers), 0, 1)
     return table
 
 
@@ -125,23 +165,25 @@ def case(table: DeviceRows, plain: Plain | None, batch: int, zipf: bool, bandwid
     generator = torch.Generator(CUDA).manual_seed(batch + zipf)
     numbers = [drawn(rows, batch, zipf, generator) for _ in range(DIFFERENT)]
     keys = [keys_of(each) for each in numbers]
-    slots = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    slots = slots_of(batch)
     gradients = torch.randn((batch, dim), generator=generator, device="cuda")
     distinct = median(len(torch.unique(each)) for each in numbers)
+    now_ms = iter(range(8_000, 2**40, 8_000))  # so that every batch writes when its rows were seen
+
+    def find(turn: int) -> object:
+        return table.lookup(slots, keys[turn])
 
     def train(turn: int) -> None:
-        table.lookup_train(slots, keys[turn], 1, 1)
-        table.apply_gradients(slots, keys[turn], gradients, 1, 1)
+        now = next(now_ms)
+        _, ordered = table.lookup_train(slots, keys[turn], now, 1)
+        table.apply_gradients(ordered, gradients, now, 1)
 
-    ours: list[tuple[str, Callable[[int], object]]] = [
-        ("find_copy", lambda turn: table.lookup(slots, keys[turn])),
-        ("lookup_rowwise_adagrad", train),
-    ]
+    ours: list[tuple[str, Callable[[int], object]]] = [("find_copy", find), ("lookup_rowwise_adagrad", train)]
     theirs: list[Callable[[int], object]] = []
     if plain is not None:
         theirs = [lambda turn: plain.find(numbers[turn]), lambda turn: plain.train(numbers[turn], gradients)]
-    found = batch * (4 * dim + 12) + distinct * (4 * dim + SECTOR)  # answers, keys, slots; rows and their entries
-    least = (found, found + batch * 4 * dim + distinct * (8 * dim + 4 * SECTOR))  # rows, state and meta data, both ways
+    found = batch * (8 + 4 * dim) + distinct * (SECTOR + 4 * dim)
+    least = (found, found + batch * (8 + 4 * dim) + distinct * (8 * dim + 2 * SECTOR))
     for number, (name, work) in enumerate(ours):
         seconds = timed([work, *theirs[number : number + 1]])
         yield {
@@ -154,16 +196,63 @@ def case(table: DeviceRows, plain: Plain | None, batch: int, zipf: bool, bandwid
             "seconds": seconds[0],
             "keys_per_s": batch / seconds[0],
             "share_of_copy_bandwidth": least[number] / seconds[0] / bandwidth,
+            "graph_seconds": replayed(work) if work is find else None,
             "torch_seconds": seconds[1] if theirs else None,
             "times_torch": seconds[1] / seconds[0] if theirs else None,
         }
 
 
+def hkv(dim: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """What HierarchicalKV measures: find of unique keys of which some are there, and inserts, at load 0.5."""
+    capacity, published = HKV[dim]
+    rows, batch = capacity // 2, BATCHES[-1]
+    table = filled(dim, rows, room=capacity - rows)
+    generator = torch.Generator(CUDA).manual_seed(dim)
+    picks = [torch.randperm(rows, generator=generator, device="cuda")[:batch] for _ in range(DIFFERENT)]
+    hits = torch.arange(batch, device="cuda") % 10 < HKV_HITS * 10
+    keys = [keys_of(torch.where(hits, pick, pick + rows)) for pick in picks]
+    slots = slots_of(batch)
+    found, rows_only = timed(
+        [lambda turn: table.lookup(slots, keys[turn]), lambda turn: table.index.find(slots, keys[turn])]
+    )
+    fresh = [
+        keys_of(torch.arange(start, start + batch, device="cuda")) for start in range(rows, capacity - batch, batch)
+    ]
+    (inserted,) = timed([lambda _: table.rows_train(slots, fresh.pop(), 0, 1)])
+    scaled = published * 2**30 * bandwidth / HKV_BYTES_PER_S
+    for name, seconds in (("hkv_find", found), ("hkv_find_rows", rows_only), ("hkv_insert", inserted)):
+        row = {
+            "name": name,
+            "dim": dim,
+            "rows": rows,
+            "batch": batch,
+            "seconds": seconds,
+            "keys_per_s": batch / seconds,
+        }
+        yield row | {"times_hkv_scaled": batch / seconds / scaled if name == "hkv_find" else None}
+
+
+def request(dim: int = 32, rows: int = 1_000_000) -> Iterator[dict[str, Any]]:
+    """Lookups of one request, from arrays to arrays."""
+    from recsys.table.cuda import CudaTable  # needs numba too
+
+    table = CudaTable(layout_of(dim, rows))
+    table.rows = filled(dim, rows)
+    rng = np.random.default_rng(0)
+    for count in LOOKUPS:
+        keys = [keys_of(torch.from_numpy(rng.integers(0, rows, count))).numpy() for _ in range(DIFFERENT)]
+        slots = np.zeros(count, np.int32)
+        row = {"name": "table_lookup", "dim": dim, "rows": rows, "batch": count}
+        yield row | timed_here(lambda turn: table.lookup(slots, keys[turn]))  # noqa: B023
+
+
 def largest(dim: int) -> int:
-    """Rows of the largest table that fits: values, state, meta data, free list, and two generations of the index."""
+    """Rows of the largest table that fits: values, records, free list, and two generations of the index."""
     free, _ = torch.cuda.mem_get_info()
-    row_bytes = 4 * dim + 4 + 32 + 4 + 16 * (1 + 0.5) * 2 / 0.6
-    return min(MOST_ROWS, int(free * SHARE_OF_MEMORY / row_bytes) // 1_000_000 * 1_000_000 - ROOM)
+    rows = MOST_ROWS[dim]
+    while (rows + ROOM) * (4 * dim + 20) + 24 * triton.next_power_of_2(int(rows / 0.6)) > free * SHARE_OF_MEMORY:
+        rows -= 1_000_000
+    return rows
 
 
 def measure(clock: Clock, bandwidth: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -187,6 +276,16 @@ def measure(clock: Clock, bandwidth: float) -> tuple[list[dict[str, Any]], list[
                     print(f"{clock.left():.0f} s left: {results[-1]}", file=sys.stderr, flush=True)
             del table, plain
             torch.cuda.empty_cache()
+    for dim in HKV:
+        if clock.left() < 40:
+            skipped.append(f"hkv, dim {dim}: no time left")
+            continue
+        results += hkv(dim, bandwidth)
+        torch.cuda.empty_cache()
+    try:
+        results += request()
+    except ImportError as error:
+        skipped.append(f"lookups of one request: {error}")
     return results, skipped
 
 
@@ -209,6 +308,20 @@ def report(seconds: float) -> dict[str, Any]:
     }
 
 
+def described(row: dict[str, Any]) -> str:
+    """One line of the printed report."""
+    more = [f"{row['share_of_copy_bandwidth']:.0%} of a copy"] if "share_of_copy_bandwidth" in row else []
+    more += [
+        f"{row[key]:.2f} x {name}"
+        for key, name in (("times_torch", "torch"), ("times_hkv_scaled", "HKV"))
+        if row.get(key)
+    ]
+    rate = f"{row['batch'] / row['seconds'] / 1e6:8.1f} M keys/s, {row['seconds'] * 1e6:8.1f} us"
+    return f"{row['name']:24}{row['dim']:4} x {row['rows']:11,} {row.get('keys', ''):9}{row['batch']:9,}: " + ", ".join(
+        [rate, *more]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m load_tests.table_gpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
@@ -224,11 +337,7 @@ def main() -> int:
     else:
         print(result.get("note") or f"{result['device']}: {result['copy_bytes_per_s'] / 1e9:.0f} GB/s copied")
         for row in result["results"]:
-            ratio = "" if row["times_torch"] is None else f", {row['times_torch']:.2f} x torch"
-            print(
-                f"{row['name']:24}{row['dim']:4} x {row['rows']:11,} {row['keys']:9}{row['batch']:9,}: "
-                f"{row['keys_per_s'] / 1e6:8.1f} M keys/s, {row['share_of_copy_bandwidth']:.0%} of a copy{ratio}"
-            )
+            print(described(row))
     return 0
 
 

@@ -158,6 +158,11 @@ PUBLISHED_TOMBSTONES = _counter(
 
 # Parameter
 DELTAS_APPLIED = _counter("recsys_deltas_applied_total", "Whole deltas applied to the serving copy.")
+PARAMETER_DEVICE_INFO = _gauge(
+    "recsys_parameter_device_info",
+    "1 for where the parameter service keeps its tables: cpu, reference or cuda.",
+    ("device",),
+)
 PARAMETER_VERSION_STEP = _gauge("recsys_parameter_version_step", "Trainer step of the last delta applied.")
 SNAPSHOT_SECONDS = _histogram(
     "recsys_snapshot_seconds", "Time to write a snapshot of the serving copy.", buckets=WORK_BUCKETS_S

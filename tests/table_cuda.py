@@ -14,34 +14,43 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from recsys.table import triton_kernels as kernels
+from recsys.table import triton_steps as steps
 from recsys.table.base import Layout
 from recsys.table.cuda import CudaTable
 from recsys.table.cuda_rows import CHUNK_ROWS
 
 COMPILED = torch.cuda.is_available()
-_INDEX, _BATCH, _ROW = ("*i64", "i32"), ("*i32", "*i64"), (CHUNK_ROWS, 64, 64, 32)
+_INDEX, _BATCH = ("*i64", "i32", "*i32"), ("*i32", "*i64")
+_SHAPE, _ROWS = (
+    (CHUNK_ROWS, 64, 64, kernels.FLOAT32, 4, 1, 1, 1, 32, True),
+    (CHUNK_ROWS, 64, 0, 64, 64, kernels.FLOAT32, 32),
+)
+_ORDER, _CLAIMS = ("*i32", "*i64"), ("*i32", "*i64", "*i64", "*i32")
 KERNELS = {
-    "find": (_INDEX, _BATCH, "*i32", "*i32", "i32", 128),
-    "lookup": (_INDEX, _BATCH, "*i32", "*i64", ("*i32", "*fp32"), "i32", _ROW),
-    "gather": ("*i64", "*i32", "*fp32", "i32", _ROW),
-    "scatter": ("*i64", "*i32", "*fp32", "i32", _ROW),
-    "see": ("*i64", "*i32", "i32", "i64", "i32", "i32", (CHUNK_ROWS, 128)),
-    "claim": (_INDEX, _BATCH, "*i32", "i32", 128),
-    "erase": (_INDEX, _BATCH, "*i32", "i32", 128),
-    "group": (_INDEX, _BATCH, "*i1", "*i64", "i32", 128),
-    "initialise": (("*i64", "*i64"), _BATCH, "*i32", ("*i64", "*fp32", "*fp32"), "i32", (*_ROW, 1, 1)),
-    "refuse": ("*fp32", "*i32", "fp32", "i32", 2048),
-    "presum": (("*i32", "*i64"), "*fp32", "*fp64", "i32", (64, 64, 4)),
+    "find": (_INDEX, _BATCH, "*i32", "i32", (128,)),
+    "lookup": (_INDEX, _BATCH, "*i64", ("*i32", "*fp32"), "i32", _SHAPE),
+    "gather": ("*i64", "*i32", "*fp32", "i32", _ROWS),
+    "scatter": ("*i64", "*i32", "*fp32", "i32", _ROWS),
+    "enter": (_INDEX, _BATCH, _CLAIMS, "i32", (1, 128)),
+    "settle": (_INDEX, _BATCH, _CLAIMS, ("*i64", "*i64", "*i64", "*fp32", "*fp32"), "i64", "i32", _SHAPE),
+    "see": ("*i64", "*i32", "i64", "i32", _SHAPE),
+    "rehash": ("*i64", _INDEX, "i32", (128,)),
+    "erase": (_INDEX, _BATCH, "*i32", "i32", (128,)),
+    "group": (("*i64", "i32"), _BATCH, "*i1", "*i64", "i32", (128,)),
+    "refuse": ("*fp32", "*i32", "fp32", "i32", (2048,)),
+    "presum": (_ORDER, "*fp32", "*fp64", ("*i32", "*i32"), "i32", (64, 64, 32)),
+    "combine": (_ORDER, ("*fp32", "*fp64"), ("*i32", "*i32"), "*fp32", "i32", (64, 64, 8)),
     **{
         f"step {optimizer}": (
-            ("*i32", "*i64"),
-            ("*fp32", "*fp64", "*i32"),
+            _ORDER,
+            ("*fp32", "*fp32", "*i32"),
             ("*i64", "*i64"),
             "*fp64",
+            "i64",
             "i32",
-            (CHUNK_ROWS, 64, 64, 0, 64, 64, 0, optimizer, 32),
+            (*_SHAPE, 0, 64, 64, 0, optimizer),
         )
-        for optimizer in (kernels.SGD, kernels.ADAGRAD, kernels.ROWWISE_ADAGRAD)
+        for optimizer in (steps.SGD, steps.ADAGRAD, steps.ROWWISE_ADAGRAD)
     },
 }
 """Types of each kernel's arguments; the last is the constant."""
@@ -54,7 +63,7 @@ def cuda_table(layout: Layout, chunk_rows: int = 64) -> CudaTable:
 
 def memory_instructions(name: str) -> list[str]:
     """Kinds of memory instructions, and of fused float64 ones, of a kernel compiled for compute capability 9.0."""
-    kernel, types = getattr(kernels, name.split()[0]), KERNELS[name]
+    kernel, types = {**vars(kernels), **vars(steps)}[name.split()[0]], KERNELS[name]
     names = kernel.arg_names
     signature = dict(zip(names, (*types[:-1], "constexpr"), strict=True))
     aligned = {}

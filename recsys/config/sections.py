@@ -261,6 +261,8 @@ class ParameterConfig(Section):
     """HTTP port of /metrics, /healthz, /readyz."""
     snapshot_s: float = Field(60.0, gt=0)
     """A snapshot is taken this often."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the tables lie; `auto`: on a CUDA device if there is one."""
 
 
 class TrainerConfig(Section):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import orjson
@@ -17,7 +17,7 @@ from recsys.files import read_file, write_file
 from recsys.model.plan import Block
 from recsys.table import segments
 from recsys.table.base import Layout, Rows
-from recsys.table.tables import Tables
+from recsys.table.tables import Implementation, Tables
 from recsys.types import Float32, Int32
 
 
@@ -54,9 +54,7 @@ CURSOR = "snapshot"
 class ParameterStore:
     """Tables, dense weights and version, kept up to date by deltas in order. One writer; lookups from any thread."""
 
-    def __init__(
-        self, layouts: Sequence[Layout], schema: str, implementation: Literal["cpu", "reference"] = "cpu"
-    ) -> None:
+    def __init__(self, layouts: Sequence[Layout], schema: str, implementation: Implementation = "cpu") -> None:
         self.tables = Tables(layouts, implementation)
         self._schema = schema
         self.state = ParameterState()

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from recsys.table.base import Layout, Pending, Rows, Touched
-from recsys.table.cuda_index import CHANGED, KEY, SEEN, SLOT
-from recsys.table.cuda_rows import CHUNK_ROWS, DeviceRows
+from recsys.table.cuda_rows import CHUNK_ROWS, COUNT, SEEN_MS, DeviceRows
 from recsys.table.cursors import Cursors
-from recsys.table.rows import check_pairs, check_width, last_seen
+from recsys.table.rows import check_pairs, check_width
 from recsys.types import Bool, Float32, Int32, Int64
+
+
+def available() -> bool:
+    """Whether there is a CUDA device."""
+    return torch.cuda.is_available()
 
 
 class CudaTable:
@@ -38,58 +42,74 @@ class CudaTable:
 
     def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
         with self._lock:
-            values, found = self.rows.lookup(*self._pairs(slots, keys))
-            return values.cpu().numpy(), found.cpu().numpy()
+            values, rows = self.rows.lookup(*self._pairs(slots, keys))
+            return values.cpu().numpy(), (rows >= self.rows.first).cpu().numpy()
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         with self._lock:
-            return self.rows.lookup_train(*self._pairs(slots, keys), now_ms, self._cursors.now, admit).cpu().numpy()
+            rows = self.rows.rows_train(*self._pairs(slots, keys), now_ms, self._cursors.now, admit)
+            self.rows.see(rows, now_ms)
+            return self.rows.values.gather(rows).cpu().numpy()
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
         with self._lock:
             pairs = self._pairs(slots, keys, gradients)
             given = self._matrix("gradients", gradients, self.layout.dim)
-            if int(self.rows.apply_gradients(*pairs, given, now_ms, self._cursors.now)):
+            if int(self.rows.refused(given)):
                 raise ValueError(f"table {self.layout.name!r}: gradients are not finite; nothing was changed")
+            ordered = self.rows.order(self.rows.index.find(*pairs))
+            self.rows.apply_gradients(ordered, given, now_ms, self._cursors.now)
 
     def expire(self, now_ms: int, max_rows: int | None = None) -> int:
         cutoff = np.full(65536, np.iinfo(np.int64).min)
         for slot, policy in self.layout.slots.items():
             if policy.expiry_s is not None:
                 cutoff[slot] = now_ms - int(policy.expiry_s * 1000)
-        removed = 0
         with self._lock:
             cutoff_ms = self.rows.tensor(cutoff)
-            first = self.rows.first
-            end = self.rows.index.counts()[0]
-            todo = end - first if max_rows is None else min(max_rows, end - first)
             if max_rows is None:
-                self._swept = 0
-            while todo > 0:
-                start = first + self._swept if first + self._swept < end else first
-                stop = min(start + todo, end)
-                removed += self._tombstones(*self.rows.expired(self.rows.index, cutoff_ms, (start, stop)))
-                todo -= stop - start
-                self._swept = stop - first
+                removed, _ = self._sweep(cutoff_ms, 0, None)
+            else:
+                removed, left = self._sweep(cutoff_ms, self._swept, max_rows)
+                if left:
+                    removed += self._sweep(cutoff_ms, 0, left)[0]
             waiting = self.rows.waiting
             if waiting.maybe_rows:
-                self.rows.expired(waiting, cutoff_ms, (waiting.first, waiting.counts()[0]))
+                for slots, keys, rows, _ in waiting.scan():
+                    due = self.rows.counts.gather(rows)[:, SEEN_MS] <= cutoff_ms[slots]
+                    waiting.drop(slots[due], keys[due], rows[due])
         return removed
+
+    def _sweep(self, cutoff_ms: Tensor, start: int, most: int | None) -> tuple[int, int]:
+        """Remove what is due of up to `most` rows from the entry `start` on; how many went, and were not looked at."""
+        removed, left = 0, most or 0
+        self._swept = 0
+        for slots, keys, rows, end in self.rows.index.scan(start, most):
+            due = self.rows.seen_ms(rows) <= cutoff_ms[slots]
+            self.rows.index.drop(slots[due], keys[due], rows[due])
+            removed += self._tombstones(slots[due], keys[due])
+            left -= len(rows)
+            self._swept = end if most is not None else 0
+        return removed, max(left, 0)
 
     def touched(self, cursor: str) -> Touched:
         with self._lock:
             version, after, removed_slots, removed_keys = self._cursors.take(cursor)
             index = self.rows.index
-            _, meta = index.live(lambda meta: meta[:, CHANGED] > after, index.first, index.counts()[0])
+            changed: list[tuple[Int32, Int64]] = [(np.zeros(0, np.int32), np.zeros(0, np.int64))]
+            for slots, keys, rows, _ in index.scan():
+                new = self.rows.changed(rows) > after
+                changed.append((_array(slots[new]), _array(keys[new])))
             slots, keys = self._pairs(removed_slots, removed_keys)
-            every = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
-            gone = index.group(slots, keys, every) == torch.arange(len(keys), device=keys.device)
-            gone &= index.find(slots, keys, self.rows.fallback) < self.rows.first
+            gone = index.group(slots, keys, torch.ones_like(keys, dtype=torch.bool)) == torch.arange(
+                len(keys), device=keys.device
+            )
+            gone &= index.find(slots, keys) < self.rows.first
             chosen = gone.cpu().numpy()
             return Touched(
                 version=version,
-                slots=_array(meta[:, SLOT], torch.int32),
-                keys=_array(meta[:, KEY]),
+                slots=np.concatenate([slots for slots, _ in changed]),
+                keys=np.concatenate([keys for _, keys in changed]),
                 removed_slots=removed_slots[chosen],
                 removed_keys=removed_keys[chosen],
             )
@@ -100,7 +120,7 @@ class CudaTable:
 
     def export(self, slots: Int32, keys: Int64) -> Rows:
         with self._lock:
-            rows = self.rows.index.find(*self._pairs(slots, keys), self.rows.fallback)
+            rows = self.rows.index.find(*self._pairs(slots, keys))
             missing = np.flatnonzero((rows < self.rows.first).cpu().numpy())
             if len(missing):
                 at = missing[0]
@@ -109,22 +129,17 @@ class CudaTable:
 
     def restore(self, rows: Rows) -> None:
         with self._lock:
-            slots, keys = self._pairs(rows.slots, rows.keys, rows.values, rows.state, rows.last_seen_ms)
+            pairs = self._pairs(rows.slots, rows.keys, rows.values, rows.state, rows.last_seen_ms)
             values, state = self._whole(rows)
-            seen = self.rows.tensor(last_seen(rows.last_seen_ms))
-            _, last = self.rows.create(slots, keys, self._cursors.now)
-            self.rows.values.scatter(last, values)
-            self.rows.state.scatter(last, state)
-            version = torch.full_like(keys, self._cursors.now)
-            self.rows.index.meta.scatter(last, torch.stack([keys, slots.to(torch.int64), seen, version], 1))
+            last = self.rows.create(*pairs, 0, self._cursors.now)
+            self.rows.put(last, values, state)
+            self.rows.mark(last, self.rows.tensor(rows.last_seen_ms), self._cursors.now)
 
     def write(self, slots: Int32, keys: Int64, values: Float32, now_ms: int) -> None:
         with self._lock:
             pairs = self._pairs(slots, keys, values)
             given = self._matrix("values", values, self.layout.dim)
-            rows, last = self.rows.create(*pairs, self._cursors.now)
-            self.rows.values.scatter(last, given)
-            self.rows.see(rows, now_ms, self._cursors.now)
+            self.rows.values.scatter(self.rows.create(*pairs, now_ms, self._cursors.now), given)
 
     def remove(self, slots: Int32, keys: Int64) -> None:
         with self._lock:
@@ -132,21 +147,20 @@ class CudaTable:
 
     def pending(self) -> Pending:
         with self._lock:
-            waiting = self.rows.waiting
-            _, meta = waiting.live(lambda meta: meta[:, SLOT] >= 0, waiting.first, waiting.counts()[0])
-            return Pending(
-                slots=_array(meta[:, SLOT], torch.int32),
-                keys=_array(meta[:, KEY]),
-                counts=_array(meta[:, CHANGED]),
-                last_seen_ms=_array(meta[:, SEEN]),
-            )
+            parts = []
+            for slots, keys, rows, _ in self.rows.waiting.scan():
+                counts = self.rows.counts.gather(rows)
+                parts.append([_array(part) for part in (slots, keys, counts[:, COUNT], counts[:, SEEN_MS])])
+            none = [np.zeros(0, np.int32), *[np.zeros(0, np.int64)] * 3]
+            whole = [np.concatenate(part) for part in zip(none, *parts, strict=True)]
+            return Pending(slots=whole[0], keys=whole[1], counts=whole[2], last_seen_ms=whole[3])
 
     def restore_pending(self, pending: Pending) -> None:
         with self._lock:
             slots, keys = self._pairs(pending.slots, pending.keys, pending.counts, pending.last_seen_ms)
             counts, seen = self.rows.tensor(pending.counts), self.rows.tensor(pending.last_seen_ms)
             self.rows.forget_counts()
-            self.rows.put_counts(slots, keys, counts, seen, torch.ones_like(keys, dtype=torch.bool))
+            self.rows.put_counts(slots, keys, counts, seen)
 
     def defaults(self) -> Rows:
         with self._lock:
@@ -162,8 +176,7 @@ class CudaTable:
             for at, row in enumerate(
                 self.rows.fallback[slots.to(torch.int64)].split(1)
             ):  # the last of duplicates stays
-                self.rows.values.scatter(row, values[at : at + 1])
-                self.rows.state.scatter(row, state[at : at + 1])
+                self.rows.put(row, values[at : at + 1], state[at : at + 1])
 
     def memory_bytes(self) -> int:
         with self._lock:
@@ -171,7 +184,7 @@ class CudaTable:
 
     def __len__(self) -> int:
         with self._lock:
-            return self.rows.index.counts()[1]
+            return len(self.rows.index)
 
     def _pairs(self, slots: Int32, keys: Int64, *others: Float32 | Int64) -> tuple[Tensor, Tensor]:
         """The pairs on the device, all arguments of one length and every slot one of the layout, or ValueError."""
@@ -196,8 +209,8 @@ class CudaTable:
             slots=slots,
             keys=keys,
             values=_array(self.rows.values.gather(rows)),
-            state=_array(self.rows.state.gather(rows)),
-            last_seen_ms=_array(self.rows.index.meta.gather(rows)[:, SEEN]),
+            state=_array(self.rows.state(rows)),
+            last_seen_ms=_array(self.rows.seen_ms(rows)),
         )
 
     def _tombstones(self, slots: Tensor, keys: Tensor) -> int:
@@ -206,6 +219,6 @@ class CudaTable:
         return len(keys)
 
 
-def _array(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
-    """A copy on the host, of `dtype` or the tensor's own. Waits for the device."""
-    return tensor.to(dtype or tensor.dtype).contiguous().cpu().numpy()
+def _array(tensor: Tensor) -> Any:
+    """A copy on the host. Waits for the device."""
+    return tensor.contiguous().cpu().numpy()

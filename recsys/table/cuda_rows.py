@@ -6,34 +6,62 @@ int64, gradients float32, all on the device and contiguous; a slot that the layo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import triton
 from torch import Tensor
 
 from recsys.keys import mix
 from recsys.table import triton_kernels as kernels
+from recsys.table import triton_steps as steps
 from recsys.table.base import Layout
-from recsys.table.cuda_index import CHANGED, KEY, SEEN, SLOT, Chunks, DeviceIndex, interpreted, lanes
-from recsys.table.rows import check_layout, default_values, initial_state, last_seen, state_width, table_full
+from recsys.table.cuda_index import INTERPRETED, KINDS, Chunks, DeviceIndex, lanes, launch, power
+from recsys.table.rows import (
+    LAST_SEEN_STEP_MS,
+    check_layout,
+    default_values,
+    initial_state,
+    last_seen,
+    scales,
+    state_width,
+    table_full,
+)
 
 CHUNK_ROWS = 2**18
 """Rows that are allocated together, a power of two: 67 MB at 64 values. Half doubles the list of addresses, which should
 stay in a cache; double leaves more memory unused."""
 _LARGEST = float(np.finfo(np.float32).max)
-_OPTIMIZERS = {"sgd": kernels.SGD, "adagrad": kernels.ADAGRAD, "rowwise_adagrad": kernels.ROWWISE_ADAGRAD}
+_OPTIMIZERS = {"sgd": steps.SGD, "adagrad": steps.ADAGRAD, "rowwise_adagrad": steps.ROWWISE_ADAGRAD}
+_PROGRAMS = 2048
+"""Programs of two warps that a device runs at a time, about: they share out what is counted on the device alone."""
+_BESIDE = 2**17
+"""Rows that are sorted beside other work: fewer take less time than the host needs to arrange that."""
+_MARKS = 2
+"""Numbers of a record behind the state: last-seen in steps, and the version that the row was changed in."""
+SEEN_MS, COUNT = 0, 1
+"""Columns of a key that is not admitted yet."""
+
+
+class Ordered(NamedTuple):
+    """A batch's rows in order [N], the position of each in the batch, and what to wait for before using them."""
+
+    rows: Tensor
+    positions: Tensor
+    done: torch.cuda.Event | None
 
 
 class DeviceRows:
-    """Index, values, optimiser state and admission counts of one layout. One stream, one thread at a time."""
+    """Index, values, records (optimiser state, last-seen, version) and admission counts of one layout.
+
+    One stream, one thread at a time.
+    """
 
     def __init__(self, layout: Layout, device: torch.device, chunk_rows: int = CHUNK_ROWS) -> None:
         check_layout(layout)
-        if device.type != "cuda" and not interpreted():
+        if device.type != "cuda" and not INTERPRETED:
             raise ValueError(
                 f"table {layout.name!r} needs a CUDA device, not {device}: or TRITON_INTERPRET=1, for tests"
             )
@@ -44,24 +72,30 @@ class DeviceRows:
         default_row[slots] = np.arange(len(slots))
         admission = np.ones(65536, np.int64)
         admission[slots] = [layout.slots[slot].admission for slot in slots]
-        fresh = initial_state(layout)
-        self.fallback, self._admission, self.fresh = (self.tensor(a) for a in (default_row, admission, fresh))
+        self.fallback, self._admission = self.tensor(default_row), self.tensor(admission)
+        self.fresh = self.tensor(initial_state(layout))
+        self.width = len(self.fresh)
+        record = self.width + _MARKS
+        record = power(record) if record <= 8 else -(-record // 8) * 8  # a sector of memory, or whole ones
         self._counts_rows = bool(admission.max() > 1)
         total = len(slots) + layout.capacity
         self.values = Chunks(total, layout.dim, torch.float32, device, chunk_rows)
-        self.state = Chunks(total, len(fresh), torch.float32, device, chunk_rows)
-        self.index = DeviceIndex(layout.capacity, len(slots), device, chunk_rows)
-        self._chunk_rows = chunk_rows
+        self.records = Chunks(total, record, torch.int32, device, chunk_rows)
+        self.index = DeviceIndex(layout.capacity, len(slots), self.fallback, (self.values, self.records))
         self.forget_counts()
-        self._grow()
         defaults = torch.arange(len(slots), dtype=torch.int32, device=device)
-        self.values.scatter(defaults, self.tensor(default_values(layout)))
-        self.state.scatter(defaults, self.fresh.expand(len(slots), -1))
+        self.put(defaults, self.tensor(default_values(layout)), self.fresh.expand(len(slots), -1))
         seed = mix(np.array([layout.seed % 2**64], np.uint64)).view(np.int64)
-        scale = np.concatenate([np.full(s.dim, s.init_scale, np.float32) for s in layout.segments])
-        self._start = (self.tensor(seed), self.tensor(scale), self.fresh)
+        start = (self.tensor(seed), self.tensor(scales(layout)), self.fresh)
+        self._columns = (self.values.addresses, self.records.addresses)
+        self._new = (*self._columns, *start)
         rates = np.array([(s.learning_rate, s.epsilon) for s in layout.segments], np.float64)
+        self._padded = power(layout.dim)
+        values_shape = (chunk_rows, layout.dim, self._padded, KINDS[self.values.dtype])
+        self._layout_shape = (*values_shape, record, self.width, power(max(1, self.width)), self.first)
         self._rates = list(self.tensor(rates))
+        # What is sorted beside a copy has to come first, or waits until all of the copy's programs have begun.
+        self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def tensor(self, array: npt.NDArray[Any]) -> Tensor:
         """A copy on the device; on the CPU it may be the array itself."""
@@ -69,92 +103,134 @@ class DeviceRows:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.values, self.state, self.index, self.waiting, self.fallback))
+        parts = (self.values, self.records, self.index, self.waiting, self.counts, self.fallback)
+        return sum(part.nbytes for part in parts)
 
     def forget_counts(self) -> None:
-        """Start the counts of unadmitted keys anew. In meta data, a count stands in CHANGED."""
-        self._no_row = torch.where(self.fallback >= 0, 0, -1).to(torch.int32)
-        self.waiting = DeviceIndex(2**31 - 2**20, 1, self.device, 2**14)
+        """Start the counts of unadmitted keys anew."""
+        no_row = torch.where(self.fallback >= 0, 0, -1).to(torch.int32)
+        most = 2**31 - 2**20
+        self.counts = Chunks(most, 2, torch.int64, self.device, 2**14)
+        self.waiting = DeviceIndex(most, 1, no_row, (self.counts,))
 
     def lookup(self, slots: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [N, D] and found [N]; a missing key gets its slot's default row."""
+        """Values [N, D] and rows [N]; a missing key gets its slot's default row, which is below `first`."""
         rows = torch.empty(len(keys), dtype=torch.int32, device=self.device)
         out = torch.empty((len(keys), self.layout.dim), device=self.device)
         if len(keys):
-            shape, programs = self.values.shape(len(keys))
-            given = (self.index.index, (slots, keys), self.fallback, self.values.addresses, (rows, out))
-            kernels.lookup[(programs,)](*given, len(keys), SHAPE=shape)
-        return out, rows >= self.first
+            size, programs = lanes(len(keys), self._padded)
+            given = (self.index.index, (slots, keys), self.values.addresses, (rows, out), len(keys))
+            launch(kernels.lookup, programs, *given, shape=self._shape(size))
+        return out, rows
 
-    def lookup_train(self, slots: Tensor, keys: Tensor, now_ms: int, version: int, admit: bool = True) -> Tensor:
-        """Values [N, D]; counts, admits and creates as `Table.lookup_train`. New rows are marked as changed."""
-        rows = self.index.find(slots, keys, self.fallback)
-        if admit:
-            rows = self._admit(slots, keys, rows, now_ms, version)
-        self.see(rows, now_ms)
-        return self.gather(rows)
+    def lookup_train(
+        self, slots: Tensor, keys: Tensor, now_ms: int, version: int, admit: bool = True
+    ) -> tuple[Tensor, Ordered]:
+        """Values [N, D], and what `apply_gradients` needs, sorted meanwhile. As `Table.lookup_train`, but last-seen of rows
+        that were there moves on with `apply_gradients` (or `see`), which saves a pass over them."""
+        rows = self.rows_train(slots, keys, now_ms, version, admit)
+        ordered = self.order(rows)
+        return self.values.gather(rows), ordered
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Values [N, D]; NaN for rows below 0."""
-        out = torch.full((len(rows), self.layout.dim), torch.nan, device=self.device)
-        if len(rows):
-            shape, programs = self.values.shape(len(rows))
-            kernels.gather[(programs,)](self.values.addresses, rows, out, len(rows), SHAPE=shape)
-        return out
+    def rows_train(self, slots: Tensor, keys: Tensor, now_ms: int, version: int, admit: bool = True) -> Tensor:
+        """Rows [N]: counts, admits and creates as `Table.lookup_train`. New rows are seen now and marked as changed. Rows stay
+        what they are until some are removed or expire."""
+        if not admit:
+            return self.index.find(slots, keys)
+        if self._counts_rows:
+            return self._admit(slots, keys, now_ms, version)
+        return self._make(slots, keys, now_ms, version, lambda: self._missing(slots, keys))
 
-    def create(self, slots: Tensor, keys: Tensor, version: int) -> tuple[Tensor, Tensor]:
-        """Rows [N] of the keys, made where missing, marked as changed; and each lane's row, or -1 if a later lane has
-        the same key. TableFull before anything changed."""
-        rows = self.index.find(slots, keys, self.fallback)
-        where = self.index.group(slots, keys, torch.ones(len(keys), dtype=torch.bool, device=self.device))
+    def order(self, rows: Tensor) -> Ordered:
+        """Rows in order, for `apply_gradients`: sorted beside what the device does next, and before what needs it."""
+        if self._beside is None or len(rows) < _BESIDE:
+            return Ordered(*torch.sort(rows, stable=True), None)
+        out = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+        self._beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._beside):
+            torch.sort(rows, stable=True, out=out)
+            done = self._beside.record_event()
+        for tensor in (rows, *out):
+            tensor.record_stream(self._beside)
+        return Ordered(*out, done)
+
+    def state(self, rows: Tensor) -> Tensor:
+        """Optimiser state [N, S]."""
+        return self.records.gather(rows, 0, self.width).view(torch.float32)
+
+    def seen_ms(self, rows: Tensor) -> Tensor:
+        """When the rows were last seen [N]."""
+        return self.records.gather(rows, self.width, 1)[:, 0].to(torch.int64) * LAST_SEEN_STEP_MS
+
+    def changed(self, rows: Tensor) -> Tensor:
+        """The version [N] that the rows were changed in."""
+        return self.records.gather(rows, self.width + 1, 1)[:, 0]
+
+    def put(self, rows: Tensor, values: Tensor, state: Tensor) -> None:
+        """Set unique rows; those below 0 are skipped."""
+        self.values.scatter(rows, values)
+        self.records.scatter(rows, state.contiguous().view(torch.int32))
+
+    def mark(self, rows: Tensor, seen_ms: Tensor, version: int) -> None:
+        """Set when unique rows were last seen, and the version they were changed in."""
+        seen = (last_seen(seen_ms) // LAST_SEEN_STEP_MS).to(torch.int32)
+        self.records.scatter(rows, torch.stack([seen, torch.full_like(seen, version)], 1), self.width)
+
+    def create(self, slots: Tensor, keys: Tensor, now_ms: int, version: int) -> Tensor:
+        """Each lane's row, made where missing, seen now and changed; -1 if a later lane has the same key.
+
+        TableFull before anything changed."""
+        rows = self._make(slots, keys, now_ms, version, lambda: self._missing(slots, keys))
+        self.see(rows, now_ms, version)
+        where = self.index.group(slots, keys, torch.ones_like(keys, dtype=torch.bool))
         at = torch.arange(len(keys), device=self.device)
-        missing = rows < self.first
-        rows = self._make(slots, keys, missing & (where == at), version)[where].where(missing, rows)
         last = torch.full_like(at, -1).scatter_reduce_(0, where, at, "amax")
-        return rows, torch.where(last[where] == at, rows, -1)
+        return torch.where(last[where] == at, rows, -1)
 
-    def apply_gradients(self, slots: Tensor, keys: Tensor, gradients: Tensor, now_ms: int, version: int) -> Tensor:
-        """One optimiser step; a tensor [1] that is not 0 if gradients were refused and nothing was changed.
-
-        Refused is also what is finite but so large (3.4e38 / N) that a sum of duplicates might not be.
-        """
-        refused = torch.zeros(1, dtype=torch.int32, device=self.device)
-        count = len(keys)
-        if not count:
-            return refused
-        size, programs = lanes(gradients.numel(), 1, 2048)
-        kernels.refuse[(programs,)](gradients, refused, _LARGEST / count, gradients.numel(), LANES=size)
-        rows = self.index.find(slots, keys, self.fallback)
-        ordered = torch.sort(rows, stable=True)
-        sums = self._presum(ordered, gradients)
-        start = state = 0
-        for number, segment in enumerate(self.layout.segments):
-            padded = triton.next_power_of_2(segment.dim)
-            size, programs = lanes(count, padded)
-            span = (start, segment.dim, padded, state, _OPTIMIZERS[segment.optimizer])
-            kernels.step[(programs,)](
-                (ordered.values, ordered.indices),
-                (gradients, sums, refused),
-                (self.values.addresses, self.state.addresses),
-                self._rates[number],
-                count,
-                SHAPE=(self._chunk_rows, self.layout.dim, len(self.fresh), *span, size),
-                enable_fp_fusion=False,
-            )
-            start, state = start + segment.dim, state + state_width(segment)
-        self.see(torch.where(refused > 0, -1, rows), now_ms, version)
-        return refused
-
-    def see(self, rows: Tensor, now_ms: int, version: int = 0) -> None:
-        """Move last-seen of rows on; with a version > 0, mark them as changed then."""
+    def see(self, rows: Tensor, now_ms: int, version: int | None = None) -> None:
+        """Move last-seen of rows on; with a version, mark them as changed then."""
         if len(rows):
             size, programs = lanes(len(rows))
-            given = (self.index.meta.addresses, rows, self.first, last_seen(now_ms), version, len(rows))
-            kernels.see[(programs,)](*given, SHAPE=(self._chunk_rows, size))
+            given = (self.records.addresses, rows, _stamp(now_ms, version or 1), len(rows))
+            launch(kernels.see, programs, *given, shape=self._shape(size, version is not None))
+
+    def refused(self, gradients: Tensor) -> Tensor:
+        """A tensor [1] that is not 0 if gradients are not finite, or so large (3.4e38 / N) that a sum might not be."""
+        refused = torch.zeros(1, dtype=torch.int32, device=self.device)
+        if gradients.numel():
+            size, programs = lanes(gradients.numel(), 1, 2048)
+            given = (gradients, refused, _LARGEST / len(gradients), gradients.numel())
+            launch(steps.refuse, programs, *given, shape=(size,))
+        return refused
+
+    def apply_gradients(self, ordered: Ordered, gradients: Tensor, now_ms: int, version: int) -> Tensor:
+        """One optimiser step of rows, those below 0 left out; equal rows' gradients [N, D] are summed first.
+
+        A row whose sum is not finite stays as it is: then the answer, a tensor [1], is not 0. See `refused` for a check
+        before anything is changed, which reads the gradients once more.
+        """
+        flags = torch.zeros(8, dtype=torch.int32, device=self.device)
+        refused, frequent = flags[:1], flags[4:5]
+        count = len(gradients)
+        if not count:
+            return refused
+        if ordered.done is not None:
+            torch.cuda.current_stream(self.device).wait_event(ordered.done)
+        order = (ordered.rows, ordered.positions)
+        given = (gradients, self._combine(order, gradients, frequent), refused)
+        start = state = 0
+        for number, segment in enumerate(self.layout.segments):
+            padded = power(segment.dim)
+            size, programs = lanes(count, padded, values=1024)
+            span = (start, segment.dim, padded, state, _OPTIMIZERS[segment.optimizer])
+            same = (order, given, self._columns, self._rates[number], _stamp(now_ms, version), count)
+            launch(steps.step, programs, *same, shape=(*self._shape(size, start == 0), *span))
+            start, state = start + segment.dim, state + state_width(segment)
+        return refused
 
     def remove(self, slots: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Free the rows of the keys that are there; those slots and keys. Waits for the device."""
-        rows = self.index.find(slots, keys, self.fallback)
+        rows = self.index.find(slots, keys)
         there = rows >= self.first
         where = self.index.group(slots, keys, there)
         chosen = there & (where == torch.arange(len(keys), device=self.device))
@@ -162,71 +238,74 @@ class DeviceRows:
         self.index.drop(slots, keys, rows)
         return slots, keys
 
-    def put_counts(self, slots: Tensor, keys: Tensor, counts: Tensor, seen: Tensor, wanted: Tensor) -> None:
-        """Set the counts of the wanted lanes, which are unique pairs; last-seen never goes back."""
-        rows = self.waiting.find(slots, keys, self._no_row)
-        new = wanted & (rows == 0)
-        self.waiting.reserve(new, lambda held, more: table_full(self.layout, held, more))
-        made = self.waiting.make(slots, keys, new)
-        known = self.waiting.meta.gather(torch.clamp(rows, min=0))
-        seen = torch.where(rows > 0, torch.maximum(seen, known[:, SEEN]), seen)
-        rows = torch.where(wanted, torch.where(new, made, rows), -1)
-        self.waiting.meta.scatter(rows, torch.stack([keys, slots.to(torch.int64), seen, counts], 1))
+    def put_counts(self, slots: Tensor, keys: Tensor, counts: Tensor, seen_ms: Tensor) -> None:
+        """Set the counts of unique pairs, those of slots below 0 left out; last-seen never goes back."""
+        if not len(keys):
+            return
+        self.waiting.reserve(len(keys), lambda: len(keys), lambda held, more: table_full(self.layout, held, more))
+        held = self.waiting.find(slots, keys)
+        known = torch.where(held > 0, self.counts.gather(held.clamp(min=0))[:, SEEN_MS], seen_ms)
+        claims = self.waiting.enter(slots, keys)
+        shape = (2, 0, 1, KINDS[torch.int64], 2, 0, 1, 1, lanes(len(keys))[0], False)
+        given = (self.waiting.index, (slots, keys), claims, self._new, _stamp(0, 1), len(keys))
+        launch(kernels.settle, -(-len(keys) // kernels.BLOCK), *given, shape=shape)
+        self.counts.scatter(claims[0], torch.stack([torch.maximum(seen_ms, known), counts], 1))
 
-    def expired(self, index: DeviceIndex, cutoff_ms: Tensor, span: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Slots and keys of rows in `span` not seen since their slot's cutoff, freed. Waits for the device."""
-        rows, meta = index.live(lambda meta: meta[:, SEEN] <= cutoff_ms[meta[:, SLOT].clamp(min=0)], *span)
-        slots, keys = meta[:, SLOT].to(torch.int32), meta[:, KEY].contiguous()
-        index.drop(slots, keys, rows)
-        return slots, keys
+    def _shape(self, size: int, change: bool = False) -> tuple[int, ...]:
+        """SHAPE of the kernels."""
+        return (*self._layout_shape, size, change)
 
-    def _admit(self, slots: Tensor, keys: Tensor, rows: Tensor, now_ms: int, version: int) -> Tensor:
+    def _missing(self, slots: Tensor, keys: Tensor) -> int:
+        """How many different keys have no row. Waits for the device."""
+        rows = self.index.find(slots, keys)
+        missing = (rows >= 0) & (rows < self.first)
+        where = self.index.group(slots, keys, missing)
+        return int((missing & (where == torch.arange(len(keys), device=self.device))).sum())
+
+    def _make(self, slots: Tensor, keys: Tensor, now_ms: int, version: int, wanted: Callable[[], int]) -> Tensor:
+        """Rows [N], made where missing, as new. TableFull before anything changed."""
+        self.index.reserve(len(keys), wanted, lambda held, more: table_full(self.layout, held, more))
+        claims = self.index.enter(slots, keys)
+        if len(keys):
+            size, _ = lanes(len(keys), self._padded)
+            given = (self.index.index, (slots, keys), claims, self._new, _stamp(now_ms, version), len(keys))
+            launch(kernels.settle, -(-len(keys) // kernels.BLOCK), *given, shape=self._shape(size))
+        return claims[0]
+
+    def _admit(self, slots: Tensor, keys: Tensor, now_ms: int, version: int) -> Tensor:
         """Count missing keys and make the rows that are due; rows [N] after that."""
+        rows = self.index.find(slots, keys)
         missing = (rows >= 0) & (rows < self.first)
         where = self.index.group(slots, keys, missing)
         at = torch.arange(len(keys), device=self.device)
         where = torch.where(missing, where, at)
         chosen = missing & (where == at)
-        due = chosen
-        if self._counts_rows:
-            counts = torch.zeros_like(at).scatter_add_(0, where, missing.to(torch.int64))
-            known = self.waiting.find(slots, keys, self._no_row).clamp(min=0)
-            counts += self.waiting.meta.gather(known)[:, CHANGED]
-            due = chosen & (counts >= self._admission[slots.to(torch.int64) & 65535])
-        made = self._make(slots, keys, due, version)
-        if self._counts_rows:
-            self.put_counts(slots, keys, counts, torch.full_like(keys, now_ms), chosen & ~due)
+        counts = torch.zeros_like(at).scatter_add_(0, where, missing.to(torch.int64))
+        counted = self.waiting.find(slots, keys)
+        counts += torch.where(counted > 0, self.counts.gather(counted.clamp(min=0))[:, COUNT], 0)
+        due = chosen & (counts >= self._admission[slots.to(torch.int64) & 65535])
+        made = self._make(torch.where(due, slots, -1), keys, now_ms, version, lambda: int(due.sum()))
+        if self.waiting.maybe_rows:
+            self.waiting.drop(slots, keys, torch.where(due, counted, 0))
+        self.put_counts(torch.where(chosen & ~due, slots, -1), keys, counts, torch.full_like(keys, now_ms))
         made = made[where]
         return torch.where(missing & (made >= 0), made, rows)
 
-    def _make(self, slots: Tensor, keys: Tensor, wanted: Tensor, version: int) -> Tensor:
-        """Rows [N] of the wanted lanes, as new, -1 for others. TableFull before anything changed."""
-        self.index.reserve(wanted, lambda held, more: table_full(self.layout, held, more))
-        self._grow()
-        rows = self.index.make(slots, keys, wanted)
-        if len(keys):
-            padded, state = (triton.next_power_of_2(max(1, width)) for width in (self.layout.dim, len(self.fresh)))
-            size, programs = lanes(len(keys), padded)
-            shape = (self._chunk_rows, self.layout.dim, padded, size, len(self.fresh), state)
-            columns = (self.values.addresses, self.state.addresses)
-            kernels.initialise[(programs,)](columns, (slots, keys), rows, self._start, len(keys), SHAPE=shape)
-            self.see(rows, 0, version)
-            if self.waiting.maybe_rows:
-                counted = self.waiting.find(slots, keys, self._no_row)
-                self.waiting.drop(slots, keys, torch.where(wanted, counted, 0))
-        return rows
-
-    def _presum(self, ordered: Sequence[Tensor], gradients: Tensor) -> Tensor:
+    def _combine(self, order: tuple[Tensor, Tensor], gradients: Tensor, number: Tensor) -> Tensor:
+        """Sums [N / 3, D] of rows that occur more than twice, where the kernel `step` looks for them. `number`: [1], 0."""
         count, dim = gradients.shape
-        tiles = triton.cdiv(count, kernels.TILE)
+        tiles, padded = -(-count // steps.TILE), power(dim)
         sums = torch.empty((tiles, dim), dtype=torch.float64, device=self.device)
-        if tiles > 1:
-            padded = triton.next_power_of_2(dim)
-            size, programs = lanes(tiles, padded, 4)  # few lanes: each goes a long way alone
-            kernels.presum[(programs,)](tuple(ordered), gradients, sums, count, SHAPE=(dim, padded, size))
-        return sums
+        summed = torch.empty((count // 3 + 1, dim), device=self.device)
+        heads = torch.empty(count // 3 + 1, dtype=torch.int32, device=self.device)
+        frequent = (heads, number)
+        shape = (dim, padded, max(1, min(steps.TILE, 2048 // padded)))
+        launch(steps.presum, tiles, order, gradients, sums, frequent, count, shape=shape)
+        given = (order, (gradients, sums), frequent, summed, count)
+        launch(steps.combine, min(len(heads), _PROGRAMS), *given, shape=(dim, padded, max(1, 1024 // padded)), warps=2)
+        return summed
 
-    def _grow(self) -> None:
-        rows = len(self.index.meta)
-        self.values.grow(rows)
-        self.state.grow(rows)
+
+def _stamp(now_ms: int, version: int) -> int:
+    """Version (>= 1) and time as the kernels take them; never below 2^32, which would be another type."""
+    return version << 32 | (int(last_seen(now_ms)) // LAST_SEEN_STEP_MS & 0xFFFFFFFF)

@@ -14,6 +14,7 @@ from recsys.model.layouts import layouts
 from recsys.ranking.parameters import ParameterStore
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
+from recsys.table.tables import placed
 from services.common import grpc_parameters
 from services.common.process import FolderLock, HealthServer, Stop, logger
 
@@ -26,7 +27,9 @@ class ParameterService:
     def __init__(self, config: Config, log: EventLog, clock: Clock) -> None:
         self._config, self._log, self._clock = config, log, clock
         self.schema = Schema.of(config)
-        self.store = ParameterStore(layouts(config, self.schema), self.schema.hash, config.table.implementation)
+        self._device = placed(config.parameter.device, config.table.implementation)
+        metrics.PARAMETER_DEVICE_INFO.labels(self._device).set(1)
+        self.store = self._empty_store()
         self._folder = config.data_dir / "parameter"
         self._reader = DeltaReader()
         self._position = 0
@@ -44,9 +47,7 @@ class ParameterService:
             position = self.store.load(self._folder)
         except (SnapshotCorrupt, SchemaMismatch) as error:
             logger.error("snapshot not used: %s; reading the whole log instead", error)
-            self.store = ParameterStore(
-                layouts(self._config, self.schema), self.schema.hash, self._config.table.implementation
-            )
+            self.store = self._empty_store()
         begin, end = self._log.begin(TOPIC, 0), self._log.end(TOPIC, 0)
         if position is None or not begin <= position <= end:
             if position is not None:
@@ -55,6 +56,9 @@ class ParameterService:
                 )
             position = begin
         self._position = self._whole = position
+
+    def _empty_store(self) -> ParameterStore:
+        return ParameterStore(layouts(self._config, self.schema), self.schema.hash, self._device)
 
     def turn(self) -> int:
         """Apply what is new; returns how many messages were read."""

@@ -17,6 +17,7 @@ NO_UNIT = {
     "recsys_breaker_open",
     "recsys_trainer_epoch",
     "recsys_parameter_version_step",
+    "recsys_parameter_device_info",
 }
 UNITS = ("_total", "_seconds", "_bytes", "_records", "_rows", "_items", "_impressions", "_ratio", "_loss", "_entropy")
 
