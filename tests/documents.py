@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def options(model: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Each option's full name and field; sections are gone into, `tasks` stands for each of its entries."""
+    """Each option's full name and field; sections are gone into, a list of tables stands for each of its entries."""
     for name, field in model.model_fields.items():
-        nested = TaskConfig if TaskConfig in get_args(field.annotation) else field.annotation
+        listed = (kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+        nested = next(listed, field.annotation)
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             yield from options(nested, f"{path}{name}.")
         else:
@@ -63,6 +64,8 @@ def _toml(value: Any) -> str:
     """JSON's strings, numbers, booleans and arrays are TOML's; a table is not."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -4,6 +4,7 @@ from recsys.config.load import load, one_thread_each, parse
 from recsys.config.sections import (
     CatalogueConfig,
     Config,
+    CounterConfig,
     FeaturesConfig,
     LogConfig,
     ModelConfig,
@@ -20,6 +21,7 @@ from recsys.config.tasks import Section, TaskConfig
 __all__ = [
     "CatalogueConfig",
     "Config",
+    "CounterConfig",
     "FeaturesConfig",
     "LogConfig",
     "ModelConfig",

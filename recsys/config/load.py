@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from recsys.config.sections import Config
+from recsys.config.sections import Config, CounterConfig
 from recsys.config.tasks import TaskConfig
 from recsys.errors import ConfigError
 
@@ -88,7 +88,8 @@ def _known(path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():
             continue
-        annotation = TaskConfig if part == "tasks" else model.model_fields[part].annotation
+        listed: dict[str, Any] = {"tasks": TaskConfig, "counters": CounterConfig}
+        annotation = listed.get(part) or model.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -60,6 +60,17 @@ class CatalogueConfig(Section):
     """Values of a multi-valued attribute that are used; the rest is cut."""
 
 
+class CounterConfig(Section):
+    """Decayed counts of one combination of slots."""
+
+    of: tuple[str, ...]
+    """One to three of `user`, context fields, `item` and attributes; a rate leans on that of the longest listed beginning."""
+    values: tuple[Literal["shown", "events", "elsewhere"], ...] = ("shown",)
+    """`shown`: impressions, each task's rate; `events`: of a click log, the share not first in a session; `elsewhere`: `elsewhere_types`."""
+    half_lives_s: tuple[float, ...] = (86_400.0,)
+    """Half-lives, seconds of log time: each is counted."""
+
+
 class FeaturesConfig(Section):
     """What the models see."""
 
@@ -81,8 +92,14 @@ class FeaturesConfig(Section):
     """History items crossed with the candidate."""
     affinity_decay: float = Field(0.8, gt=0, le=1)
     """Weight of the n-th newest history event in attribute affinity is this to the n: .8 gives the last three half of the sum."""
-    counter_half_life_s: float = Field(86_400.0, gt=0)
-    """Half-life of the impression and positive counters behind rate features, seconds of log time."""
+    counters: tuple[CounterConfig, ...] = (CounterConfig(of=("user",)), CounterConfig(of=("item",)))
+    """What is counted and shown to the models as numbers."""
+    elsewhere_types: tuple[str, ...] = ()
+    """Feedback without a request that counters of `elsewhere` count; and how often each but the first follows the first on its item."""
+    counter_smoothing: float = Field(10.0, gt=0)
+    """Impressions' worth of the parent's rate in each rate: half doubles the noise of new rows, double hides a hundred impressions."""
+    counter_rows: int = Field(1_000_000, ge=4096)
+    """Most rows of the counters, about 100 bytes each; then the half with the least in it is dropped."""
 
 
 class ModelConfig(Section):
@@ -312,10 +329,24 @@ class Config(Section):
                 raise ValueError(
                     f"features.crosses: ({first!r}, {second!r}) must pair one of {sorted(left)} with one of {sorted(right)}"
                 )
+        self._counters_agree()
         unknown = set(self.retrieval.sources) - {"covisited", "followed", "nearest", "trending"}
         if unknown:
             raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
         return self
+
+    def _counters_agree(self) -> None:
+        features, known = self.features, {"user", "item", *self.features.context, *self.catalogue.attributes}
+        for counter in features.counters:
+            names = counter.of
+            if not 1 <= len(set(names)) == len(names) <= 3 or not set(names) <= known:
+                raise ValueError(
+                    f"features.counters: {list(names)} must be one to three different ones of {sorted(known)}"
+                )
+            if not counter.half_lives_s or min(counter.half_lives_s) <= 0:
+                raise ValueError(f"features.counters: half_lives_s of {list(names)} must be at least one, all above 0")
+            if "elsewhere" in counter.values and not features.elsewhere_types:
+                raise ValueError(f"features.counters: {list(names)} counts `elsewhere`: set features.elsewhere_types")
 
     @property
     def quantities(self) -> dict[str, dict[str, float]]:

@@ -22,7 +22,6 @@ from recsys.evaluation.metrics import NextItem, Progressive
 from recsys.evaluation.serving import ServingCopy
 from recsys.features.build import Features, encode
 from recsys.features.catalogue import Catalogue
-from recsys.features.counters import RateCounters
 from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.ranking.pipeline import Pipeline, Work
@@ -77,9 +76,7 @@ class Replay:
         self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.copy.scorer, self.copy.generations)
         self._is_old = bool(options.delay_s or options.sync_interval_s)
         if not options.freeze_user and self._is_old:
-            self.sources.user_rates = RateCounters(
-                config.features.counter_half_life_s, tuple(task.prior for task in config.tasks)
-            )
+            self.sources.counting.split()
         self._types = set(config.features.history_types)
         self._click_types = set(config.retrieval.count_types)
         self._later: deque[tuple[int, Callable[[], None]]] = deque()
@@ -172,7 +169,7 @@ class Replay:
         if (rows < 0).any():
             return None
         user = self.pipeline.user_of(work)
-        return self.pipeline.features_of(impression.user_id, user, work.history_rows, rows, now_ms)
+        return self.pipeline.features_of(user, work.history_rows, rows, now_ms)
 
     def _open(self, impression: Impression, now_ms: int) -> None:
         assert self.trainer is not None
@@ -182,9 +179,7 @@ class Replay:
             self._train(now_ms)
 
     def _count_impression(self, impression: Impression, now_ms: int) -> None:
-        rows = self.sources.catalogue.rows([item.item_id for item in impression.items])
-        if self.sources.user_rates is not self.sources.rates:
-            self.sources.user_rates.impression(impression.user_id, rows[rows >= 0], now_ms)
+        self.sources.counting.shown_live(impression, now_ms)
         self._when_visible(now_ms, lambda: _ignore(self.sources.impression(impression, now_ms)))
 
     def feedback(self, feedback: Feedback, now_ms: int) -> None:
@@ -213,10 +208,9 @@ class Replay:
     def _count_feedback(
         self, feedback: Feedback, history: tuple[HistoryEvent, ...], event: HistoryEvent, now_ms: int
     ) -> None:
-        if self.sources.user_rates is not self.sources.rates and feedback.request_id:
-            for index, task in enumerate(self.config.tasks):
-                if feedback.type in task.types:
-                    self.sources.user_rates.positive(feedback.user_id, -1, index, now_ms)
+        if self.sources.counting.live is not None and (row := self.sources.catalogue.row(feedback.item_id)) is not None:
+            later = bool(self.sources.session_rows(history, event))
+            self.sources.counting.happened_live(feedback, row, later, now_ms)
         self._when_visible(now_ms, lambda: _ignore(self.sources.feedback(feedback, history, event, now_ms)))
 
     def _answer_before(

@@ -67,8 +67,8 @@ class Features:
 class Signals:
     """What counters say about the K items, as of the request: see `Schema.numbers`."""
 
-    user_rates: Float32
-    item_rates: Float32
+    counters: Float32
+    """[K, the schema's counter numbers]"""
     popularity: Float32
     covisit: Float32
 
@@ -82,12 +82,7 @@ def user_features(
     now_ms: int = 0,
 ) -> UserFeatures:
     """Keys of the user, the context and the newest `history_len` history events of each sequence."""
-    shared_keys = np.zeros(len(schema.shared_slots), np.int64)
-    shared_mask = np.zeros(len(schema.shared_slots), np.bool_)
-    shared_keys[0], shared_mask[0] = key_of(user_id), True
-    for column, name in enumerate(schema.context, start=1):
-        if (value := context.get(name)) is not None:
-            shared_keys[column], shared_mask[column] = key_of(value if isinstance(value, str) else str(value)), True
+    shared_keys, shared_mask = shared_columns(schema, user_id, context)
     recent, kinds = _newest(schema, history)
     width = len(schema.history_slots)
     rows = catalogue.rows([event.item_id for event in recent])
@@ -104,6 +99,16 @@ def user_features(
         history_kinds=kinds,
         history_gaps=_gaps(recent, now_ms) if schema.time_gaps else np.zeros(len(recent), np.uint8),
     )
+
+
+def shared_columns(schema: Schema, user_id: str, context: Mapping[str, Any]) -> tuple[Int64, Bool]:
+    """Keys and mask of the user and the context [S]."""
+    keys, mask = np.zeros(len(schema.shared_slots), np.int64), np.zeros(len(schema.shared_slots), np.bool_)
+    keys[0], mask[0] = key_of(user_id), True
+    for column, name in enumerate(schema.context, start=1):
+        if (value := context.get(name)) is not None:
+            keys[column], mask[column] = key_of(value if isinstance(value, str) else str(value)), True
+    return keys, mask
 
 
 def _newest(schema: Schema, history: Sequence[HistoryEvent]) -> tuple[Sequence[HistoryEvent], UInt8]:
@@ -140,14 +145,13 @@ def item_features(
     item_keys, item_mask = catalogue.keys[rows], catalogue.mask[rows]
     cross_keys, cross_mask = _crosses(schema, catalogue, user, item_keys, item_mask)
     numbers = np.empty((len(rows), len(schema.numbers)), np.float32)
-    tasks = len(schema.tasks)
-    numbers[:, :tasks] = signals.user_rates
-    numbers[:, tasks : 2 * tasks] = signals.item_rates
-    numbers[:, 2 * tasks] = np.log1p(signals.popularity)
-    numbers[:, 2 * tasks + 1] = np.log1p(signals.covisit)
-    numbers[:, 2 * tasks + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
+    start = len(schema.counters.numbers)
+    numbers[:, :start] = signals.counters
+    numbers[:, start] = np.log1p(signals.popularity)
+    numbers[:, start + 1] = np.log1p(signals.covisit)
+    numbers[:, start + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
     weights = affinity_decay ** np.arange(len(user.history_keys))
-    for column, (name, _) in enumerate(schema.item_fields[1 : schema.num_history_fields], start=2 * tasks + 3):
+    for column, (name, _) in enumerate(schema.item_fields[1 : schema.num_history_fields], start=start + 3):
         where = catalogue.columns(name)
         numbers[:, column] = _affinity(
             user.history_keys[:, where], user.history_mask[:, where], weights, item_keys[:, where], item_mask[:, where]

@@ -1,104 +1,158 @@
-"""Decayed impressions and positives per task, by user and by item: the rates that the ranker sees as numbers."""
+"""Streaming counters: decayed impressions, positives per task and events of any declared combination of slots.
+
+What a counter says is what it counted before: ranking and replay read it when a request is answered, and the trainer
+learns from what was read. Legend: see `kernels.py`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from recsys.types import Float32, Int32
+from recsys.decay import ForwardDecay
+from recsys.features import kernels
+from recsys.features.kernels import Columns, Ratios, Sums
+from recsys.features.schema import Schema
+from recsys.types import Bool, Float32, Int64
 
-_SMOOTHING = 10.0
-"""Impressions' worth of prior in each rate: half of it doubles the noise of new items, double hides a hundred impressions."""
+_MAX_EXPONENT = 64
+"""Half-lives after which sums are rescaled: float32 holds 127 of them, and sums up to 2^60 beside."""
+_ROOM = 4096
+"""Rows of a new table; it doubles as it fills, up to its capacity."""
+
+_KEPT: tuple[Literal["C", "A", "W"], ...] = ("C", "A", "W")
 
 
-class RateCounters:
-    """Counts with exponential forgetting, for T tasks. One writer; readers may run beside it.
+class Counters:
+    """Sums with exponential forgetting, by (counter, keys of its slots). One writer; its owner's lock holds readers off.
 
-    Each entity keeps (time of last update, impressions, positives [T]); decay is applied when it is read or updated, so a
-    count is what an exact decayed sum would be, whatever the order of updates.
+    A sum is the exact decayed sum in any order of events. When `capacity` rows are in use, the half with the least left
+    of its longest half-life is dropped.
     """
 
-    def __init__(self, half_life_s: float, priors: tuple[float, ...]) -> None:
-        self._half_life_ms = half_life_s * 1000.0
-        self._priors = np.array(priors)
-        self._width = 1 + len(priors)
-        self._users: dict[str, npt.NDArray[np.float64]] = {}
-        self._items = np.zeros((1024, 1 + self._width))
+    def __init__(self, schema: Schema, capacity: int = 1_000_000) -> None:
+        layout = schema.counters
+        self._spec, self._of_users = schema.counter_spec, layout.of_users
+        self._columns = {name: column for column, name in enumerate(layout.columns)}
+        self._ratios = Ratios(
+            layout.spec, layout.parents, layout.order, layout.parts, layout.priors, float(layout.smoothing)
+        )
+        self._decays = [ForwardDecay(s, _MAX_EXPONENT) for s in layout.half_lives_s]
+        self._keys_of_an_item = int(self._spec[:, :, 2].clip(1).prod(1).sum())
+        self._capacity = max(capacity, _ROOM)
+        self._size, self._table = 0, self._empty(_ROOM)
+        self._warm_up(schema)
 
-    def impression(self, user_id: str, rows: Int32, now_ms: int) -> None:
-        """Count shown items (rows ≥ 0, distinct)."""
-        self._touch_user(user_id, now_ms)[1] += len(rows)
-        self._touch_items(rows, now_ms)
-        self._items[rows, 1] += 1.0
+    def _warm_up(self, schema: Schema) -> None:
+        """Compile every kernel, or read it from the on-disk cache: no request waits for it."""
+        shared, items = len(schema.shared_slots), len(schema.item_slots)
+        no_keys, no_mask = np.zeros((0, items), np.int64), np.zeros((0, items), np.bool_)
+        nothing = columns_of(np.zeros(shared, np.int64), np.zeros(shared, np.bool_), no_keys, no_mask)
+        kernels.add(self._table, 0, nothing, self._spec, np.zeros(len(self._columns)), np.zeros(len(self._decays)))
+        kernels.index(self._table, 0)
+        self.numbers(self.counts(nothing, 0))
 
-    def positive(self, user_id: str, row: int, task: int, now_ms: int) -> None:
-        """Count one positive of a task, once per (impression, item, task): the caller drops duplicates."""
-        self._touch_user(user_id, now_ms)[2 + task] += 1.0
-        if row >= 0:
-            self._touch_items(np.array([row], np.int32), now_ms)
-            self._items[row, 2 + task] += 1.0
+    def __len__(self) -> int:
+        return self._size
 
-    def forget(self, user_id: str) -> None:
-        """Drop what is counted of a user; the items keep their counts."""
-        self._users.pop(user_id, None)
+    def _empty(self, rows: int) -> Sums:
+        return Sums(
+            places=np.zeros(2 * rows, np.int32),
+            keys=np.zeros(rows, np.int64),
+            owners=np.zeros(rows, np.int64),
+            counters=np.zeros(rows, np.int32),
+            sums=np.zeros((rows, len(self._decays), len(self._columns)), np.float32),
+        )
 
-    def user_rates(self, user_id: str, now_ms: int) -> Float32:
-        """log(smoothed rate / prior) [T]; 0 for an unknown user."""
-        entry = self._users.get(user_id)
-        if entry is None:
-            return np.zeros(len(self._priors), np.float32)
-        return self._log_ratio(entry[None, :], now_ms)[0]
+    def add(self, columns: Columns, values: Sequence[str], now_ms: int) -> None:
+        """Count these values (names of the layout's columns) once for every item, in every counter."""
+        amounts = np.zeros(len(self._columns))
+        amounts[[self._columns[value] for value in values]] = 1.0
+        weights = np.empty(len(self._decays))
+        for h, decay in enumerate(self._decays):
+            if (factor := decay.rescale(now_ms)) is not None:
+                self._table.sums[: self._size, h] *= factor
+            weights[h] = decay.weight(now_ms)
+        self._make_room(len(columns.item_keys) * self._keys_of_an_item)
+        self._size = kernels.add(self._table, self._size, columns, self._spec, amounts, weights)
 
-    def item_rates(self, rows: Int32, now_ms: int) -> Float32:
-        """log(smoothed rate / prior) [n, T]; 0 for an item never shown."""
-        if len(rows) and rows.max() >= len(self._items):
-            known = np.where(rows < len(self._items), rows, 0)
-            return np.where((rows < len(self._items))[:, None], self._log_ratio(self._items[known], now_ms), 0).astype(
-                np.float32
-            )
-        return self._log_ratio(self._items[rows], now_ms)
+    def _make_room(self, rows: int) -> None:
+        if self._size + rows > self._capacity:
+            total = self._table.sums[: self._size, -1].sum(1)
+            self._keep(total > np.partition(total, self._size // 2)[self._size // 2])
+        if self._size + rows > len(self._table.keys):
+            self._resize(max(2 * len(self._table.keys), self._size + rows))
 
-    def _log_ratio(self, entries: npt.NDArray[np.float64], now_ms: int) -> Float32:
-        decay = np.exp2((entries[:, 0] - now_ms) / self._half_life_ms)
-        decay = np.minimum(decay, 1.0)[:, None]
-        shown = entries[:, 1:2] * decay + _SMOOTHING
-        positives = entries[:, 2:] * decay + _SMOOTHING * self._priors
-        return np.log(np.minimum(positives / shown, 1.0) / self._priors).astype(np.float32)
+    def _keep(self, kept: Bool) -> None:
+        """Drop the other rows."""
+        rows, table = np.flatnonzero(kept), self._table
+        for array in (table.keys, table.owners, table.counters, table.sums):
+            array[: len(rows)] = array[: self._size][rows]
+        self._size = len(rows)
+        self._resize(len(table.keys))
 
-    def _touch_user(self, user_id: str, now_ms: int) -> npt.NDArray[np.float64]:
-        entry = self._users.get(user_id)
-        if entry is None:
-            entry = self._users[user_id] = np.zeros(1 + self._width)
-            entry[0] = now_ms
-        elif now_ms > entry[0]:
-            entry[1:] *= 2.0 ** ((entry[0] - now_ms) / self._half_life_ms)
-            entry[0] = now_ms
-        return entry
+    def _resize(self, rows: int) -> None:
+        rows = 1 << (rows - 1).bit_length()
+        old, self._table = self._table, self._empty(rows)
+        for name in ("keys", "owners", "counters", "sums"):
+            getattr(self._table, name)[: self._size] = getattr(old, name)[: self._size]
+        kernels.index(self._table, self._size)
 
-    def _touch_items(self, rows: Int32, now_ms: int) -> None:
-        if len(rows) and (size := int(rows.max()) + 1) > len(self._items):
-            grown = np.zeros((max(size, 2 * len(self._items)), 1 + self._width))
-            grown[: len(self._items)] = self._items
-            self._items = grown
-        last = self._items[rows, 0]
-        later = np.maximum(last, now_ms)
-        self._items[rows, 1:] *= np.exp2((last - later) / self._half_life_ms)[:, None]
-        self._items[rows, 0] = later
+    def counts(self, columns: Columns, now_ms: int) -> Float32:
+        """Decayed counts [K, C, H, W] as of `now_ms`: C and W as the layout names them."""
+        shape = (len(columns.item_keys), len(self._spec), *self._table.sums.shape[1:])
+        out = np.empty(shape, np.float32)
+        decays = np.array([decay.decay(now_ms) for decay in self._decays])
+        kernels.read(self._table, columns, self._spec, decays, out)
+        return out
 
-    def state(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Everything, as arrays; user ids as UTF-8 with a newline after each (ids hold no control characters)."""
-        users = list(self._users)
+    def numbers(self, counts: Float32) -> Float32:
+        """The layout's numbers [K, N] for counts [K, C, H, W]."""
+        out = np.empty((len(counts), len(self._ratios.spec)), np.float32)
+        kernels.numbers(counts, self._ratios, out)
+        return out
+
+    def forget(self, user_key: int) -> None:
+        """Drop what is counted of a user as a person; anonymous counts stay."""
+        table = self._table
+        gone = self._of_users[table.counters[: self._size]] & (table.owners[: self._size] == user_key)
+        if gone.any():
+            self._keep(~gone)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything, as arrays."""
+        table, size = self._table, self._size
         return {
-            "users": np.frombuffer("".join(u + "\n" for u in users).encode(), np.uint8),
-            "user_counts": np.array([self._users[u] for u in users]).reshape(len(users), 1 + self._width),
-            "items": self._items,
+            "clocks": np.array([decay.state() for decay in self._decays], np.int64),
+            "keys": table.keys[:size],
+            "owners": table.owners[:size],
+            "counters": table.counters[:size],
+            "sums": table.sums[:size],
         }
 
-    def restore(self, state: dict[str, npt.NDArray[np.generic]], row_map: Int32) -> None:
-        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
-        users = state["users"].tobytes().decode().split("\n")[:-1]
-        self._users = dict(zip(users, state["user_counts"].astype(np.float64), strict=True))
-        items = state["items"][: len(row_map)]
-        kept = row_map[: len(items)] >= 0
-        self._items = np.zeros((max(1024, int(row_map.max(initial=0)) + 1), 1 + self._width))
-        self._items[row_map[: len(items)][kept]] = items[kept]
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Load `state`."""
+        self._size = len(state["keys"])
+        self._table = Sums(
+            places=np.zeros(0, np.int32),
+            keys=state["keys"],
+            owners=state["owners"],
+            counters=state["counters"],
+            sums=state["sums"],
+        )
+        self._resize(max(_ROOM, self._size + 1))
+        for decay, (origin_ms, shift) in zip(self._decays, state["clocks"].tolist(), strict=True):
+            decay.restore(origin_ms, shift)
+
+
+def columns_of(shared_keys: Int64, shared_mask: Bool, item_keys: Int64, item_mask: Bool) -> Columns:
+    """Arrays that the kernels take, of the types that they were compiled for: writeable, too."""
+    return Columns(
+        shared_keys=np.require(shared_keys, np.int64, _KEPT),
+        shared_mask=np.require(shared_mask, np.bool_, _KEPT),
+        item_keys=np.require(item_keys, np.int64, _KEPT),
+        item_mask=np.require(item_mask, np.bool_, _KEPT),
+    )

@@ -13,6 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from recsys.config import Config
+from recsys.features.counted import CounterLayout
+from recsys.features.kernels import ITEM, MAX_SLOTS, SHARED
 from recsys.types import Int32
 
 
@@ -34,6 +36,7 @@ class Schema:
     """Feedback types of each sequence that the history is read as; empty types: all of them."""
     time_gaps: bool
     tasks: tuple[str, ...]
+    counters: CounterLayout
     numbers: tuple[str, ...]
 
     @classmethod
@@ -45,6 +48,7 @@ class Schema:
         item_fields = (("item", 1), *((a, width[a]) for a in (*features.history_attributes, *rest)))
         crosses = tuple(f"{left}*{right}" for left, right in features.crosses)
         tasks = tuple(task.name for task in config.tasks)
+        counters = CounterLayout.of(config)
         return cls(
             slots=("user", *(f"context.{c}" for c in features.context), *(name for name, _ in item_fields), *crosses),
             context=features.context,
@@ -56,9 +60,9 @@ class Schema:
             sequences=tuple(features.sequences.values()) or ((),),
             time_gaps=features.time_gaps,
             tasks=tasks,
+            counters=counters,
             numbers=(
-                *(f"user_rate.{t}" for t in tasks),
-                *(f"item_rate.{t}" for t in tasks),
+                *counters.names,
                 "popularity",
                 "covisit",
                 "in_history",
@@ -111,6 +115,20 @@ class Schema:
     def width(self, field: str) -> int:
         """Columns of an item field."""
         return dict(self.item_fields)[field]
+
+    @cached_property
+    def counter_spec(self) -> Int32:
+        """Where the slots of each counter lie [C, 3, 3]: see `kernels.py`."""
+        spec = np.zeros((len(self.counters.slots), MAX_SLOTS, 3), np.int32)
+        widths = [width for _, width in self.item_fields]
+        starts = dict(zip((name for name, _ in self.item_fields), np.cumsum([0, *widths]).tolist(), strict=False))
+        for counter, names in enumerate(self.counters.slots):
+            for place, name in enumerate(names):
+                if name in starts:
+                    spec[counter, place] = ITEM, starts[name], self.width(name)
+                else:
+                    spec[counter, place] = SHARED, 0 if name == "user" else 1 + self.context.index(name), 1
+        return spec
 
     @cached_property
     def deep_slots(self) -> tuple[int, ...]:

@@ -18,7 +18,9 @@ def ranker(config: Config, schema: Schema) -> Ranker:
     def prior(name: str) -> float:
         if name.startswith("affinity."):
             return model.affinity_prior / num_affinities
-        return priors.get(name, 0.5 if "_rate." in name else 0.0)
+        if name.startswith("rate.") and "*" not in name:  # a rate of user or item, spread over the half-lives
+            return 0.5 / len(schema.counters.half_lives_s)
+        return priors.get(name, 0.0)
 
     spec = RankerSpec(
         num_shared=len(schema.shared_slots),

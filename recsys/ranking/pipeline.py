@@ -227,13 +227,11 @@ class Pipeline:
     def build_features(self, work: Work) -> None:
         """Keys and numbers of every candidate."""
         if self._use_model and work.user is not None:
-            work.features = self.features_of(work.request.user_id, work.user, work.history_rows, work.rows, work.now_ms)
+            work.features = self.features_of(work.user, work.history_rows, work.rows, work.now_ms)
 
-    def features_of(
-        self, user_id: str, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int
-    ) -> Features:
+    def features_of(self, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Features:
         """The feature function over these rows, with the counters as they are now."""
-        signals = self._sources.signals(user_id, history_rows, rows, now_ms)
+        signals = self._sources.signals(user, history_rows, rows, now_ms)
         return item_features(self._schema, self._catalogue, user, rows, signals, self._config.features.affinity_decay)
 
     def score(self, work: Work) -> None:

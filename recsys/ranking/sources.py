@@ -8,10 +8,11 @@ from typing import Any
 
 from recsys.config import Config
 from recsys.events.recent import Recent
-from recsys.features.build import Signals
+from recsys.features.build import Signals, UserFeatures
 from recsys.features.catalogue import Catalogue
-from recsys.features.counters import RateCounters
 from recsys.features.schema import Schema
+from recsys.keys import key_of
+from recsys.ranking.counting import Counting
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.followed import Followed
 from recsys.retrieval.trending import Trending
@@ -34,19 +35,10 @@ class Sources:
             retrieval.covisit_half_life_s, retrieval.covisit_backward, retrieval.covisit_neighbours
         )
         self.followed = Followed()
-        self.rates = RateCounters(config.features.counter_half_life_s, tuple(task.prior for task in config.tasks))
-        self.user_rates = self.rates
-        """Where a user's own rates come from: replay may keep them live while the others' are delayed."""
+        self.counting = Counting(config, schema, catalogue)
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
-        self._tasks: dict[str, list[int]] = {}
-        for index, task in enumerate(config.tasks):
-            for kind in task.types:
-                self._tasks.setdefault(kind, []).append(index)
         self._seen = Recent()
-        self._shown = Recent()
-        """Beside `_seen`: a client may use a request's id as the id of its event."""
-        self._positives = Recent()
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
@@ -72,34 +64,24 @@ class Sources:
             row = self.catalogue.row(feedback.item_id)
             if row is None:
                 return True
-            for task in self._tasks.get(feedback.type, ()):
-                self._positive(feedback, row, task, now_ms)
-            if feedback.type in self._types:
+            counted = feedback.type in self._types
+            before = self.session_rows(history, event) if counted else []
+            self.counting.happened(feedback, row, bool(before), now_ms)
+            if counted:
                 self.trending.add(row, now_ms)
                 self.followed.note(row, 1.0)
-                self.covisits.add(row, self.session_rows(history, event), now_ms)
+                self.covisits.add(row, before, now_ms)
         return True
-
-    def _positive(self, feedback: Feedback, row: int, task: int, now_ms: int) -> None:
-        threshold = self._config.tasks[task].min_value
-        if threshold is not None and (feedback.value is None or feedback.value < threshold):
-            return
-        if feedback.request_id and self._positives.add(f"{feedback.request_id}\n{feedback.item_id}\n{task}", now_ms):
-            self.rates.positive(feedback.user_id, row, task, now_ms)
 
     def impression(self, impression: Impression, now_ms: int) -> bool:
         """Count one impression's items as shown; False for a duplicate."""
         with self.lock:
-            if not self._shown.add(impression.request_id, now_ms):
-                return False
-            rows = self.catalogue.rows([item.item_id for item in impression.items])
-            self.rates.impression(impression.user_id, rows[rows >= 0], now_ms)
-        return True
+            return self.counting.shown(impression, now_ms)
 
     def forget(self, user_id: str) -> None:
         """Drop what is counted of a user as a person; anonymous item counts stay."""
         with self.lock:
-            self.rates.forget(user_id)
+            self.counting.forget(key_of(user_id))
 
     def session_rows(self, history: Sequence[HistoryEvent], event: HistoryEvent) -> list[int]:
         """Catalogue rows of the same session's earlier counted events, newest first, without the event's own item."""
@@ -121,14 +103,12 @@ class Sources:
                 break
         return rows
 
-    def signals(self, user_id: str, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Signals:
+    def signals(self, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Signals:
         """What the counters say about the items at `rows` for this user."""
         as_of_ms = now_ms if self.frozen_ms is None else min(now_ms, self.frozen_ms)
-        user_ms = as_of_ms if self.user_rates is self.rates else now_ms
         with self.lock:
             return Signals(
-                user_rates=self.user_rates.user_rates(user_id, user_ms),
-                item_rates=self.rates.item_rates(rows, as_of_ms),
+                counters=self.counting.numbers(user, rows, as_of_ms, now_ms),
                 popularity=self.trending.score(rows, as_of_ms),
                 covisit=self.covisits.score(history_rows, rows, as_of_ms),
             )
@@ -144,10 +124,8 @@ class Sources:
             return {
                 "trending": self.trending.state(),
                 "covisits": self.covisits.state(),
-                "rates": self.rates.state(),
                 "seen": self.seen(),
-                "shown": dict(self._shown.state()),
-                "positives": dict(self._positives.state()),
+                **self.counting.state(),
             }
 
     def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int) -> None:
@@ -155,9 +133,7 @@ class Sources:
         with self.lock:
             self.trending.restore(state["trending"], row_map)
             self.covisits.restore(state["covisits"], row_map)
-            self.rates.restore(state["rates"], row_map)
             self._seen.restore(state["seen"])
-            self._shown.restore(state["shown"])
-            self._positives.restore(state["positives"])
+            self.counting.restore(state)
             for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):
                 self.followed.note(row, score)

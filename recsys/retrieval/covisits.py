@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.retrieval.decayed import ForwardDecay
+from recsys.decay import ForwardDecay
 from recsys.retrieval.trending import mapped
 from recsys.types import Float32, Int32
 

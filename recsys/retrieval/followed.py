@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from recsys.retrieval.decayed import ForwardDecay
+from recsys.decay import ForwardDecay
 from recsys.types import Float32, Int32
 
 _POPULAR = 200

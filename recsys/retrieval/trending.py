@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.retrieval.decayed import ForwardDecay
+from recsys.decay import ForwardDecay
 from recsys.types import Float32, Int32
 
 _NOTHING = 2.0**-300

@@ -9,7 +9,6 @@ from recsys.config import Config, parse
 from recsys.errors import BadInput
 from recsys.features.build import Signals, decode, encode, item_features, user_features
 from recsys.features.catalogue import Catalogue
-from recsys.features.counters import RateCounters
 from recsys.features.schema import Schema
 from recsys.keys import cross, key_of, mix
 from recsys.types import HistoryEvent, Item
@@ -32,10 +31,8 @@ def small() -> tuple[Config, Schema, Catalogue]:
 
 
 def signals(schema: Schema, size: int) -> Signals:
-    tasks = len(schema.tasks)
     return Signals(
-        user_rates=np.zeros(tasks, np.float32),
-        item_rates=np.zeros((size, tasks), np.float32),
+        counters=np.zeros((size, len(schema.counters.numbers)), np.float32),
         popularity=np.zeros(size, np.float32),
         covisit=np.zeros(size, np.float32),
     )
@@ -151,21 +148,3 @@ def test_other_strings_are_hashed(text: str) -> None:
 def test_mix_is_the_published_splitmix64() -> None:
     # First output of splitmix64 seeded with 1234567 (Rosetta Code's published test vector).
     assert mix(np.array([1234567], np.int64))[0] == 6457827717110365317
-
-
-def test_rates_decay_and_ignore_order() -> None:
-    first, second = (RateCounters(10.0, (0.5,)) for _ in range(2))
-    rows = np.array([3], np.int32)
-    first.impression("u", rows, 0)
-    first.impression("u", rows, 10_000)
-    first.positive("u", 3, 0, 10_000)
-    second.impression("u", rows, 10_000)
-    second.positive("u", 3, 0, 10_000)
-    second.impression("u", rows, 0)
-    shown, positives = 1.5 * 0.5 + 10.0, 1.0 * 0.5 + 5.0  # half a half-life later … twenty seconds after the first
-    expected = np.log(positives / shown / 0.5)
-    np.testing.assert_allclose(first.item_rates(rows, 20_000)[0], expected, rtol=1e-6)
-    np.testing.assert_allclose(first.user_rates("u", 20_000), [expected], rtol=1e-6)
-    # A late record is counted at the time of the newest: an upper bound, the same for both.
-    assert second.item_rates(rows, 20_000)[0] <= first.item_rates(rows, 20_000)[0] + 1e-6
-    assert first.user_rates("unknown", 0).tolist() == [0.0]

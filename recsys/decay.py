@@ -15,12 +15,13 @@ class ForwardDecay:
     order by the mere passing of time. Times may come in any order.
     """
 
-    def __init__(self, half_life_s: float) -> None:
+    def __init__(self, half_life_s: float, max_exponent: int = _MAX_EXPONENT) -> None:
         if not (half_life_s > 0 and math.isfinite(half_life_s)):
             raise ValueError(f"half_life_s must be positive and finite, got {half_life_s}")
         self.half_life_ms = half_life_s * 1000.0
         self._origin_ms: int | None = None
         self._shift = 0
+        self._max_exponent = max_exponent
 
     def weight(self, now_ms: int) -> float:
         """What 1 at `now_ms` adds to a stored sum. Only valid after `rescale(now_ms)`."""
@@ -39,7 +40,7 @@ class ForwardDecay:
         if self._origin_ms is None:
             self._origin_ms = now_ms
         exponent = (now_ms - self._origin_ms) / self.half_life_ms - self._shift
-        if exponent <= _MAX_EXPONENT:
+        if exponent <= self._max_exponent:
             return None
         step = math.floor(exponent)
         self._shift += step
