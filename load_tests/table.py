@@ -17,7 +17,8 @@ import torch
 from load_tests import fbgemm
 from load_tests.common import ROUNDS, Report, run, say
 from recsys.table.base import Layout, Optimizer, Segment, SlotPolicy
-from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cpu import CpuTable
+from recsys.table.warm import warm_up
 from recsys.types import Int32, Int64
 
 DIM, CALL = 64, 4096
