@@ -190,7 +190,9 @@ class CpuTable:
     def touched(self, cursor: str) -> Touched:
         with self._writer:
             version, after, removed_slots, removed_keys = self._cursors.take(cursor)
-            places, keys, _, _ = self._index.read(self._index.changed(self._cursors.code_after(after)))
+            positions = self._index.changed(self._cursors.code_after(after))
+            places, keys = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
+            upkeep.identify(self._index.arrays, positions, places, keys)
             _, first = group(self._place_of, removed_slots, removed_keys)
             removed_slots, removed_keys = removed_slots[first], removed_keys[first]
             gone = self._index.find(removed_slots, removed_keys)[0][1] < 0

@@ -185,6 +185,16 @@ def changes(index: Index, end: int, after: int, out: Int32) -> int:
 
 
 @kernel
+def identify(index: Index, positions: Int32, places: Int32, keys: Int64) -> None:
+    """Place and key of the entries at positions."""
+    entries = index.entries
+    for n in range(positions.shape[0]):
+        i = _U(positions[n])
+        keys[n] = entries[i, _U(0)]
+        places[n] = (entries[i, _U(1)] >> 32) & 0xFF
+
+
+@kernel
 def relabel(changed: Array, codes: Array) -> None:
     """Replace every code by `codes[code]`."""
     for i in range(changed.shape[0]):
