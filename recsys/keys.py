@@ -33,7 +33,7 @@ def key_of(public_id: str) -> int:
 
 def mix(keys: Int64 | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The splitmix64 finaliser (Steele, Lea, Flood 2014), vectorised: a bijection on 64-bit patterns."""
-    x = keys.view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x: npt.NDArray[np.uint64] = keys.view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,16 +1,20 @@
-"""The embedding table's contract: collisionless, growing, expirable. See `docs/table.md` once it is deepened.
+"""The embedding table's contract: collisionless, growing, expirable. See `docs/table.md`.
 
 Legend: N keys of a call, D width of a row's values (all segments side by side), S width of its optimiser state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from recsys.types import Bool, Float32, Int32, Int64
+import numpy as np
 
-Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad"]
+from recsys.types import Bool, Float32, Int32, Int64, UInt8
+
+Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"]
+Precision = Literal["float32", "float16", "bfloat16"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +26,20 @@ class Segment:
     optimizer: Optimizer = "rowwise_adagrad"
     learning_rate: float = 0.05
     initial_accumulator: float = 0.1
-    """Adagrad's starting sum of squares; larger damps the first steps."""
+    """Starting sum of squares of Adagrad and FTRL; larger damps the first steps."""
     init_scale: float = 0.0
-    """New rows are uniform in ±init_scale, by a hash of (seed, slot, key, position); 0 gives zeros."""
+    """New rows are uniform in ±init_scale, by a hash of (seed, slot, key, position); 0 gives zeros, all that FTRL takes."""
     epsilon: float = 1e-8
+    beta1: float = 0.9
+    """Adam: decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Adam: decay of the mean of squares."""
+    beta: float = 1.0
+    """FTRL: a weight's step is learning_rate / (beta + √sum of squares)."""
+    l1: float = 0.0
+    """FTRL: larger makes more weights exactly 0."""
+    l2: float = 0.0
+    """FTRL: pulls weights to 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +50,8 @@ class SlotPolicy:
     """A key gets its own row when it was seen this many times in training; each occurrence in a call counts."""
     expiry_s: float | None = None
     """A row, or the count of a key not yet admitted, not seen for this long (log time) is expired; None: never."""
+    init_scale: float | None = None
+    """In place of every segment's `init_scale`, for rows of this slot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +63,16 @@ class Layout:
     slots: dict[int, SlotPolicy]
     capacity: int = 1_000_000
     seed: int = 0
+    precision: Precision = "float32"
+    """Of the values in memory; optimiser state is float32, and every verb takes and gives float32. What is larger than
+    the largest finite half becomes that."""
+    rounding: Rounding = "nearest"
+    """How a step stores half-precision values: nearest (even), or stochastic: up with the probability that makes the
+    mean right, by a hash of (seed, slot, key, position, steps of the row), whose count is one more column of state."""
+    filter_counters: int = 0
+    """0: keys not yet admitted are counted exactly. Otherwise this many bytes hold a count-min sketch of four rows, in
+    which a key may be admitted early, with probability ≤ (1 - exp(-4 n / filter_counters))⁴ for n keys waiting at an
+    admission of 2; `admission` is at most 255 then, and all counts halve every longest `expiry_s`."""
 
     @property
     def dim(self) -> int:
@@ -77,12 +103,16 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """Occurrence counts of keys not yet admitted, and when each was last counted."""
+    """Occurrence counts of keys not yet admitted, and when each was last counted; or the counting filter."""
 
     slots: Int32
     keys: Int64
     counts: Int64
     last_seen_ms: Int64
+    sketch: UInt8 = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """The filter's counters [filter_counters, rounded up to a multiple of 4]; empty where counts are exact."""
+    sketch_ms: int = 0
+    """Log time from which its next halving is due, 0 before the first count."""
 
 
 class Table(Protocol):

@@ -11,20 +11,22 @@ import fcntl
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from recsys.table import kernels, optimizers
-from recsys.table.base import Layout, Pending, Rows, Segment, SlotPolicy, Touched
+from recsys.table import kernels, optimizers, upkeep
+from recsys.table.admission import Admission
+from recsys.table.base import Layout, Pending, Precision, Rows, Segment, SlotPolicy, Touched
 from recsys.table.cursors import Cursors
 from recsys.table.index import KeyIndex, group
 from recsys.table.kernels import Store
 from recsys.table.memory import reserve
-from recsys.table.pending import PendingCounts
 from recsys.table.rows import (
+    ROUNDING_SEED,
     check_layout,
     check_pairs,
     check_width,
@@ -40,6 +42,10 @@ from recsys.types import Bool, Float32, Int32, Int64
 
 _SWEEP_ROWS = 8192
 """Rows of one step of `expire`: removing all of them holds the lock for about 1 ms."""
+LOCK_ROWS = 4096
+"""Rows read or changed in one turn of the lock, well under 1 ms."""
+_STORED = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
+_INFINITE, _LARGEST = 0x7F800000, float(np.finfo(np.float32).max)
 
 
 class CpuTable:
@@ -56,24 +62,27 @@ class CpuTable:
         self._slot_of = np.array(slots, np.int32)
         self._place_of = np.full(slots[-1] + 1, -1, np.int32)
         self._place_of[slots] = np.arange(len(slots))
-        self._admission = np.ones(slots[-1] + 1, np.int64)
-        self._admission[slots] = [layout.slots[slot].admission for slot in slots]
         fresh, total = initial_state(layout), len(slots) + layout.capacity
         spans, rates = _segments(layout)
         self._store = Store(
-            values=reserve((total, layout.dim), np.float32),
+            values=reserve((total, layout.dim), _STORED[layout.precision]),
             state=reserve((total, len(fresh)), np.float32),
             fresh=fresh,
             scale=scales(layout),
             spans=spans,
             rates=rates,
         )
-        self._store.values[: len(slots)] = default_values(layout)
+        kernels.put(np.arange(len(slots), dtype=np.int32)[None, :], self._store.values, default_values(layout))
         self._store.state[: len(slots)] = fresh
-        self._head = int(seed_head(layout.seed).view(np.int64)[0])
-        self._index = KeyIndex(layout.capacity, len(slots), self._place_of, self._store.values.view(np.int32))
+        self._head, self._drawn_head = (
+            int(seed_head(seed).view(np.int64)[0]) for seed in (layout.seed, layout.seed ^ ROUNDING_SEED)
+        )
+        row_bytes = self._store.values.strides[0]
+        links = None if row_bytes % 4 else self._store.values.view(np.int32)
+        self._index = KeyIndex(layout.capacity, len(slots), self._place_of, links)
+        self._row_bytes = row_bytes + self._store.state.strides[0] + 4 * (links is None)
         self._stamps = Stamps(self._index)
-        self._pending = PendingCounts(self._place_of, self._slot_of)
+        self._admission = Admission(layout, self._place_of, self._slot_of)
         self._cursors = Cursors()
         self._swept = 0
         self._lock = threading.RLock()
@@ -81,40 +90,65 @@ class CpuTable:
 
     def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
         slots, keys = self._pairs(slots, keys)
-        out = self._new_values(len(keys))
-        with self._lock:
-            at, _ = self._index.find(slots, keys, values=self._store.values, out=out)
-        return out, at[0] >= 0
+        out, found = self._new_values(len(keys)), np.empty(len(keys), np.bool_)
+        for part in _parts(len(keys)):
+            with self._lock:
+                at, _ = self._index.find(slots[part], keys[part])
+                kernels.gather(self._store.values, at, out[part], out.nbytes >= kernels.STREAM_BYTES)
+            np.greater_equal(at[1], 0, out=found[part])
+        return out, found
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         slots, keys = self._pairs(slots, keys)
         out = self._new_values(len(keys))
-        values = self._store.values
-        with self._writer, self._lock:
-            # Nothing may be stamped before it is sure that the table does not get full.
-            roomy = len(self) + len(keys) <= self.layout.capacity
-            at, missing = self._index.find(slots, keys, self._stamps.of(now_ms) if roomy else -1, values, out)
-            if missing and admit:
-                self._admit(slots, keys, at, now_ms, out)
-            if not roomy:
-                self._index.find(slots, keys, self._stamps.of(now_ms))
+        with self._writer:
+            if len(self) + len(keys) > self.layout.capacity:
+                self._require_room(slots, keys, now_ms if admit else None)
+            # What a call counts decides for all its keys together.
+            for part in _parts(len(keys)) if self._admission.at_once else (slice(0, len(keys)),):
+                self._lookup_train(slots[part], keys[part], now_ms, admit, out[part])
         return out
+
+    def _lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool, out: Float32) -> None:
+        with self._lock:
+            self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
+            at, missing = self._index.find(slots, keys, self._stamps.of(now_ms))
+            if missing and admit:
+                todo = self._admission.count(slots, keys, np.flatnonzero(at[1] < 0).astype(np.int32), now_ms)
+                marks = self._stamps.of(now_ms), self._code(), 1, self._head
+                self._index.insert(slots, keys, at, todo, self._store, marks)
+            kernels.gather(self._store.values, at, out, False)
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
         slots, keys = self._pairs(slots, keys)
         gradients = self._matrix("gradients", gradients, slots, keys)
-        work = np.empty((len(keys), 2), np.int32)
+        work = np.empty((3, len(keys)), np.int32)
         seen = np.zeros(1 << (2 * len(keys) + 1).bit_length(), np.int32)
-        sums = np.empty((len(keys) // 2, self.layout.dim), np.float64)
-        combined = np.empty(sums.shape, np.float32)
+        dim, drawn = self.layout.dim, self.layout.rounding == "stochastic"
+        block = optimizers.BLOCK
+        room = (
+            np.empty(dim),
+            np.empty((block, dim), np.float32),
+            np.empty((block, dim * drawn), np.float32),
+            np.empty(block),
+            np.empty(block, np.int64),
+        )
+        bits = optimizers.largest(gradients.view(np.int32).reshape(-1))
         with self._writer:
-            at, _ = self._index.find(slots, keys)
-            unique = optimizers.combine(self._index.arrays, slots, at, gradients, work, seen, (sums, combined))
-            if unique < 0:
-                raise ValueError(f"table {self.layout.name!r}: gradients are not finite; nothing was changed")
+            if bits >= _INFINITE:
+                raise self._not_finite()
+            if np.int32(bits).view(np.float32) > _LARGEST / max(len(keys), 1):
+                at, _ = self._index.find(slots, keys)
+                if optimizers.overflows(gradients, work, optimizers.chain(at, work, seen), room[0]):
+                    raise self._not_finite()
+                seen[:] = 0
             with self._lock:
-                marks = self._stamps.of(now_ms), self._code()
-                optimizers.step(self._index.arrays, self._store, at, work[:unique], gradients, combined, marks)
+                at, _ = self._index.find(slots, keys, self._stamps.of(now_ms), self._code())
+            unique = optimizers.chain(at, work, seen)
+            noise = drawn, self._drawn_head, slots, keys
+            for part in _parts(unique):
+                with self._lock:
+                    optimizers.step(self._store, at, work, (part.start, part.stop), gradients, room, noise)
 
     def expire(self, now_ms: int, max_rows: int | None = None) -> int:
         removed = 0
@@ -127,7 +161,7 @@ class CpuTable:
                 looked, gone = self._sweep(oldest, min(todo, _SWEEP_ROWS))
                 removed += gone
                 todo -= looked
-            self._pending.expire(cutoff)
+            self._admission.expire(cutoff, now_ms)
         return removed
 
     def touched(self, cursor: str) -> Touched:
@@ -136,7 +170,7 @@ class CpuTable:
             places, keys, _, _ = self._index.read(self._index.changed(self._cursors.code_after(after)))
             _, first = group(self._place_of, removed_slots, removed_keys)
             removed_slots, removed_keys = removed_slots[first], removed_keys[first]
-            gone = self._index.find(removed_slots, removed_keys)[0][0] < 0
+            gone = self._index.find(removed_slots, removed_keys)[0][1] < 0
             return Touched(
                 version=version,
                 slots=self._slot_of[places],
@@ -151,20 +185,20 @@ class CpuTable:
 
     def export(self, slots: Int32, keys: Int64) -> Rows:
         slots, keys = self._pairs(slots, keys)
-        values = self._new_values(len(keys))
-        with self._lock:
-            at, _ = self._index.find(slots, keys, values=self._store.values, out=values)
-            missing = np.flatnonzero(at[0] < 0)
-            if len(missing):
-                first = missing[0]
-                raise KeyError(f"table {self.layout.name!r} has no row of slot {slots[first]}, key {keys[first]}")
-            return Rows(
-                slots=slots.copy(),
-                keys=keys.copy(),
-                values=values,
-                state=self._store.state.take(at[0], axis=0),
-                last_seen_ms=self._stamps.times_ms(self._index.read(at[1])[3]),
-            )
+        values, state = self._new_values(len(keys)), np.empty((len(keys), len(self._store.fresh)), np.float32)
+        stamps = np.empty(len(keys), np.int64)
+        for part in _parts(len(keys)):
+            with self._lock:
+                at, missing = self._index.find(slots[part], keys[part])
+                if missing:
+                    first = part.start + int(np.argmax(at[1] < 0))
+                    raise KeyError(f"table {self.layout.name!r} has no row of slot {slots[first]}, key {keys[first]}")
+                kernels.gather(self._store.values, at, values[part], False)
+                kernels.gather(self._store.state, at, state[part], False)
+                stamps[part] = self._index.arrays.entries[at[1], 1] >> 40 & kernels.MAX_STAMP
+        return Rows(
+            slots=slots.copy(), keys=keys.copy(), values=values, state=state, last_seen_ms=self._stamps.times_ms(stamps)
+        )
 
     def restore(self, rows: Rows) -> None:
         slots, keys = self._pairs(rows.slots, rows.keys)
@@ -184,20 +218,18 @@ class CpuTable:
 
     def remove(self, slots: Int32, keys: Int64) -> None:
         slots, keys = self._pairs(slots, keys)
-        check_pairs(self.layout, slots, keys)
         with self._writer, self._lock:
-            self._remove(slots, keys)
+            gone = self._index.remove(slots, keys)
+            self._cursors.removed(slots[gone], keys[gone])
 
     def pending(self) -> Pending:
         with self._writer:
-            return self._pending.export()
+            return self._admission.export()
 
     def restore_pending(self, pending: Pending) -> None:
         slots, keys = self._pairs(pending.slots, pending.keys)
-        check_pairs(self.layout, slots, keys)
         with self._writer:
-            self._pending = PendingCounts(self._place_of, self._slot_of)
-            self._pending.put(slots, keys, pending.counts, pending.last_seen_ms)
+            self._admission.restore(pending, slots, keys)
 
     def defaults(self) -> Rows:
         none = np.zeros(len(self._slot_of), np.int64)
@@ -205,24 +237,22 @@ class CpuTable:
             return Rows(
                 slots=self._slot_of.copy(),
                 keys=none,
-                values=self._store.values[: len(none)].copy(),
+                values=_decoded(self._store.values[: len(none)]),
                 state=self._store.state[: len(none)].copy(),
                 last_seen_ms=none.copy(),
             )
 
     def restore_defaults(self, rows: Rows) -> None:
         slots, keys = self._pairs(rows.slots, rows.keys)
-        check_pairs(self.layout, slots, keys)
         values = self._matrix("values", rows.values, slots, keys)
         check_width(self.layout, "state", rows.state, len(self._store.fresh), 0)
         with self._writer, self._lock:
             at = self._place_of[slots]
-            self._store.values[at] = values
+            kernels.put(at[None, :], self._store.values, values)
             self._store.state[at] = rows.state if rows.state.shape[1] else self._store.fresh
 
     def memory_bytes(self) -> int:
-        row = 4 * (self.layout.dim + len(self._store.fresh))
-        return self._index.end * row + self._index.index_bytes + self._pending.memory_bytes()
+        return self._index.end * self._row_bytes + self._index.index_bytes + self._admission.memory_bytes()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -232,7 +262,10 @@ class CpuTable:
     def _pairs(self, slots: Int32, keys: Int64) -> tuple[Int32, Int64]:
         if slots.ndim != 1 or slots.shape != keys.shape:
             check_pairs(self.layout, slots, keys)
-        return _ready(slots, np.int32), _ready(keys, np.int64)
+        slots = _ready(slots, np.int32)
+        if kernels.unknown(self._place_of, slots):
+            check_pairs(self.layout, slots, keys)
+        return slots, _ready(keys, np.int64)
 
     def _matrix(self, name: str, array: Float32, slots: Int32, keys: Int64) -> Float32:
         check_width(self.layout, name, array, self.layout.dim)
@@ -250,50 +283,34 @@ class CpuTable:
     def _code(self) -> int:
         return self._cursors.code(self._index.arrays.changed[: self._index.positions])
 
-    def _make_room(self, slots: Int32, keys: Int64) -> None:
-        """Room in the index for missing keys. TableFull if they do not fit."""
-        if len(self) + len(keys) > self.layout.capacity:
-            new = len(group(self._place_of, slots, keys)[1])
-            if len(self) + new > self.layout.capacity:
-                raise table_full(self.layout, len(self), new)
-        self._index.reserve(len(keys))
+    def _not_finite(self) -> ValueError:
+        return ValueError(f"table {self.layout.name!r}: gradients are not finite; nothing was changed")
 
     def _put(self, slots: Int32, keys: Int64, values: Float32, stamp: int) -> Int32:
         """`at` of the keys, with rows made where missing, all marked as touched, the last of duplicates in them."""
+        if len(self) + len(keys) > self.layout.capacity:
+            self._require_room(slots, keys, None, every=True)
+        self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
         at, missing = self._index.find(slots, keys)
-        if missing:
-            new = at[0] < 0
-            self._make_room(slots[new], keys[new])
-            self._pending.remove(slots[new], keys[new])
+        if missing and not self._admission.at_once:
+            new = at[1] < 0
+            self._admission.forget(slots[new], keys[new])
         todo = np.arange(len(keys), dtype=np.int32)
         self._index.insert(slots, keys, at, todo, self._store, (stamp, self._code(), 0, 0))
-        self._store.values[at[0]] = values
+        kernels.put(at, self._store.values, values)
         return at
 
-    def _admit(self, slots: Int32, keys: Int64, at: Int32, now_ms: int, out: Float32) -> None:
-        """Count the occurrences of missing keys and create the rows that are due, into `at` and `out`."""
-        todo = np.flatnonzero(at[0] < 0).astype(np.int32)
-        missing_slots, missing_keys = slots[todo], keys[todo]
-        if len(self._pending) or (self._admission[missing_slots] > 1).any():
-            which, first = group(self._place_of, missing_slots, missing_keys)
-            unique_slots, unique_keys = missing_slots[first], missing_keys[first]
-            counts = np.bincount(which, minlength=len(first)) + self._pending.get(unique_slots, unique_keys)
-            due = counts >= self._admission[unique_slots]
-            self._make_room(unique_slots[due], unique_keys[due])
-            wait = ~due
-            seen_ms = np.full(int(wait.sum()), now_ms, np.int64)
-            self._pending.put(unique_slots[wait], unique_keys[wait], counts[wait], seen_ms)
-            self._pending.remove(unique_slots[due], unique_keys[due])
-            todo = todo[due[which]]
-        else:
-            self._make_room(missing_slots, missing_keys)
-        marks = self._stamps.of(now_ms), self._code(), 1, self._head
-        self._index.insert(slots, keys, at, todo, self._store, marks)
-        kernels.fill(at, todo, self._store.values, out)
-
-    def _remove(self, slots: Int32, keys: Int64) -> None:
-        gone = self._index.remove(slots, keys)
-        self._cursors.removed(slots[gone], keys[gone])
+    def _require_room(self, slots: Int32, keys: Int64, now_ms: int | None, every: bool = False) -> None:
+        """TableFull if what a call would create does not fit: `every` missing key, or what is due at `now_ms`."""
+        at, missing = self._index.find(slots, keys)
+        if not missing or (now_ms is None and not every):
+            return
+        todo = np.flatnonzero(at[1] < 0).astype(np.int32)
+        if not every:
+            todo = self._admission.due(slots, keys, todo)[0]
+        new = len(group(self._place_of, slots[todo], keys[todo])[1])
+        if len(self) + new > self.layout.capacity:
+            raise table_full(self.layout, len(self), new)
 
     def _cutoffs(self, now_ms: int) -> tuple[Int64, Int64]:
         """Per slot, the time up to which a key not seen since is expired; per place, the least stamp that is not."""
@@ -312,7 +329,7 @@ class CpuTable:
             end = self._index.positions
             start = self._swept if self._swept < end else 0
             stop = min(start + 4 * _SWEEP_ROWS, end)
-            self._swept, looked, removed = kernels.sweep(self._index.arrays, start, stop, looks, oldest, gone)
+            self._swept, looked, removed = upkeep.sweep(self._index.arrays, start, stop, looks, oldest, gone)
             self._cursors.removed(self._slot_of[gone[:removed, 1]], gone[:removed, 0].copy())
         return looked, removed
 
@@ -322,18 +339,33 @@ def _ready(array: npt.NDArray[Any], kind: type[np.generic]) -> npt.NDArray[Any]:
     return array if array.flags.carray and array.dtype == kind else np.require(array, kind, ["C", "A", "W"])
 
 
+def _decoded(values: npt.NDArray[Any]) -> Float32:
+    """Stored values as float32, a copy."""
+    if values.dtype == np.uint16:
+        return values.view(np.float16).astype(np.float32)
+    if values.dtype == np.int16:
+        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.copy()
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """So many keys at a time are read or changed under one turn of the lock."""
+    return (slice(start, min(start + LOCK_ROWS, count)) for start in range(0, count, LOCK_ROWS))
+
+
 def _segments(layout: Layout) -> tuple[Int64, npt.NDArray[np.float64]]:
-    """`spans` and `rates` of `kernels.step`."""
-    numbers = {"sgd": optimizers.SGD, "adagrad": optimizers.ADAGRAD, "rowwise_adagrad": optimizers.ROWWISE_ADAGRAD}
-    spans, start, state = [], 0, 0
-    for segment in layout.segments:
-        spans.append((start, start + segment.dim, state, numbers[segment.optimizer]))
-        start, state = start + segment.dim, state + state_width(segment)
-    return np.array(spans, np.int64), np.array([(s.learning_rate, s.epsilon) for s in layout.segments], np.float64)
+    """`spans` and `rates` of `kernels.Store`."""
+    spans, rates, start, state = [], [], 0, 0
+    for s in layout.segments:
+        spans.append((start, start + s.dim, state, getattr(optimizers, s.optimizer.upper())))
+        own = (s.beta1, s.beta2, 0.0) if s.optimizer == "adam" else (s.beta, s.l1, s.l2)
+        rates.append((s.learning_rate, s.epsilon, *own))
+        start, state = start + s.dim, state + state_width(s)
+    return np.array(spans, np.int64), np.array(rates, np.float64)
 
 
-def warm_up() -> None:
-    """Compile every kernel, or read it from the on-disk cache, so that no request waits for it.
+def warm_up(precision: Precision = "float32") -> None:
+    """Compile every kernel for tables of this precision, or read it from the on-disk cache, so that no request waits for it.
 
     Processes that start together take turns: the first compiles, the others read what it cached.
     """
@@ -341,12 +373,13 @@ def warm_up() -> None:
         with contextlib.suppress(OSError):
             lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-compile-{os.getuid()}.lock").open("a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        _run_each_kernel()
+        _run_each_kernel(precision)
 
 
-def _run_each_kernel() -> None:
+def _run_each_kernel(precision: Precision) -> None:
     segment = Segment(name="deep", dim=2)
-    table = CpuTable(Layout(name="warm_up", segments=(segment,), slots={0: SlotPolicy(expiry_s=1.0)}, capacity=1000))
+    slot = {0: SlotPolicy(expiry_s=1.0)}
+    table = CpuTable(Layout(name="warm_up", segments=(segment,), slots=slot, capacity=1000, precision=precision))
     slots, keys = np.zeros(1000, np.int32), np.arange(1000)
     table.touched("warm_up")
     table.lookup_train(slots, keys, now_ms=0)
@@ -355,4 +388,4 @@ def _run_each_kernel() -> None:
     table.remove(slots[:1], keys[:1])
     table.expire(now_ms=2000)
     table.touched("warm_up")
-    kernels.relabel(np.zeros(1, np.uint8), np.zeros(1, np.uint8))
+    upkeep.relabel(np.zeros(1, np.uint8), np.zeros(1, np.uint8))

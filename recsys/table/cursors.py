@@ -7,7 +7,7 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
-from recsys.table import kernels
+from recsys.table import upkeep
 from recsys.types import Int32, Int64
 
 _CODES = 255
@@ -50,7 +50,7 @@ class Cursors:
             codes = np.where(codes > 1, codes // 2 + 1, 1)
             kept = [kept[0], *kept[2::2], *(kept[-1:] if len(kept) % 2 == 0 else [])]
         codes[0] = 0
-        kernels.relabel(changed, codes.astype(np.uint8))
+        upkeep.relabel(changed, codes.astype(np.uint8))
         self._versions = kept
 
     def take(self, cursor: str) -> tuple[int, int, Int32, Int64]:

@@ -10,24 +10,25 @@ import secrets
 import numpy as np
 import numpy.typing as npt
 
-from recsys.table import kernels
+from recsys.table import kernels, upkeep
 from recsys.table.kernels import Index, Store
 from recsys.table.memory import reserve
-from recsys.types import Float32, Int32, Int64
+from recsys.types import Int32, Int64
 
 LOAD = 0.78
-"""Share of entries in use while the index grows: half as much again of memory at 0.52, twice the probes at 0.9."""
+"""Share of entries in use while the index grows: half as much again of memory at 0.52. The part of a round that has not
+moved yet fills up to 9/8 of it, 0.88; near 1 the search for an empty entry has no end."""
 _FIRST_LINES = 256
+_FILLS = 2 * upkeep.MOVED_LINES
 _PAD = 2**16
 """Entries behind the last home, for what overflows; a run of entries that long has no chance, see `_seed`."""
-_NONE = np.empty((0, 0), np.float32)
 _EMPTY_STORE = Store(
     np.zeros((1, 1), np.float32),
     np.zeros((1, 1), np.float32),
     np.zeros(0, np.float32),
-    np.zeros(1, np.float32),
+    np.zeros((1, 1), np.float32),
     np.zeros((0, 4), np.int64),
-    np.zeros((0, 2)),
+    np.zeros((0, 5)),
 )
 
 
@@ -41,8 +42,8 @@ class KeyIndex:
 
     def __init__(self, capacity: int, first: int, place_of: Int32, links: Int32 | None = None) -> None:
         self.first = first
-        most = int(capacity / (4 * LOAD) * 9 / 8) + _FIRST_LINES + 64
-        size = (4 * most + min(_PAD, capacity) + 32) & ~15
+        most = int(capacity / (4 * LOAD) * (1 + 1 / upkeep.ROUND)) + _FIRST_LINES + 64
+        size = (4 * most + min(_PAD, capacity) + 128) & ~63
         meta = np.array([_FIRST_LINES, _FIRST_LINES, 0, first, 0, 0, secrets.randbits(63)], np.int64)
         self.arrays = Index(
             entries=reserve((size, 2), np.int64),
@@ -64,33 +65,25 @@ class KeyIndex:
     def positions(self) -> int:
         """One past the highest position that can be in use."""
         most = int(self.arrays.meta[kernels.NEXT_LINES]) * 4
-        return (most + min(_PAD, len(self)) + 15) & ~15
+        return (most + min(_PAD, len(self)) + 63) & ~63
 
     @property
     def index_bytes(self) -> int:
         """Entries and change codes as far as they have been used."""
         return 17 * 4 * int(self.arrays.meta[kernels.NEXT_LINES])
 
-    def find(
-        self, slots: Int32, keys: Int64, stamp: int = -1, values: Float32 = _NONE, out: Float32 = _NONE
-    ) -> tuple[Int32, int]:
-        """`at` [2, N] (row, position; -1 where missing) and how many are missing; values gathered into `out`.
-
-        Rows found are stamped. ValueError for an unknown slot, nothing changed.
-        """
-        at = np.empty((2, len(keys)), np.int32)
-        missing: int = kernels.find(self.arrays, slots, keys, at, stamp, values, out)
-        if missing < 0:
-            raise ValueError(
-                f"no slot {slots[-1 - missing]}: the slots are {np.flatnonzero(self.arrays.place_of >= 0).tolist()}"
-            )
+    def find(self, slots: Int32, keys: Int64, stamp: int = 0, code: int = 0) -> tuple[Int32, int]:
+        """`at` [3, N] (see `kernels.py`) and how many keys are missing; what is found gets stamp and code."""
+        at = np.empty((3, len(keys)), np.int32)
+        missing: int = kernels.find(self.arrays, slots, keys, at, (stamp, code))
         return at, missing
 
     def reserve(self, extra: int) -> None:
         """Make sure that `extra` keys can be inserted."""
-        room = 4 * kernels.MOVED_LINES + _PAD
-        moving, when = np.empty((room, 2), np.int64), np.empty(room, np.uint8)
-        kernels.grow(self.arrays, len(self) + extra, LOAD, moving, when)
+        if upkeep.small(self.arrays, len(self) + extra, LOAD):
+            room = 4 * upkeep.MOVED_LINES + _PAD
+            moving, when, fills = np.empty((room, 2), np.int64), np.empty(room, np.uint8), np.empty(_FILLS, np.uint8)
+            upkeep.grow(self.arrays, len(self) + extra, LOAD, moving, when, fills)
 
     def insert(
         self,
@@ -101,20 +94,19 @@ class KeyIndex:
         store: Store = _EMPTY_STORE,
         marks: tuple[int, int, int, int] = (0, 1, 0, 0),
     ) -> int:
-        """Fill `at` of the keys numbered in `todo`, new rows where missing; how many are new. `reserve` comes first."""
+        """Fill `at` of the keys numbered in `todo`, new rows where missing; how many are new. `reserve` came before `find`."""
         new: int = kernels.insert(self.arrays, store, slots, keys, at, todo, marks)
-        assert new >= 0, "64k entries in one run: the hash is broken"
         return new
 
     def remove(self, slots: Int32, keys: Int64) -> Int32:
         """Free the rows of the keys that are there; which of them were."""
         gone = np.empty(len(keys), np.int32)
-        return gone[: kernels.remove(self.arrays, slots, keys, gone)]
+        return gone[: upkeep.remove(self.arrays, slots, keys, gone)]
 
     def changed(self, after: int = 0) -> npt.NDArray[np.int32]:
         """Positions of all entries with a change code above `after`."""
         out = np.empty(len(self), np.int32)
-        return out[: kernels.changes(self.arrays, self.positions, after, out)]
+        return out[: upkeep.changes(self.arrays, self.positions, after, out)]
 
     def read(self, positions: Int32) -> tuple[Int32, Int64, Int32, Int64]:
         """Places, keys, rows and stamps of entries."""
@@ -133,7 +125,7 @@ def group(place_of: Int32, slots: Int32, keys: Int64) -> tuple[Int32, Int32]:
     """Which unique pair each pair is [N], and where each unique pair occurs first [U], in order."""
     scratch = KeyIndex(len(keys), 1, place_of)
     scratch.reserve(len(keys))
-    at = np.empty((2, len(keys)), np.int32)
+    at, _ = scratch.find(slots, keys)
     scratch.insert(slots, keys, at, np.arange(len(keys), dtype=np.int32))
     which = at[0] - 1
     first = np.empty(len(scratch), np.int32)

@@ -4,11 +4,14 @@ Compiled at first use, not at import: see `cpu.warm_up`. Numba's on-disk cache s
 in: whoever changes `Index`, `Store` or a constant here touches `optimizers.py` too.
 
 Legend: N keys of a call, D width of values, S width of state, U unique rows; a slot's place is its position among the
-layout's slots. `at` [2, N]: row and position in the index of each key, -1 and -1 where there is none.
+layout's slots. `at` [2, N]: the row of each key (where it has none, the default row of its place), and its position in
+the index (where it has none, ~position of the empty entry that ended the search).
 
 The index is one array of 64-byte lines of four entries, in order of hash: a key's home is the line `hash * lines >> 32`,
 and it lies there or in a line after it, with no empty entry between. It grows from its end: hashes from SPLIT up have
 NEXT_LINES for `lines`, the others LINES; SPLIT goes down, and when it is 0 a new round begins.
+
+Subscripts are unsigned (`_U`): Numba tests signed ones for being negative.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numba
 import numpy as np
 
-from recsys.table.intrinsics import fence, prefetch, stream_line
+from recsys.table.intrinsics import copy_line, decode, encode, fence, prefetch, search_line, stream_line
 from recsys.types import Float32, Int32, Int64
 
 if TYPE_CHECKING:
@@ -27,13 +30,16 @@ if TYPE_CHECKING:
 
 LINES, NEXT_LINES, SPLIT, NEXT_ROW, FREE, LIVE, SEED = range(7)
 """Places in `meta`. NEXT_ROW: the lowest row never used; FREE: first of the list of freed rows, 0 if there is none."""
-_BLOCK = 16
-"""Keys between asking for a line and using it: 8 are slower, 32 no faster; a core has about 20 misses in flight."""
-MOVED_LINES = 256
-"""Lines that move in one step of growth: 16 KB, about 3 µs."""
-_STREAM_BYTES = 2**22
+BLOCK = 64
+"""Keys between asking for a line and using it: a core has about 20 misses in flight, 24 lines of a block of keys fit
+the first-level cache; 32 and 128 are as fast."""
+_AHEAD = 16
+"""Rows between asking for a row and copying it: 8 are slower, 32 no faster."""
+STREAM_BYTES = 2**22
 """Gathered output from this size on goes past the caches: it would push out the rows, and nobody reads it soon."""
 MAX_STAMP = 2**24 - 1
+_U = np.uint64
+_NOT_STAMP = (1 << 40) - 1
 
 
 class Index(NamedTuple):
@@ -51,11 +57,12 @@ class Index(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Values [rows, D] and optimiser state [rows, S]; how a row begins: state `fresh` [S], values by `scale` [D]; how it
-    learns, for each segment: `spans` (start, end, start of its state, optimiser) and `rates` (rate, epsilon).
+    """Values [rows, D] (float32, or halves as uint16 (float16) and int16 (bfloat16)) and optimiser state [rows, S]; how a
+    row begins: state `fresh` [S], values by `scale` [places, D]; how it learns, for each segment: `spans` (start, end,
+    start of its state, optimiser) and `rates` (rate, epsilon, three of the optimiser's own).
     """
 
-    values: Float32
+    values: Array
     state: Float32
     fresh: Float32
     scale: Float32
@@ -66,13 +73,22 @@ class Store(NamedTuple):
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     # `_nrt=False`: no counting of references. A kernel that takes a row of an array per key is twice as slow with it;
     # without it none can allocate, so callers give all room.
+    return _compiled(function, _nrt=False)
+
+
+def part(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a kernel. Always compiled into its caller: a call passes each array as seven numbers, 20 ns a key."""
+    return _compiled(function, _nrt=False, forceinline=True)
+
+
+def _compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
     try:
-        return numba.njit(nogil=True, cache=True, _nrt=False)(function)
+        return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # no folder for the cache is writable: compile in each process
-        return numba.njit(nogil=True, _nrt=False)(function)
+        return numba.njit(nogil=True, **options)(function)
 
 
-@kernel
+@part
 def _mix(x: Any) -> Any:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -80,265 +96,194 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-@kernel
-def _home(meta: Int64, place: int, key: int) -> int:
-    x = _mix(np.uint64(key) + np.uint64(place) * np.uint64(0xD1342543DE82EF95) + np.uint64(meta[SEED]))
-    hashed = np.int64(x >> np.uint64(32))
-    lines = meta[NEXT_LINES] if hashed >= meta[SPLIT] else meta[LINES]
-    return ((hashed * lines) >> 32) << 2
+@part
+def _home(meta: Int64, place: int, key: int) -> Any:
+    """The line where the search for a key begins."""
+    hashed = _mix(_U(key) + _U(place) * _U(0xD1342543DE82EF95) + _U(meta[SEED])) >> _U(32)
+    return (hashed * _U(meta[NEXT_LINES] if hashed >= _U(meta[SPLIT]) else meta[LINES])) >> _U(32)
 
 
 @kernel
-def _probe(entries: Int64, i: int, place: int, key: int) -> int:
-    """The position of the key, or of the empty entry that ends the search for it."""
-    while entries[i, 1] != 0 and (entries[i, 0] != key or (entries[i, 1] >> 32) & 0xFF != place):
-        i += 1
-    return i
+def unknown(place_of: Int32, slots: Int32) -> int:
+    """How many slots have no place."""
+    count, size = 0, _U(place_of.shape[0])
+    for n in range(slots.shape[0]):
+        s = _U(np.uint32(slots[n]))
+        known = s < size
+        count += place_of[s if known else _U(0)] < 0 or not known
+    return count
 
 
-@kernel
-def find(index: Index, slots: Int32, keys: Int64, at: Int32, stamp: int, values: Float32, out: Float32) -> int:
-    """Fill `at`; stamp what is found, unless `stamp` is -1. `out` [N, D], if not empty, gets the values, those of the
-    row of its place where a key is missing. Returns how many are missing, or -1 - n for an unknown slot n.
+@part
+def _homes(index: Index, slots: Int32, keys: Int64, at: Int32, span: Any) -> None:
+    """`at` of a block: place and home line. The compiler makes vectors of this loop, so nothing else is in it."""
+    meta, place_of = index.meta, index.place_of
+    lines, more, split, seed = _U(meta[LINES]), _U(meta[NEXT_LINES]), _U(meta[SPLIT]), _U(meta[SEED])
+    for n in range(span[0], span[1]):
+        place = place_of[_U(slots[n])]
+        hashed = _mix(_U(keys[n]) + _U(place) * _U(0xD1342543DE82EF95) + seed) >> _U(32)
+        at[0, _U(n)] = place
+        at[1, _U(n)] = (hashed * (more if hashed >= split else lines)) >> _U(32)
 
-    Per block of keys: ask for its lines of the index; gather the block before; look up, and ask for its rows.
+
+@part
+def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
+    """Turn places and home lines of a block into rows and positions; how many are missing.
+
+    A home line is searched without a branch: those who must look further wait in at[2] while their next line comes. With
+    each search goes a prefetch for the next block, whose home lines are in `at`: memory is never idle.
     """
-    entries, meta, place_of = index.entries, index.meta, index.place_of
-    count = slots.shape[0]
-    for n in range(count):
-        if slots[n] < 0 or slots[n] >= place_of.shape[0] or place_of[slots[n]] < 0:
-            return -1 - n
-    first_entry, first_value, width = entries.ctypes.data, values.ctypes.data, values.shape[1] * 4
-    stream = out.size * 4 >= _STREAM_BYTES and width % 64 == 0 and out.ctypes.data % 64 == 0
-    missing = 0
-    for start in range(0, count + _BLOCK, _BLOCK):
-        stop = min(start + _BLOCK, count)
+    entries, changed = index.entries, index.changed
+    base = entries.ctypes.data
+    start, stop = span
+    stamp, code = marks
+    missing = more = 0
+    for n in range(start, stop):
+        line, place = np.int64(at[1, _U(n)]), np.int64(at[0, _U(n)])
+        if n + BLOCK < at.shape[1]:
+            prefetch(base + (np.int64(at[1, _U(n + BLOCK)]) << 6))
+        found = search_line(base + (line << 6), place, keys[_U(n)])
+        far = found >> 3
+        at[2, _U(start + more)] = n
+        more += far
+        prefetch(base + ((line + far) << 6))
+        i = (line << 2) + (found & 3)
+        word = entries[_U(i), _U(1)]
+        at[1, _U(n)] = line if far else (i if found < 4 else ~i)
+        at[0, _U(n)] = word & 0xFFFFFFFF if found < 4 else place
+        missing += (found >> 2) & 1
+        if found < 4 and stamp > (word >> 40) & MAX_STAMP:  # a line that stays as it is need not be written back
+            entries[_U(i), _U(1)] = (word & _NOT_STAMP) | stamp << 40
+        if code > 0:
+            prefetch(changed.ctypes.data + i)
+    for r in range(start, start + more):
+        late = _U(at[2, _U(r)])
+        line, place = np.int64(at[1, late]), np.int64(at[0, late])
+        found = 8
+        while found == 8:
+            line += 1
+            found = search_line(base + (line << 6), place, keys[late])
+        i = (line << 2) + (found & 3)
+        at[1, late] = i if found < 4 else ~i
+        if found < 4:
+            word = entries[_U(i), _U(1)]
+            at[0, late] = word & 0xFFFFFFFF
+            if stamp > (word >> 40) & MAX_STAMP:
+                entries[_U(i), _U(1)] = (word & _NOT_STAMP) | stamp << 40
+        else:
+            missing += 1
+    if code > 0:
         for n in range(start, stop):
-            home = _home(meta, place_of[slots[n]], keys[n])
-            at[1, n] = home
-            prefetch(first_entry + home * 16)
-        if out.shape[0] > 0 and start > 0:
-            _gather(index, slots, at, values, out, start - _BLOCK, stream)
-        for n in range(start, stop):
-            place = np.int64(place_of[slots[n]])
-            i = _probe(entries, np.int64(at[1, n]), place, keys[n])
-            entry = entries[i, 1]
-            if entry == 0:
-                at[0, n] = -1
-                at[1, n] = -1
-                missing += 1
-                continue
-            row = entry & 0xFFFFFFFF
-            at[0, n] = row
-            at[1, n] = i
-            if stamp > (entry >> 40) & MAX_STAMP:
-                entries[i, 1] = (entry & 0xFFFFFFFFFF) | stamp << 40
-            if out.shape[0] > 0:
-                for line in range(0, width, 64):
-                    prefetch(first_value + row * width + line)
-    if stream:
-        fence()
+            i = np.int64(at[1, _U(n)])
+            if i >= 0 and code > changed[_U(i)]:
+                changed[_U(i)] = code
     return missing
 
 
 @kernel
-def _gather(index: Index, slots: Int32, at: Int32, values: Float32, out: Float32, start: int, stream: bool) -> None:
-    """One block of `out`."""
-    width = values.shape[1] * 4
+def find(index: Index, slots: Int32, keys: Int64, at: Int32, marks: Any) -> int:
+    """Fill `at` [3, N]; how many keys are missing. `marks`: least stamp and code of a change, for what is found; 0: none."""
+    count, missing, base = slots.shape[0], 0, index.entries.ctypes.data
+    _homes(index, slots, keys, at, (0, min(BLOCK, count)))
+    for n in range(min(BLOCK, count)):
+        prefetch(base + (np.int64(at[1, _U(n)]) << 6))
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        _homes(index, slots, keys, at, (stop, min(stop + BLOCK, count)))
+        missing += _search(index, keys, at, (start, stop), marks)
+    return missing
+
+
+@kernel
+def gather(values: Array, at: Int32, out: Float32, stream: bool) -> None:
+    """Copy the row of each key to `out` [N, D]; `stream`: past the caches, for what is so large that it pushes out rows."""
+    count, width = out.shape[0], values.strides[0]
     source, target = values.ctypes.data, out.ctypes.data
-    for n in range(start, min(start + _BLOCK, at.shape[1])):
-        row = np.int64(at[0, n])
-        if row < 0:
-            row = np.int64(index.place_of[slots[n]])
-        if stream:
+    lines = values.itemsize == 4 and width % 64 == 0
+    stream = stream and target % 64 == 0
+    for n in range(count):
+        ahead = source + np.int64(at[0, _U(min(n + _AHEAD, count - 1))]) * width
+        for line in range(0, width, 64):
+            prefetch(ahead + line)
+        row = np.int64(at[0, _U(n)])
+        if lines and stream:
             for line in range(0, width, 64):
                 stream_line(target + n * width + line, source + row * width + line)
+        elif lines:
+            for line in range(0, width, 64):
+                copy_line(target + n * width + line, source + row * width + line)
         else:
-            for d in range(values.shape[1]):
-                out[n, d] = values[row, d]
+            stored, copy = values[row], out[n]
+            for d in range(copy.shape[0]):
+                copy[d] = decode(stored[d])
+    if stream:
+        fence()
 
 
 @kernel
 def insert(index: Index, store: Store, slots: Int32, keys: Int64, at: Int32, todo: Int32, marks: Any) -> int:
-    """Fill `at` for the keys numbered in `todo`, with rows made where missing, from freed rows first; how many are new,
-    or -1 where the index ends too soon. `marks`: least stamp, code of the change, whether to set initial values, head.
-
-    The index must have room for them: `grow`.
+    """Fill `at` for the keys numbered in `todo`, with rows made where missing, from freed rows first; how many are new.
+    `at` is as `find` left it, and the index has had room since before: `grow`. `marks`: least stamp, code of the change,
+    whether to set initial values, head of their hash.
     """
-    entries, meta, links = index.entries, index.meta, index.links
+    entries, meta, links, changed = index.entries, index.meta, index.links, index.changed
     stamp, code, initial, head = marks
     new = 0
-    for start in range(0, todo.shape[0], _BLOCK):
-        stop = min(start + _BLOCK, todo.shape[0])
-        for m in range(start, stop):
-            n = todo[m]
-            home = _home(meta, index.place_of[slots[n]], keys[n])
-            at[1, n] = home
-            prefetch(entries.ctypes.data + home * 16)
-            prefetch(index.changed.ctypes.data + home)
-        for m in range(start, stop):
-            n = todo[m]
-            place = np.int64(index.place_of[slots[n]])
-            i = _probe(entries, np.int64(at[1, n]), place, keys[n])
-            if i + 1 >= entries.shape[0]:
-                return -1
-            entry = entries[i, 1]
-            if entry == 0:
-                row = meta[FREE]
-                if row > 0:
-                    meta[FREE] = links[row, 0]
-                else:
-                    row = meta[NEXT_ROW]
-                    meta[NEXT_ROW] = row + 1
-                meta[LIVE] += 1
-                new += 1
-                entry = np.int64(place << 32 | row)
-                entries[i, 0] = keys[n]
-                for s in range(store.fresh.shape[0]):
-                    store.state[row, s] = store.fresh[s]
-                if initial:
-                    _initialise(store, row, slots[n], keys[n], head)
-            at[0, n] = entry & 0xFFFFFFFF
-            at[1, n] = i
-            entries[i, 1] = (entry & 0xFFFFFFFFFF) | max(stamp, (entry >> 40) & MAX_STAMP) << 40
-            index.changed[i] = code
+    for m in range(todo.shape[0]):
+        if m + _AHEAD < todo.shape[0]:
+            i = np.int64(at[1, _U(todo[m + _AHEAD])])
+            i = i if i >= 0 else ~i
+            prefetch(entries.ctypes.data + i * 16)
+            prefetch(changed.ctypes.data + i)
+        n = _U(todo[m])
+        i, key, place = np.int64(at[1, n]), keys[n], np.int64(index.place_of[_U(slots[n])])
+        if i < 0:
+            i = ~i  # others of this call may have come into this entry or behind it
+            while entries[_U(i), _U(1)] != 0 and (
+                entries[_U(i), _U(0)] != key or (entries[_U(i), _U(1)] >> 32) & 0xFF != place
+            ):
+                i += 1
+        entry = entries[_U(i), _U(1)]
+        if entry == 0:
+            row = meta[FREE]
+            if row > 0:
+                meta[FREE] = links[row, 0]
+            else:
+                row = meta[NEXT_ROW]
+                meta[NEXT_ROW] = row + 1
+            meta[LIVE] += 1
+            new += 1
+            entry = np.int64(place << 32 | row)
+            entries[_U(i), _U(0)] = key
+            for s in range(store.fresh.shape[0]):
+                store.state[_U(row), _U(s)] = store.fresh[s]
+            if initial:
+                _initialise(store, row, place, _mix(_mix(_U(slots[n]) + _U(head)) + _U(key)))
+        at[0, n] = entry & 0xFFFFFFFF
+        at[1, n] = i
+        entries[_U(i), _U(1)] = (entry & _NOT_STAMP) | max(stamp, (entry >> 40) & MAX_STAMP) << 40
+        changed[_U(i)] = code
     return new
 
 
-@kernel
-def _initialise(store: Store, row: int, slot: int, key: int, head: int) -> None:
-    """Values of a new row: what `rows.initial_values` says, one row at a time. `head`: the mixed seed."""
-    mixed = _mix(_mix(np.uint64(slot) + np.uint64(head)) + np.uint64(key))
-    values, scale = store.values[row], store.scale
-    for d in range(values.shape[0]):
-        bits = np.int32(_mix(mixed + np.uint64(d)) >> np.uint64(40))
-        values[d] = (np.float32(bits) * np.float32(2**-23) - np.float32(1)) * scale[d]
+@part
+def _initialise(store: Store, row: int, place: int, mixed: Any) -> None:
+    """Values of a new row: what `rows.initial_values` says, one row at a time."""
+    values, scale = store.values[row], store.scale[place]
+    half = (values.shape[0] + 1) // 2  # of 64 bits of hash, each value takes 24
+    for d in range(half):
+        hashed = _mix(mixed + _U(d))
+        first, second = np.int32(hashed >> _U(40)), np.int32((hashed >> _U(8)) & _U(0xFFFFFF))
+        values[d] = encode((np.float32(first) * np.float32(2**-23) - np.float32(1)) * scale[d], values[d])
+        if half + d < values.shape[0]:
+            value = (np.float32(second) * np.float32(2**-23) - np.float32(1)) * scale[half + d]
+            values[half + d] = encode(value, values[half + d])
 
 
 @kernel
-def fill(at: Int32, todo: Int32, values: Float32, out: Float32) -> None:
-    """Values of the rows of the keys numbered in `todo`, into their places of `out`."""
-    for m in range(todo.shape[0]):
-        n = todo[m]
-        for d in range(values.shape[1]):
-            out[n, d] = values[at[0, n], d]
-
-
-@kernel
-def _take_out(index: Index, hole: int) -> None:
-    """Free the row of an entry and close the gap: an entry moves back unless its home lies behind the hole."""
-    entries, meta = index.entries, index.meta
-    row = entries[hole, 1] & 0xFFFFFFFF
-    index.links[row, 0] = meta[FREE]
-    meta[FREE] = row
-    meta[LIVE] -= 1
-    i = hole + 1
-    while entries[i, 1] != 0:
-        if _home(meta, (entries[i, 1] >> 32) & 0xFF, entries[i, 0]) <= hole:
-            entries[hole, 0] = entries[i, 0]
-            entries[hole, 1] = entries[i, 1]
-            index.changed[hole] = index.changed[i]
-            hole = i
-        i += 1
-    entries[hole, 1] = 0
-    index.changed[hole] = 0
-
-
-@kernel
-def remove(index: Index, slots: Int32, keys: Int64, gone: Int32) -> int:
-    """Take the keys out of the index and free their rows; `gone` says which were there, the result how many."""
-    removed = 0
-    for n in range(slots.shape[0]):
-        place = np.int64(index.place_of[slots[n]])
-        i = _probe(index.entries, _home(index.meta, place, keys[n]), place, keys[n])
-        if index.entries[i, 1] != 0:
-            _take_out(index, i)
-            gone[removed] = n
-            removed += 1
-    return removed
-
-
-@kernel
-def sweep(index: Index, start: int, stop: int, looks: int, oldest: Int64, gone: Int64) -> tuple[int, int, int]:
-    """Remove entries of [start, stop) stamped before `oldest` of their place, looking at up to `looks` of them, and put
-    their key and place into `gone` [looks, 2]. Returns the position to go on from, how many it looked at and removed.
-
-    What moves into a gap comes from behind it, so nothing escapes.
-    """
-    entries = index.entries
-    looked = removed = 0
-    i = start
-    while i < stop and looked < looks:
-        entry = entries[i, 1]
-        if entry == 0:
-            i += 1
-            continue
-        looked += 1
-        place = (entry >> 32) & 0xFF
-        if (entry >> 40) & MAX_STAMP < oldest[place]:
-            gone[removed, 0] = entries[i, 0]
-            gone[removed, 1] = place
-            removed += 1
-            _take_out(index, i)
-        else:
-            i += 1
-    return i, looked, removed
-
-
-@kernel
-def grow(index: Index, live: int, load: float, moving: Int64, when: Array) -> None:
-    """Move the split down until `live` entries fill the lines in use to at most `load`. `moving` [_, 2], `when`: room."""
-    entries, meta = index.entries, index.meta
-    while True:
-        lines, more = meta[LINES], meta[NEXT_LINES] - meta[LINES]
-        if live <= 4 * load * (lines + more * (1.0 - meta[SPLIT] / 2.0**32)):
-            return
-        if meta[SPLIT] == 0:
-            meta[LINES] = meta[NEXT_LINES]
-            meta[NEXT_LINES] += max(meta[LINES] // 8, 32)
-            meta[SPLIT] = 2**32
-            continue
-        end = (meta[SPLIT] * lines) >> 32
-        line = max(end - MOVED_LINES, 0)
-        start, stop = 4 * line, 4 * end
-        while entries[stop, 1] != 0:
-            stop += 1
-        for n in range(stop - start):
-            moving[n, 0], moving[n, 1], when[n] = entries[start + n, 0], entries[start + n, 1], index.changed[start + n]
-            entries[start + n, 1] = 0
-            index.changed[start + n] = 0
-        meta[SPLIT] = -((-line << 32) // lines)
-        for n in range(stop - start):
-            if moving[n, 1] != 0:
-                i = _home(meta, (moving[n, 1] >> 32) & 0xFF, moving[n, 0])
-                while entries[i, 1] != 0:
-                    i += 1
-                entries[i, 0] = moving[n, 0]
-                entries[i, 1] = moving[n, 1]
-                index.changed[i] = when[n]
-
-
-@kernel
-def changes(index: Index, end: int, after: int, out: Int32) -> int:
-    """Positions before `end` of entries changed with a code above `after`, of all if it is 0; how many."""
-    entries, changed = index.entries, index.changed
-    count = 0
-    for start in range(0, end, 16):
-        newest = np.uint8(0)
-        for i in range(start, start + 16):
-            newest = max(newest, changed[i])
-        if newest <= after:
-            continue
-        for i in range(start, min(start + 16, end)):
-            if changed[i] > after:
-                out[count] = i
-                count += 1
-                prefetch(entries.ctypes.data + 16 * i)
-    return count
-
-
-@kernel
-def relabel(changed: Array, codes: Array) -> None:
-    """Replace every code by `codes[code]`."""
-    for i in range(changed.shape[0]):
-        changed[i] = codes[changed[i]]
+def put(at: Int32, values: Array, given: Float32) -> None:
+    """Set the rows of `at` to `given` [N, D], in order: the last of duplicates stays."""
+    for n in range(given.shape[0]):
+        row, new = values[at[0, n]], given[n]
+        for d in range(row.shape[0]):
+            row[d] = encode(new[d], row[d])

@@ -24,8 +24,9 @@ class PendingCounts:
 
     def get(self, slots: Int32, keys: Int64) -> Int64:
         """Counts [N], 0 where never seen."""
-        rows = self._index.find(slots, keys)[0][0]
-        return np.where(rows < 0, 0, self._counts[rows])
+        at, _ = self._index.find(slots, keys)
+        missing = at[1] < 0
+        return np.where(missing, 0, self._counts[np.where(missing, 0, at[0])])
 
     def put(self, slots: Int32, keys: Int64, counts: Int64, last_seen_ms: Int64) -> None:
         """Set the counts of unique keys; last-seen never goes back."""
@@ -36,7 +37,7 @@ class PendingCounts:
             self.put(old.slots, old.keys, old.counts, old.last_seen_ms)
         self._index.reserve(len(keys))
         at, _ = self._index.find(slots, keys)
-        known = at[0] >= 0
+        known = at[1] >= 0
         self._index.insert(slots, keys, at, np.arange(len(keys), dtype=np.int32))
         rows = at[0]
         self._counts[rows] = counts

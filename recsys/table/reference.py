@@ -10,15 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.table.base import Layout, Pending, Rows, Touched
+from recsys.table.base import Layout, Pending, Rows, Segment, Touched
 from recsys.table.rows import (
     check_layout,
     check_pairs,
+    check_sketch,
     check_width,
     default_values,
+    draws,
+    filter_period_ms,
+    filter_places,
     initial_state,
     initial_values,
     last_seen,
+    round_nearest,
+    round_stochastic,
     state_width,
     table_full,
 )
@@ -29,6 +35,7 @@ Pair = tuple[int, int]
 
 @dataclass(slots=True)
 class _Row:
+    pair: Pair
     values: Float32
     state: Float32
     last_seen_ms: int = 0
@@ -49,8 +56,10 @@ class ReferenceTable:
         self._fresh = initial_state(layout)
         self._rows: dict[Pair, _Row] = {}
         self._pending: dict[Pair, tuple[int, int]] = {}  # occurrences, last seen
+        self._sketch = [0] * (-(-layout.filter_counters // 4) * 4)
+        self._sketch_ms = 0
         values = default_values(layout)
-        self._defaults = {s: _Row(values[n], self._fresh.copy()) for n, s in enumerate(sorted(layout.slots))}
+        self._defaults = {s: _Row((s, 0), values[n], self._fresh.copy()) for n, s in enumerate(sorted(layout.slots))}
         self._clock = 1
         self._removed: dict[Pair, int] = {}
         self._cursors: dict[str, tuple[int, int]] = {}  # rows and tombstones newer than these are due
@@ -72,7 +81,7 @@ class ReferenceTable:
     def _get_or_create(self, pair: Pair) -> _Row:
         if pair not in self._rows:
             slots, keys = _arrays([pair])
-            self._rows[pair] = _Row(initial_values(self.layout, slots, keys)[0], self._fresh.copy())
+            self._rows[pair] = _Row(pair, initial_values(self.layout, slots, keys)[0], self._fresh.copy())
             self._removed.pop(pair, None)
             self._pending.pop(pair, None)
         self._rows[pair].changed = self._clock
@@ -97,6 +106,9 @@ class ReferenceTable:
             return self.lookup(slots, keys)[0]
 
     def _admit(self, missing: Counter[Pair], now_ms: int) -> None:
+        if self._sketch:
+            self._admit_by_filter(missing, now_ms)
+            return
         counts = {p: self._pending.get(p, (0, now_ms))[0] + n for p, n in missing.items()}
         admitted = [p for p, n in counts.items() if n >= self.layout.slots[p[0]].admission]
         self._require_room(admitted)
@@ -105,6 +117,28 @@ class ReferenceTable:
             self._pending[pair] = (count, max(seen, now_ms))
         for pair in admitted:
             self._get_or_create(pair).last_seen_ms = last_seen(now_ms)
+
+    def _admit_by_filter(self, missing: Counter[Pair], now_ms: int) -> None:
+        counted = [pair for pair in missing if self.layout.slots[pair[0]].admission > 1]
+        places = filter_places(self.layout, *_arrays(counted)).T.tolist()
+        sketch = self._sketch.copy()
+        for pair, four in zip(counted, places, strict=True):
+            for place in four:
+                sketch[place] = min(sketch[place] + missing[pair], 255)
+        least = {pair: min(sketch[place] for place in four) for pair, four in zip(counted, places, strict=True)}
+        admitted = [pair for pair in missing if least.get(pair, 1) >= self.layout.slots[pair[0]].admission]
+        self._require_room(admitted)
+        self._sketch = sketch
+        if counted and not self._sketch_ms:
+            self._sketch_ms = now_ms
+        for pair in admitted:
+            self._get_or_create(pair).last_seen_ms = last_seen(now_ms)
+
+    def _halve_filter(self, now_ms: int) -> None:
+        period = filter_period_ms(self.layout)
+        while self._sketch_ms and period and now_ms - self._sketch_ms >= period:
+            self._sketch = [count // 2 for count in self._sketch]
+            self._sketch_ms += period
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
         with self._lock:
@@ -127,20 +161,18 @@ class ReferenceTable:
                     self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, last_seen(now_ms))
 
     def _step(self, row: _Row, gradient: list[float]) -> None:
+        moved = row.values.copy()
         start = state = 0
         for segment in self.layout.segments:
-            positions = range(start, start + segment.dim)
-            squares = [gradient[d] * gradient[d] for d in positions]
-            if segment.optimizer == "rowwise_adagrad":
-                squares = [sum(squares) / segment.dim]
-            sums = [float(row.state[state + n]) + square for n, square in enumerate(squares[: state_width(segment)])]
-            for n, d in enumerate(positions):
-                rate = segment.learning_rate
-                if sums:
-                    rate /= math.sqrt(sums[n if len(sums) > 1 else 0]) + segment.epsilon
-                row.values[d] = np.float32(float(row.values[d]) - rate * gradient[d])
-            row.state[state : state + len(sums)] = sums
-            start, state = start + segment.dim, state + len(sums)
+            stop, end = start + segment.dim, state + state_width(segment)
+            moved[start:stop] = _moved(segment, row.values[start:stop], row.state[state:end], gradient[start:stop])
+            start, state = stop, end
+        if self.layout.rounding == "stochastic":
+            steps = int(row.state[-1])
+            row.values[:] = round_stochastic(moved, self.layout.precision, draws(self.layout, *row.pair, steps))
+            row.state[-1] = steps + 1
+        else:
+            row.values[:] = round_nearest(moved, self.layout.precision)
 
     def expire(self, now_ms: int, max_rows: int | None = None) -> int:
         with self._lock:
@@ -155,6 +187,7 @@ class ReferenceTable:
                 self._remove(pair)
             for pair in [p for p, (_, seen) in self._pending.items() if self._expired(p, seen, now_ms)]:
                 del self._pending[pair]
+            self._halve_filter(now_ms)
             return len(gone)
 
     def _expired(self, pair: Pair, last_seen_ms: int, now_ms: int) -> bool:
@@ -210,7 +243,7 @@ class ReferenceTable:
             self._require_room(pairs)
             for n, pair in enumerate(pairs):
                 row = self._get_or_create(pair)
-                row.values[:] = rows.values[n]
+                row.values[:] = round_nearest(rows.values[n], self.layout.precision)
                 row.state[:] = rows.state[n] if rows.state.shape[1] else self._fresh
                 row.last_seen_ms = last_seen(int(rows.last_seen_ms[n]))
 
@@ -226,7 +259,7 @@ class ReferenceTable:
             self._require_room(pairs)
             for n, pair in enumerate(pairs):
                 row = self._get_or_create(pair)
-                row.values[:] = values[n]
+                row.values[:] = round_nearest(values[n], self.layout.precision)
                 row.last_seen_ms = max(row.last_seen_ms, last_seen(now_ms))
 
     def remove(self, slots: Int32, keys: Int64) -> None:
@@ -240,10 +273,15 @@ class ReferenceTable:
             slots, keys = _arrays(self._pending)
             counts = np.array([count for count, _ in self._pending.values()], np.int64)
             seen = np.array([seen for _, seen in self._pending.values()], np.int64)
-            return Pending(slots=slots, keys=keys, counts=counts, last_seen_ms=seen)
+            sketch = np.array(self._sketch, np.uint8)
+            return Pending(
+                slots=slots, keys=keys, counts=counts, last_seen_ms=seen, sketch=sketch, sketch_ms=self._sketch_ms
+            )
 
     def restore_pending(self, pending: Pending) -> None:
         with self._lock:
+            check_sketch(self.layout, pending)
+            self._sketch, self._sketch_ms = pending.sketch.tolist(), pending.sketch_ms
             pairs = self._pairs(pending.slots, pending.keys)
             counted = zip(pending.counts.tolist(), pending.last_seen_ms.tolist(), strict=True)
             self._pending = dict(zip(pairs, counted, strict=True))
@@ -256,7 +294,7 @@ class ReferenceTable:
     def restore_defaults(self, rows: Rows) -> None:
         with self._lock:
             for n, (slot, _) in enumerate(self._checked(rows)):
-                self._defaults[slot].values[:] = rows.values[n]
+                self._defaults[slot].values[:] = round_nearest(rows.values[n], self.layout.precision)
                 self._defaults[slot].state[:] = rows.state[n] if rows.state.shape[1] else self._fresh
 
     def memory_bytes(self) -> int:
@@ -264,3 +302,38 @@ class ReferenceTable:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def _moved(segment: Segment, values: Float32, state: Float32, gradient: list[float]) -> list[float]:
+    """New values of one segment of a row; `state` is changed in place. Formulas: see `optimizers.py`."""
+    width, rate, old = segment.dim, segment.learning_rate, [float(w) for w in values]
+    if segment.optimizer == "sgd":
+        return [w - rate * g for w, g in zip(old, gradient, strict=True)]
+    if segment.optimizer == "rowwise_adagrad":
+        total = float(state[0]) + sum(g * g for g in gradient) / width
+        state[0] = total
+        rate /= math.sqrt(total) + segment.epsilon
+        return [w - rate * g for w, g in zip(old, gradient, strict=True)]
+    if segment.optimizer == "adagrad":
+        totals = [float(s) + g * g for s, g in zip(state, gradient, strict=True)]
+        state[:] = totals
+        return [w - rate / (math.sqrt(s) + segment.epsilon) * g for w, s, g in zip(old, totals, gradient, strict=True)]
+    if segment.optimizer == "adam":
+        b1, b2, steps = segment.beta1, segment.beta2, float(state[-1]) + 1
+        means = [b1 * float(m) + (1 - b1) * g for m, g in zip(state[:width], gradient, strict=True)]
+        squares = [b2 * float(v) + (1 - b2) * g * g for v, g in zip(state[width:], gradient, strict=False)]
+        state[:] = [*means, *squares, steps]
+        first, second = 1 - math.pow(b1, steps), 1 - math.pow(b2, steps)
+        return [
+            w - rate * (m / first) / (math.sqrt(v / second) + segment.epsilon)
+            for w, m, v in zip(old, means, squares, strict=True)
+        ]
+    moved = []
+    for d, (w, g) in enumerate(zip(old, gradient, strict=True)):
+        before = float(state[width + d])
+        after = before + g * g
+        z = float(state[d]) + g - (math.sqrt(after) - math.sqrt(before)) / rate * w
+        state[d], state[width + d] = z, after
+        pull = (segment.beta + math.sqrt(after)) / rate + segment.l2
+        moved.append(0.0 if abs(z) <= segment.l1 else -(z - math.copysign(segment.l1, z)) / pull)
+    return moved

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.numpy import save as to_bytes
 
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.files import Written, read_file, write_file
+from recsys.keys import mix
 from recsys.table.base import Pending, Rows, Table
 from recsys.types import Int32, Int64
 
@@ -78,9 +79,18 @@ def acknowledge(tables: Mapping[str, Table], cursor: str, versions: Mapping[str,
         tables[name].acknowledge(cursor, version)
 
 
-def load(tables: Mapping[str, Table], deltas: Iterable[TablesDelta]) -> None:
-    """Apply deltas, oldest first. SchemaMismatch if they have other layouts than the tables."""
+def shard_of(slots: Int32, keys: Int64, shards: int) -> Int32:
+    """Which of so many shards each row belongs to [N]: by the top bits of its mixed key."""
+    mixed = mix(mix(slots.astype(np.uint64)) + keys.view(np.uint64)) >> np.uint64(32)
+    return (mixed * np.uint64(shards) >> np.uint64(32)).astype(np.int32)
+
+
+def load(tables: Mapping[str, Table], deltas: Iterable[TablesDelta], shard: tuple[int, int] = (0, 1)) -> None:
+    """Apply deltas, oldest first; of their rows and counts those of `shard` (number, of how many), whatever shards wrote
+    them. SchemaMismatch if they have other layouts than the tables."""
     for delta in deltas:
+        if shard[1] > 1:
+            delta = {name: _of_shard(part, shard) for name, part in delta.items()}
         for name, part in delta.items():
             _check_fits(name, part, tables)
         for name, part in delta.items():
@@ -91,6 +101,23 @@ def load(tables: Mapping[str, Table], deltas: Iterable[TablesDelta]) -> None:
             table.restore_pending(part.pending)
 
 
+def _of_shard(part: LayoutDelta, shard: tuple[int, int]) -> LayoutDelta:
+    def kept(slots: Int32, keys: Int64) -> npt.NDArray[np.bool_]:
+        return np.asarray(shard_of(slots, keys, shard[1]) == shard[0])
+
+    rows, pending = part.rows, part.pending
+    of_rows, of_removed = kept(rows.slots, rows.keys), kept(part.removed_slots, part.removed_keys)
+    of_pending = kept(pending.slots, pending.keys)
+    counts = {f.name: getattr(pending, f.name)[of_pending] for f in fields(Pending)[:4]}
+    return LayoutDelta(
+        rows=Rows(**{f.name: getattr(rows, f.name)[of_rows] for f in fields(Rows)}),
+        removed_slots=part.removed_slots[of_removed],
+        removed_keys=part.removed_keys[of_removed],
+        defaults=part.defaults,
+        pending=replace(pending, **counts),
+    )
+
+
 def write_segment(path: Path, delta: TablesDelta) -> SegmentFile:
     """Write a file that is either whole or not there: temporary name → fsync → rename → fsync folder."""
     tensors = {f"{name}/{field}": array for name, part in delta.items() for field, array in _flatten(part).items()}
@@ -98,9 +125,10 @@ def write_segment(path: Path, delta: TablesDelta) -> SegmentFile:
     return write_file(path, data)
 
 
-def read_segment(path: Path, checksum: str) -> dict[str, LayoutDelta]:
-    """Read a file back. SnapshotCorrupt names the file if it is missing, torn, flipped or of a later format."""
-    data = read_file(path, checksum)
+def read_segment(path: Path, checksum: str, blocks: Sequence[int] = ()) -> dict[str, LayoutDelta]:
+    """Read a file back. SnapshotCorrupt names the file if it is missing, torn, flipped (with `blocks`: where) or of a later
+    format."""
+    data = read_file(path, checksum, blocks)
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if int(header["format"]) > FORMAT:
@@ -150,20 +178,27 @@ def _flatten(part: LayoutDelta) -> dict[str, npt.NDArray[Any]]:
     flat = {f.name: getattr(part.rows, f.name) for f in fields(Rows)}
     flat |= {"removed_slots": part.removed_slots, "removed_keys": part.removed_keys}
     flat |= {f"defaults_{f.name}": getattr(part.defaults, f.name) for f in fields(Rows)}
-    flat |= {f"pending_{f.name}": getattr(part.pending, f.name) for f in fields(Pending)}
+    flat |= {f"pending_{f.name}": getattr(part.pending, f.name) for f in fields(Pending)[:4]}
+    if len(part.pending.sketch):
+        flat |= {"sketch": part.pending.sketch, "sketch_ms": np.array([part.pending.sketch_ms])}
     return {name: np.ascontiguousarray(array) for name, array in flat.items()}
 
 
 def _unflatten(layout: str, tensors: Mapping[str, npt.NDArray[Any]]) -> LayoutDelta:
-    def value(prefix: str, kind: type[Any]) -> Any:
-        return kind(**{f.name: tensors[f"{layout}/{prefix}{f.name}"] for f in fields(kind)})
+    def value(prefix: str, kind: type[Any]) -> dict[str, Any]:
+        return {f.name: tensors[f"{layout}/{prefix}{f.name}"] for f in fields(kind) if not f.name.startswith("sketch")}
+
+    pending = Pending(**value("pending_", Pending))
+    if f"{layout}/sketch" in tensors:  # only a layout with a filter has one
+        sketch_ms = int(tensors[f"{layout}/sketch_ms"][0])
+        pending = replace(pending, sketch=tensors[f"{layout}/sketch"], sketch_ms=sketch_ms)
 
     return LayoutDelta(
-        rows=value("", Rows),
+        rows=Rows(**value("", Rows)),
         removed_slots=tensors[f"{layout}/removed_slots"],
         removed_keys=tensors[f"{layout}/removed_keys"],
-        defaults=value("defaults_", Rows),
-        pending=value("pending_", Pending),
+        defaults=Rows(**value("defaults_", Rows)),
+        pending=pending,
     )
 
 

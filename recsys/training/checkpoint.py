@@ -149,7 +149,10 @@ class Checkpoints:
                 f"{path} was written with schema {manifest['schema']}, the configuration makes {trainer.schema.hash}: restore the old "
                 "catalogue and features sections, or choose another data_dir"
             )
-        loaded = [segments.read_segment(self._folder / s["name"], s["checksum"]) for s in manifest["segments"]]
+        loaded = [
+            segments.read_segment(self._folder / s["name"], s["checksum"], s.get("blocks", ()))
+            for s in manifest["segments"]
+        ]
         segments.load(trainer.tables, loaded)
         for cursor in (CURSOR, "publish"):
             segments.skip(trainer.tables, cursor)

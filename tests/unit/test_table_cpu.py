@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys.table import kernels, optimizers
+from recsys.table import kernels, optimizers, upkeep
 from recsys.table.base import Layout, Segment, SlotPolicy
 from recsys.table.cpu import CpuTable, warm_up
 from recsys.table.cursors import Cursors
@@ -30,10 +30,11 @@ LAYOUT_ONE = Layout(
 
 def test_nothing_compiles_after_warm_up() -> None:
     warm_up()
-    names = ("find", "insert", "fill", "remove", "sweep", "grow", "changes", "relabel")
-    compiled = [*(getattr(kernels, name) for name in names), optimizers.combine, optimizers.step]
+    compiled = [kernels.find, kernels.gather, kernels.insert, kernels.put, kernels.unknown]
+    compiled += [upkeep.remove, upkeep.sweep, upkeep.grow, upkeep.small, upkeep.changes, upkeep.relabel]
+    compiled += [optimizers.largest, optimizers.chain, optimizers.step]
     before = [len(kernel.signatures) for kernel in compiled]
-    assert set(before) == {1}
+    assert min(before) >= 1
     table = CpuTable(LAYOUT)
     slots, keys = np.zeros(5000, np.int32), np.arange(10_000)[::2]
     gradients = np.ones((5000, 32), np.float32)[:, ::2]
@@ -69,7 +70,7 @@ def _resident_bytes() -> int:
 
 
 def test_a_package_without_a_writable_cache_still_works(tmp_path: Path) -> None:
-    source = Path(kernels.__file__).read_text().split("@kernel\ndef _home")[0]
+    source = Path(kernels.__file__).read_text().split("@part\ndef _home")[0]
     (tmp_path / "lonely.py").write_text(source + "\n\nprint(_mix(np.uint64(7)), kernel.__name__)\n")
     script = (
         "import numba.core.caching as caching\n"
@@ -167,14 +168,18 @@ def test_hostile_keys_are_as_quick_as_random_ones(name: str) -> None:
     assert min(_seconds(hostile) for _ in range(5)) < 3 * min(_seconds(random) for _ in range(5))
 
 
+def _enter(index: KeyIndex, slots: np.ndarray, keys: np.ndarray) -> None:
+    index.reserve(len(keys))
+    at, _ = index.find(slots, keys)
+    index.insert(slots, keys, at, np.arange(len(keys), dtype=np.int32))
+
+
 def _seconds(keys: np.ndarray) -> float:
     index = KeyIndex(len(keys), 1, np.zeros(1, np.int32))
-    slots, at = np.zeros(len(keys), np.int32), np.empty((2, len(keys)), np.int32)
-    todo = np.arange(len(keys), dtype=np.int32)
+    slots = np.zeros(len(keys), np.int32)
     started = time.thread_time()
     for start in range(0, len(keys), 4096):
-        index.reserve(4096)
-        index.insert(slots, keys, at, todo[start : start + 4096])
+        _enter(index, slots[start : start + 4096], keys[start : start + 4096])
     index.find(slots, keys)
     return time.thread_time() - started
 
@@ -192,11 +197,9 @@ def test_rows_in_the_order_of_another_index_do_not_crowd_this_one() -> None:
 def test_the_index_grows_a_little_with_every_call_and_stays_full() -> None:
     index = KeyIndex(200_000, 1, np.zeros(1, np.int32))
     keys = np.arange(200_000, dtype=np.int64)
-    slots, at, todo = np.zeros(4096, np.int32), np.empty((2, 4096), np.int32), np.arange(4096, dtype=np.int32)
     before = None
     for start in range(0, 200_000 - 4096, 4096):
-        index.reserve(4096)
-        index.insert(slots, keys[start : start + 4096], at, todo)
+        _enter(index, np.zeros(4096, np.int32), keys[start : start + 4096])
         lines, more, split = index.arrays.meta[:3]
         used = int(lines) + (int(more) - int(lines)) * (1 - int(split) / 2**32)
         if before is not None:

@@ -275,3 +275,56 @@ def test_the_current_writer_writes_what_its_format_number_says(tmp_path: Path) -
 
 def _header(data: bytes) -> object:
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def test_any_number_of_shards_share_the_rows_of_a_snapshot() -> None:
+    tables = Tables(LAYOUTS)
+    learn(tables, list(range(300)), now_ms=0)
+    delta, _ = take(tables, "checkpoint")
+    for shards in (1, 2, 5):
+        parts = [Tables(LAYOUTS) for _ in range(shards)]
+        for number, part in enumerate(parts):
+            load(part, [delta], (number, shards))
+        seen = [contents(part)["deep"] for part in parts]
+        assert sum(len(each["rows"]) for each in seen) == len(tables["deep"])
+        assert sum(len(each["pending"]) for each in seen) == len(tables["deep"].pending().keys)
+        assert {k: v for each in seen for k, v in each["rows"].items()} == contents(tables)["deep"]["rows"]
+        assert min(len(part["wide"]) for part in parts) > 200 / shards
+
+
+def test_a_flipped_byte_is_found_and_its_place_named(tmp_path: Path) -> None:
+    tables = Tables(LAYOUTS)
+    for start in range(0, 2000, 500):
+        learn(tables, list(range(start, start + 500)), now_ms=0)
+    delta, _ = take(tables, "checkpoint")
+    path = tmp_path / "s.safetensors"
+    written = write_segment(path, {**delta, **{f"copy{n}": delta["deep"] for n in range(30)}})
+    data = bytearray(path.read_bytes())
+    assert len(data) > 2 * 2**20
+    data[2**20 + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SnapshotCorrupt, match=f"between bytes {2**20} and {2**21}"):
+        read_segment(path, written["checksum"], written["blocks"])
+    path.write_bytes(data[: 2**20])
+    with pytest.raises(SnapshotCorrupt, match=f"{2**20} bytes, first between bytes {2**20}"):
+        read_segment(path, written["checksum"], written["blocks"])
+
+
+def test_one_call_looks_up_slots_of_many_tables() -> None:
+    tables = Tables(LAYOUTS)
+    slots, keys = np.array([3, 9, 3, 9], np.int32), np.array([1, 1, 2, 7])
+    trained = tables.lookup_train(slots, keys, now_ms=0)
+    tables.apply_gradients(slots, keys, np.ones((4, 2), np.float32), now_ms=0)
+    values, found = tables.lookup(slots, keys)
+    assert found.all() and (values[[1, 3], 1] == 0).all() and (values[:, 0] != trained[:, 0]).all()
+    assert (values[[0, 2]] == tables["deep"].lookup(slots[[0, 2]], keys[[0, 2]])[0]).all()
+    assert (values[[1, 3], :1] == tables["wide"].lookup(slots[[1, 3]], keys[[1, 3]])[0]).all()
+    with pytest.raises(ValueError, match="slot 5 is in no table"):
+        tables.lookup(np.array([5], np.int32), keys[:1])
+    with pytest.raises(ValueError, match="slot 10"):
+        tables.lookup(np.array([10], np.int32), keys[:1])
+    with pytest.raises(ValueError, match="not finite"):
+        tables.apply_gradients(slots, keys, np.full((4, 2), np.nan, np.float32), now_ms=0)
+    both = Tables([LAYOUTS[0], Layout(name="other", segments=LAYOUTS[0].segments, slots={3: SlotPolicy()})])
+    with pytest.raises(ValueError, match="slot 3 is in several tables"):
+        both.lookup(slots[:1], keys[:1])
