@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from recsys.evaluation.bootstrap import Resamples, interval
 from recsys.types import Int64
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -34,8 +35,14 @@ def gauc(predictions: Array, labels: Array, groups: Int64) -> float:
 
     Zhou et al. 2018 (DIN), section 6.2. NaN when no group has both labels.
     """
+    areas, examples, _ = group_aucs(predictions, labels, groups)
+    return float(np.average(areas, weights=examples)) if len(areas) else math.nan
+
+
+def group_aucs(predictions: Array, labels: Array, groups: Int64) -> tuple[Array, Array, Int64]:
+    """AUC, number of examples and first row of each group that has both labels."""
     if not len(labels):
-        return math.nan
+        return np.zeros(0), np.zeros(0), np.zeros(0, np.int64)
     predictions = np.asarray(predictions, np.float64)
     if not np.isfinite(predictions).all():
         raise ValueError(f"predictions hold {np.count_nonzero(~np.isfinite(predictions))} NaN or infinite values")
@@ -53,10 +60,8 @@ def gauc(predictions: Array, labels: Array, groups: Int64) -> float:
     rank_sums = np.bincount(group, ranks * positive)
     pairs = positives * (examples - positives)
     both = pairs > 0
-    if not both.any():
-        return math.nan
     areas = (rank_sums[both] - positives[both] * (positives[both] + 1) / 2) / pairs[both]
-    return float(np.average(areas, weights=examples[both]))
+    return areas, examples[both], order[first[both]]
 
 
 def group_ids(*keys: Array) -> Int64:
@@ -117,21 +122,62 @@ class Progressive:
             self._used[task] += len(part)
             rows = rows[len(part) :]
 
-    def report(self) -> dict[str, dict[str, float | int | None]]:
-        """Task → examples, auc, normalized_entropy, gauc by (user, day), calibration."""
-        return {task: self._report(task) for task in self._chunks}
-
-    def _report(self, task: str) -> dict[str, float | int | None]:
-        chunks = self._chunks[task]
-        rows = np.concatenate([*chunks[:-1], chunks[-1][: self._used[task]]]) if chunks else np.empty(0, _ROW)
-        p, y = rows["prediction"], rows["label"]
+    def report(self) -> dict[str, Any]:
+        """`tasks`: task → examples, auc, normalized_entropy, gauc by (user, day), calibration, each with its interval; `days`: the same by day."""
+        rows = {task: self.rows(task) for task in self._chunks}
+        days = sorted({int(day) for found in rows.values() for day in np.unique(found["day"])})
         return {
-            "examples": len(rows),
-            "auc": _known(auc(p, y)),
-            "normalized_entropy": _known(normalized_entropy(p, y)),
-            "gauc": _known(gauc(p, y, group_ids(rows["user"], rows["day"]))),
-            "calibration": _known(calibration(p, y)),
+            "tasks": {task: _report(found) for task, found in rows.items()},
+            "days": [
+                {"day": day, "tasks": {task: _report(found[found["day"] == day]) for task, found in rows.items()}}
+                for day in days
+            ],
         }
+
+    def rows(self, task: str) -> Array:
+        """All examples of one task, in the order they were added: prediction, label, user, day."""
+        chunks = self._chunks[task]
+        return np.concatenate([*chunks[:-1], chunks[-1][: self._used[task]]]) if chunks else np.empty(0, _ROW)
+
+
+def _report(rows: Array) -> dict[str, Any]:
+    p, y = rows["prediction"], rows["label"]
+    areas, examples, first = group_aucs(p, y, group_ids(rows["user"], rows["day"]))
+    values = {
+        "auc": auc(p, y),
+        "normalized_entropy": normalized_entropy(p, y),
+        "gauc": float(np.average(areas, weights=examples)) if len(areas) else math.nan,
+        "calibration": calibration(p, y),
+    }
+    report: dict[str, Any] = {"examples": len(rows)}
+    drawn = Resamples(rows["user"]) if len(rows) else None
+    for name, value in values.items():
+        report[name] = _known(value)
+        if drawn is not None:
+            report[f"{name}_ci"] = interval(_resampled(name, drawn, rows, (areas, examples, first)))
+    return report
+
+
+def _resampled(name: str, drawn: Resamples, rows: Array, groups: tuple[Array, Array, Int64]) -> Array:
+    """One metric in every resample."""
+    p, y = rows["prediction"], rows["label"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if name == "auc":
+            return drawn.auc(p, y)
+        if name == "gauc":
+            areas, examples, first = groups
+            weights = drawn.weights[:, drawn.of[first]] * examples
+            means: Array = (weights @ areas) / weights.sum(1)
+            return means
+        positives = drawn.sums(y.astype(np.float64))
+        if name == "calibration":
+            ratio: Array = drawn.sums(p) / positives
+            return ratio
+        total, clipped = drawn.sums(np.ones(len(p))), np.clip(p, _CLOSEST, 1 - _CLOSEST)
+        rate = positives / total
+        loss = drawn.sums(-np.where(y, np.log(clipped), np.log1p(-clipped))) / total
+        entropy: Array = loss / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+        return entropy
 
 
 class NextItem:
@@ -139,25 +185,27 @@ class NextItem:
 
     def __init__(self, n: int = 20) -> None:
         self._n = n
-        self._predictions = 0
-        self._hits = 0
-        self._reciprocal = 0.0
+        self._users: list[int] = []
+        self._places: list[int] = []
+        """Place of the clicked item in each answer, from 1; 0: it was not shown."""
 
-    def add(self, shown: Sequence[str], clicked: str) -> None:
-        """Add one answer, best first, and the item that was clicked next."""
-        self._predictions += 1
-        if clicked in (top := shown[: self._n]):
-            self._hits += 1
-            self._reciprocal += 1 / (top.index(clicked) + 1)
+    def add(self, shown: Sequence[str], clicked: str, user: int) -> None:
+        """Add one answer, best first, the item that was clicked next, and the user's key."""
+        top = shown[: self._n]
+        self._places.append(top.index(clicked) + 1 if clicked in top else 0)
+        self._users.append(user)
 
-    def report(self) -> dict[str, float | int | None]:
-        """predictions, hit_rate_at_20, mrr_at_20 (null without predictions)."""
-        num = self._predictions
-        return {
-            "predictions": num,
-            f"hit_rate_at_{self._n}": self._hits / num if num else None,
-            f"mrr_at_{self._n}": self._reciprocal / num if num else None,
-        }
+    def report(self) -> dict[str, Any]:
+        """predictions, hit_rate_at_20, mrr_at_20, each with its interval (null without predictions)."""
+        num, places = len(self._places), np.array(self._places)
+        report: dict[str, Any] = {"predictions": num}
+        reciprocal = np.divide(1.0, places, out=np.zeros(num), where=places > 0)
+        drawn = Resamples(np.array(self._users, np.int64)) if num else None
+        for name, values in ((f"hit_rate_at_{self._n}", places > 0), (f"mrr_at_{self._n}", reciprocal)):
+            report[name] = float(np.mean(values)) if num else None
+            if drawn is not None:
+                report[f"{name}_ci"] = interval(drawn.sums(values.astype(np.float64)) / drawn.sums(np.ones(num)))
+        return report
 
 
 def _known(value: float) -> float | None:

@@ -29,7 +29,7 @@ from recsys.ranking.request import Answer, Request
 from recsys.ranking.sources import Sources
 from recsys.state.memory import MemoryState
 from recsys.training.trainer import StepReport, Trainer
-from recsys.types import Feedback, Float32, HistoryEvent, Impression, Item, UserUpdate
+from recsys.types import Bool, Feedback, Float32, HistoryEvent, Impression, Item, UserUpdate
 
 Event = tuple[int, str, Item | Impression | Feedback]
 
@@ -39,6 +39,8 @@ class Options:
     """How a replay sees the stream; seconds of event time."""
 
     report_from_ms: int = 0
+    until_ms: int = 2**62
+    """The replay ends before the first event at or after this time."""
     delay_s: float = 0.0
     """Scoring sees parameters and others' counters exactly this old; the user's own history live."""
     sync_interval_s: float = 0.0
@@ -85,11 +87,12 @@ class Replay:
         self.progressive = Progressive(self.schema.tasks)
         self.next_item = NextItem()
         self._waiting: list[tuple[Impression, Features]] = []
-        self._predictions: dict[str, tuple[str, Float32]] = {}
+        self._predictions: dict[str, tuple[str, Float32, Bool]] = {}
+        """Of each request with labels to come: user, predictions [K, T], tasks [T] that are not final yet."""
         self._untrained = 0
         self._requests = 0
         self.events = 0
-        self._reported = 0
+        self._examples = 0
         self._has_impressions = False
         self._started = time.perf_counter()
 
@@ -97,6 +100,8 @@ class Replay:
         """Replay all of them; `on_progress(events, event time)` now and then."""
         now_ms = 0
         for now_ms, kind, message in events:
+            if now_ms >= self.options.until_ms:
+                break
             if kind == "item":
                 self.item(message)  # type: ignore[arg-type]
             else:
@@ -175,6 +180,7 @@ class Replay:
         assert self.trainer is not None
         self.trainer.impression(impression, now_ms, StepReport())
         self._untrained += len(impression.items)
+        self._examples += len(impression.items)
         if self._untrained >= self.config.training.batch_size:
             self._train(now_ms)
 
@@ -226,7 +232,7 @@ class Replay:
         answer = self._answer(feedback, now_ms)
         shown = [item.item_id for item in answer.items]
         if reported:
-            self.next_item.add(shown, feedback.item_id)
+            self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id))
         if learning and answer.impression.features:
             self._open(answer.impression, now_ms)
         self._count_impression(answer.impression, now_ms)
@@ -258,7 +264,9 @@ class Replay:
             return
         waiting, self._waiting = self._waiting, []
         for (impression, _), predicted in zip(waiting, self.copy.scorer.predict([f for _, f in waiting]), strict=True):
-            self._predictions[impression.request_id] = (impression.user_id, predicted)
+            if impression.time_ms >= self.options.report_from_ms:
+                left = np.ones(len(self.schema.tasks), np.bool_)
+                self._predictions[impression.request_id] = impression.user_id, predicted, left
 
     def _train(self, now_ms: int) -> None:
         """Score what waits, learn what is final, report it."""
@@ -275,16 +283,18 @@ class Replay:
         self.copy.learned(now_ms - 1)
 
     def _report(self, request_id: str, time_ms: int, labels: Any, final: Any) -> None:
-        user_id, predicted = self._predictions.get(request_id, ("", None))
-        if predicted is None or time_ms < self.options.report_from_ms:
+        if request_id not in self._predictions:
             return
+        user_id, predicted, left = self._predictions[request_id]
         assert self._origin_ms is not None
-        day = (time_ms - self._origin_ms) // 86_400_000
+        day = 1 + (time_ms - self._origin_ms) // 86_400_000
         for task in np.flatnonzero(final.any(0)):
             known = final[:, task]
             users, days = np.full(known.sum(), key_of(user_id)), np.full(known.sum(), day)
             self.progressive.add(self.schema.tasks[task], predicted[known, task], labels[known, task], users, days)
-            self._reported += int(known.sum()) if task == 0 else 0
+        left &= ~final.all(0)
+        if not left.any():
+            del self._predictions[request_id]
 
     def result(self) -> dict[str, Any]:
         """The report's JSON."""
@@ -292,11 +302,12 @@ class Replay:
         result: dict[str, Any] = {
             "events": self.events,
             "seconds": round(seconds, 3),
-            "examples_per_second": round((self._reported or self._requests) / seconds, 1),
+            "events_per_second": round(self.events / seconds, 1),
+            "examples_per_second": round(self._examples / seconds, 1),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         if self._has_impressions:
-            result["tasks"] = self.progressive.report()
+            result |= self.progressive.report()
         else:
             result["next_item"] = self.next_item.report()
         return result

@@ -36,10 +36,9 @@ class Batch:
 
 
 class Learner:
-    """The ranker and its rows, learning. Not thread-safe. Compiles the fused operations before it is ready."""
+    """The ranker and its rows, learning. Not thread-safe. Waits for the fused operations before it learns."""
 
     def __init__(self, config: Config, schema: Schema, tables: Tables) -> None:
-        self.compile_s = fused.warm_up()
         self._schema = schema
         self._dim, self._l2 = config.model.dim, config.model.row_l2
         self.tables = tables
@@ -51,6 +50,8 @@ class Learner:
     def learn(self, batch: Batch, now_ms: int) -> tuple[str, ...]:
         """One step. When the gradient is not finite nothing is changed but admission counts and running statistics, and the
         tasks it came from are named."""
+        if not fused.ready():
+            fused.warm_up()
         lay = plan(self._schema, batch.features)
         admit = batch.first
         deep, wide = (self._rows(block, now_ms, admit) for block in (lay.deep, lay.wide))

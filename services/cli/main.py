@@ -188,6 +188,13 @@ def _offline_commands(commands: Any) -> None:
     )
     replay.add_argument("--events", type=Path, nargs="+", required=True, help="event files, or their folder")
     replay.add_argument("--report-from", help="ISO time; metrics count from here on")
+    replay.add_argument("--until", help="ISO time; events from here on are left out")
+    replay.add_argument("--tasks", help="names, comma-separated: predict and learn these alone")
+    replay.add_argument(
+        "--label-delay", type=float, help="seconds until a label is final, in place of the tasks' windows"
+    )
+    replay.add_argument("--seed", type=int, help="in place of the configuration's")
+    replay.add_argument("--threads", type=int, default=1, help="torch threads; one sums in a fixed order")
     replay.add_argument("--delay", type=float, default=0.0, help="seconds that parameters and others' counters are old")
     replay.add_argument(
         "--sync-interval",

@@ -36,13 +36,15 @@ def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
     """Checked replay options."""
     if not 0 < arguments.sample <= 1:
         raise BadInput(f"--sample {arguments.sample} must be above 0 and at most 1", field="sample")
-    for name in ("delay", "sync_interval"):
-        if not 0 <= getattr(arguments, name) < float("inf"):
+    for name in ("delay", "sync_interval", "label_delay"):
+        if getattr(arguments, name) is not None and not 0 <= getattr(arguments, name) < float("inf"):
             raise BadInput(
                 f"--{name.replace('_', '-')} {getattr(arguments, name)} must be 0 or more seconds", field=name
             )
+    until_ms = iso_ms(arguments.until, "--until") or 2**62
     return Options(
         report_from_ms=iso_ms(arguments.report_from, "--report-from"),
+        until_ms=until_ms,
         delay_s=arguments.delay,
         sync_interval_s=arguments.sync_interval,
         freeze_user=arguments.freeze_user,
@@ -51,13 +53,29 @@ def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
     )
 
 
+def config_of(arguments: argparse.Namespace) -> config.Config:
+    """The configuration with what the command line changes."""
+    loaded = config.load(arguments.config)
+    raw = loaded.model_dump(mode="json")
+    if arguments.seed is not None:
+        raw["seed"] = arguments.seed
+    if arguments.tasks:
+        names, known = arguments.tasks.split(","), [task.name for task in loaded.tasks]
+        if wrong := [name for name in names if name not in known]:
+            raise BadInput(f"--tasks: {wrong[0]!r} is not one of {known}", field="tasks")
+        raw["tasks"] = [task for task in raw["tasks"] if task["name"] in names]
+    if arguments.label_delay is not None:
+        raw["tasks"] = [task | {"window_s": arguments.label_delay} for task in raw["tasks"]]
+    return config.parse(raw)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Replay with progress on stderr; the report on stdout."""
-    torch.set_num_threads(1)
-    loaded, chosen = (
-        config.load(arguments.config),
-        options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"]),
-    )
+    if arguments.threads < 1:
+        raise BadInput(f"--threads {arguments.threads} must be 1 or more", field="threads")
+    torch.set_num_threads(arguments.threads)
+    loaded = config_of(arguments)
+    chosen = options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"])
     events = files.merged(arguments.events)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=Console(stderr=True)) as bar:

@@ -40,6 +40,8 @@ from services.ranking.parse import Refused
 
 POLL_S = 0.005
 CONSUMER = "state"
+COMPILE_AFTER_S = 3.0
+"""Requests are scored op by op for this long: a trainer beside this process compiles first, and what it compiled is read from the cache."""
 SNAPSHOT_S = 60.0
 """Counters are saved this often; what came after is read again from the log."""
 
@@ -78,13 +80,8 @@ class RankingService:
         self._run("dense", self._follow_dense, 0.2)
         self._run("generations", self._build_generation, 0.1)
         self._run("snapshot", self._save, SNAPSHOT_S)
-        self._compile()
-
-    def _compile(self) -> None:
-        """Get the fused operations ready; until then requests are scored op by op."""
-        seconds = fused.warm_up()
-        metrics.COMPILE_SECONDS.set(seconds)
-        logger.info("scoring is compiled, %.1f s", seconds)
+        if not self._stop.wait(COMPILE_AFTER_S):
+            fused.warm_up()
 
     def _run(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
         thread = threading.Thread(target=self._loop, args=(name, turn, pause_s), name=name, daemon=True)

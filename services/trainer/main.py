@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from recsys.clock import SystemClock
 from recsys.config import Config
 from recsys.errors import Fenced, LogFull, LogUnavailable
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
+from recsys.model import fused
 from recsys.model.home import Reading
 from recsys.streams.open import open_log
 from recsys.training.runner import CONSUMER, Runner
@@ -120,7 +122,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
 
     runner = Runner(config, log, SystemClock(), on_step)
     runner.start(accept_gap=accept_gap)
-    metrics.COMPILE_SECONDS.set(runner.trainer.learner.compile_s)
+    threading.Thread(target=fused.warm_up, name="compile", daemon=True).start()
     ready[0] = True
     metrics.READY.set(1)
     logger.info(

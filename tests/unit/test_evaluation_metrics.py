@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.evaluation.bootstrap import Resamples, interval
 from recsys.evaluation.metrics import (
     NextItem,
     Progressive,
@@ -100,7 +101,11 @@ def test_progressive_reports_what_the_functions_give_however_it_is_fed() -> None
     cuts = [0, 1, 3, 65_536, 65_540, num]
     for a, b in zip(cuts, cuts[1:], strict=False):
         progressive.add("click", p[a:b], y[a:b], users[a:b], days[a:b])
-    report = progressive.report()
+    report = progressive.report()["tasks"]
+    intervals = {name: report["click"].pop(name) for name in list(report["click"]) if name.endswith("_ci")}
+    assert [day["day"] for day in progressive.report()["days"]] == [0, 1, 2]
+    for name, (low, high) in intervals.items():
+        assert low < report["click"][name.removesuffix("_ci")] < high
     assert report["click"] == {
         "examples": num,
         "auc": auc(p, y),
@@ -117,9 +122,34 @@ def test_next_item_counts_hits_and_reciprocal_ranks_among_the_first_twenty() -> 
     assert counter.report() == {"predictions": 0, "hit_rate_at_20": None, "mrr_at_20": None}
     shown = [str(i) for i in range(30)]
     for clicked in ("0", "3", "19", "20", "none"):
-        counter.add(shown, clicked)
-    assert counter.report() == {
+        counter.add(shown, clicked, 7)
+    report = counter.report()
+    assert report.pop("hit_rate_at_20_ci") == pytest.approx([3 / 5, 3 / 5])  # one user: no resample differs
+    assert report.pop("mrr_at_20_ci") == pytest.approx([(1 + 1 / 4 + 1 / 20) / 5] * 2)
+    assert report == {
         "predictions": 5,
         "hit_rate_at_20": 3 / 5,
         "mrr_at_20": pytest.approx((1 + 1 / 4 + 1 / 20) / 5),
     }
+
+
+def test_a_resample_counts_each_example_as_often_as_its_user_was_drawn() -> None:
+    generator = np.random.default_rng(1)
+    users, p = generator.integers(0, 20, 300), np.round(generator.random(300), 1)
+    y = generator.random(300) < p
+    drawn = Resamples(users)
+    areas, sums = drawn.auc(p, y), drawn.sums(p)
+    for index in (0, 57):
+        times = drawn.weights[index][drawn.of]
+        assert areas[index] == pytest.approx(auc(np.repeat(p, times), np.repeat(y, times)))
+        assert sums[index] == pytest.approx(np.repeat(p, times).sum())
+    assert drawn.weights.sum(1).tolist() == [20] * len(drawn.weights)
+
+
+def test_an_interval_of_a_mean_has_the_width_that_the_central_limit_gives() -> None:
+    values = np.random.default_rng(2).standard_normal(2000)
+    drawn = Resamples(np.arange(2000))
+    found = interval(drawn.sums(values) / 2000)
+    assert found is not None
+    assert found[1] - found[0] == pytest.approx(2 * 1.96 * values.std() / np.sqrt(2000), rel=0.2)
+    assert interval(np.array([np.nan, np.nan, 1.0])) is None

@@ -150,7 +150,9 @@ def predictions(labels: Sequence[bool], folder: Path, **options: Any) -> list[fl
     replay = Replay(learning(), Options(**options), folder)
     result = replay.run(impressions(labels))
     assert result["tasks"]["click"]["examples"] == len(labels)
-    return [float(replay._predictions[f"r{n}"][1][0, 0]) for n in range(len(labels))]
+    assert not replay._predictions  # nothing is kept of what was reported
+    scored: list[float] = replay.progressive.rows("click")["prediction"].tolist()
+    return scored
 
 
 def test_a_prediction_does_not_depend_on_its_own_label_nor_on_later_ones(tmp_path: Path) -> None:
@@ -160,6 +162,11 @@ def test_a_prediction_does_not_depend_on_its_own_label_nor_on_later_ones(tmp_pat
     first, second = predictions(labels, tmp_path / "a"), predictions(flipped, tmp_path / "b")
     assert first[:21] == second[:21]
     assert first[24:] != second[24:]
+
+
+def test_until_ends_before_that_time(tmp_path: Path) -> None:
+    replay = Replay(learning(), Options(until_ms=7 * SECOND), tmp_path)
+    assert replay.run(impressions([True] * 10))["tasks"]["click"]["examples"] == 7
 
 
 def test_replaying_twice_gives_the_same_predictions(tmp_path: Path) -> None:
