@@ -13,6 +13,7 @@ Int64: TypeAlias = npt.NDArray[np.int64]
 Int32: TypeAlias = npt.NDArray[np.int32]
 Float32: TypeAlias = npt.NDArray[np.float32]
 Bool: TypeAlias = npt.NDArray[np.bool_]
+UInt8: TypeAlias = npt.NDArray[np.uint8]
 
 UserId = NewType("UserId", str)
 ItemId = NewType("ItemId", str)
