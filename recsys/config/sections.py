@@ -140,11 +140,19 @@ class ModelConfig(Section):
     dense_learning_rate: float = Field(0.003, gt=0)
     """Step of dense weights."""
     row_learning_rate: float = Field(0.05, gt=0)
-    """Adagrad step of embedding rows."""
+    """Step of embedding rows."""
+    row_optimizer: Literal["rowwise_adagrad", "adagrad", "adam"] = "rowwise_adagrad"
+    """Optimiser of embedding rows; row-wise keeps one sum of squares a row."""
     row_l2: float = Field(0.0, ge=0)
     """Mini-batch aware L2 of embeddings: this over how often a row was seen, times the row, is added to its gradient."""
     wide_learning_rate: float = Field(0.2, gt=0)
-    """Adagrad step of wide weights."""
+    """Step of wide weights."""
+    wide_optimizer: Literal["adagrad", "ftrl"] = "adagrad"
+    """Optimiser of wide weights; FTRL (proximal) can shrink them and leave rare ones exactly 0."""
+    wide_l1: float = Field(0.0, ge=0)
+    """FTRL: a weight whose summed gradients stay below this is 0."""
+    wide_l2: float = Field(0.0, ge=0)
+    """FTRL: pulls weights to 0."""
     init_scale: float = Field(0.05, ge=0)
     """New embeddings are uniform in ± this."""
     affinity_prior: float = 5.0

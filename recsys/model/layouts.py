@@ -11,10 +11,23 @@ def layouts(config: Config, schema: Schema) -> tuple[Layout, ...]:
     """`deep`: embedding, one wide weight a task, and with `row_l2` a count; `wide`: crosses (or one unused slot); `tower`: the
     two-tower model's own embeddings."""
     model, policy = config.model, SlotPolicy(admission=config.table.admission, expiry_s=config.table.expiry_s)
-    deep = Segment(name="deep", dim=model.dim, learning_rate=model.row_learning_rate, init_scale=model.init_scale)
+    deep = Segment(
+        name="deep",
+        dim=model.dim,
+        optimizer=model.row_optimizer,
+        learning_rate=model.row_learning_rate,
+        init_scale=model.init_scale,
+    )
     # How often a row occurred in training, for the mini-batch aware L2: gradients of minus that, at a rate of 1.
     seen = (Segment(name="seen", dim=1, optimizer="sgd", learning_rate=1.0),) if model.row_l2 else ()
-    wide = Segment(name="wide", dim=len(schema.tasks), optimizer="adagrad", learning_rate=model.wide_learning_rate)
+    wide = Segment(
+        name="wide",
+        dim=len(schema.tasks),
+        optimizer=model.wide_optimizer,
+        learning_rate=model.wide_learning_rate,
+        l1=model.wide_l1,
+        l2=model.wide_l2,
+    )
 
     def layout(name: str, segments: tuple[Segment, ...], slots: tuple[int, ...]) -> Layout:
         return Layout(

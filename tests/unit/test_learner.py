@@ -79,6 +79,20 @@ def test_a_learner_learns_what_decides_the_labels(optimizer: str) -> None:
     assert found[test.labels[:, 0], 0].mean() > 0.7 > 0.3 > found[~test.labels[:, 0], 0].mean()
 
 
+@pytest.mark.parametrize("rows", ["adagrad", "adam"])
+def test_rows_and_wide_weights_learn_by_the_optimiser_they_are_given(rows: str) -> None:
+    model = learner(row_optimizer=rows, row_learning_rate=0.02, wide_optimizer="ftrl", wide_l1=2.0)
+    assert {s.name: s.optimizer for s in model.tables["deep"].layout.segments} == {"deep": rows, "wide": "ftrl"}
+    for seed in range(60):
+        assert model.learn(batch(model, seed), now_ms=seed) == ()
+    test = batch(model, 1000, 200)
+    found = model.predict(test.features)
+    assert found[test.labels[:, 0], 0].mean() > 0.6 > 0.4 > found[~test.labels[:, 0], 0].mean()
+    touched = model.tables["wide"].touched("test")
+    wide = model.tables["wide"].lookup(touched.slots, touched.keys)[0]
+    assert 0.2 < (wide == 0).mean() < 1.0  # the L1 norm keeps what hardly matters at 0
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing_and_names_its_task() -> None:
     model = learner()
     for seed in range(3):
