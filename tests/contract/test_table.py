@@ -45,7 +45,7 @@ def make(request: pytest.FixtureRequest) -> type[Table]:
 
 def turns(make: type[Table], usual: int) -> int:
     """Fewer for kernels in Triton's interpreter, where each takes milliseconds."""
-    return usual if COMPILED or make is not cuda_table else usual // 16
+    return usual if COMPILED or make is not cuda_table else usual // 40
 
 
 def pairs(*given: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

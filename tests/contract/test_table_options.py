@@ -22,7 +22,7 @@ def _compiled() -> None:
     warm_up()
 
 
-@pytest.fixture(params=[CpuTable, ReferenceTable])
+@pytest.fixture(params=[CpuTable, ReferenceTable, cuda_table])
 def make(request: pytest.FixtureRequest) -> type[Table]:
     kind: type[Table] = request.param
     return kind
