@@ -6,7 +6,10 @@ FBGEMM is measured in a process of its own (`fbgemm.py`); torch's gather, measur
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -15,9 +18,11 @@ import numpy as np
 import torch
 
 from load_tests import fbgemm
-from load_tests.common import ROUNDS, Report, run, say
+from load_tests.common import ROOT, ROUNDS, Report, run, say
+from load_tests.table_curve import curve, roof, two_threads
 from recsys.table.base import Layout, Optimizer, Segment, SlotPolicy
-from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cpu import CpuTable
+from recsys.table.warm import warm_up
 from recsys.types import Int32, Int64
 
 DIM, CALL = 64, 4096
@@ -50,10 +55,14 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     found, linked = gathers(report, table, keys, weight, rng)
     del weight
     trained = training(report, table, keys, rng)
+    two_threads(report, table, keys, options.seed)
     del table
+    roof(report, options.seed, rows, found["64k"])
     say("training of many slots in turns with torch")
     mixed(report, rng, rows // 5)
     small(report)
+    compiling(report)
+    curve(report, options.seed, rows if options.quick else 30_000_000)
     if not options.quick:
         say("FBGEMM")
         against_fbgemm(report, fbgemm.measure(options.fbgemm, rows, DIM), found, linked, trained)
@@ -72,7 +81,9 @@ def slot(keys: Int64) -> Int32:
 def growth(report: Report, keys: Int64, times: int) -> CpuTable:
     """From nothing to all keys in calls of 4k, several times. The first growth also pays the machine for its memory."""
     rate, longest = [], []
+    table = None
     for _ in range(times):
+        del table  # so that the next one gets its memory: a virtual machine takes 2 s to find a GB it never had
         table = table_of(len(keys))
         calls, overhead = [], []
         for start in range(0, len(keys), CALL):
@@ -85,14 +96,13 @@ def growth(report: Report, keys: Int64, times: int) -> CpuTable:
         rate.append(len(keys) / sum(calls))
         longest.append(max(calls) * 1000)
         say(f"{rate[-1] / 1e6:.2f} M keys/s, longest call {longest[-1]:.1f} ms, usual {median(calls) * 1000:.2f} ms")
-        last = table
-        del table
     report.add("insert_keys_per_s", median(rate))
     report.add("insert_longest_call_ms", median(longest))
     report.add("insert_call_p50", median(calls) * 1000, "ms")
     report.add("bytes_per_row", float(np.mean(overhead)))
     report.add("bytes_per_row_worst", max(overhead), "bytes")
-    return last
+    assert table is not None
+    return table
 
 
 def touched(report: Report, table: CpuTable, keys: Int64, rng: np.random.Generator) -> None:
@@ -231,6 +241,17 @@ def small(report: Report) -> None:
             table.lookup(slots, asked)
         rounds.append((time.perf_counter() - started) * 1000)
     report.add("small_batch_us", median(rounds))
+
+
+def compiling(report: Report) -> None:
+    """Seconds of `warm_up` in a process of its own: with nothing on disk, and with what the first left there."""
+    script = "import time; from recsys.table.warm import warm_up; t = time.perf_counter(); warm_up(); print(time.perf_counter() - t)"
+    with tempfile.TemporaryDirectory(prefix="recsys-numba-") as folder:
+        for name in ("compile_first", "compile_cached"):
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            command = [sys.executable, "-c", script]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
+            report.add(name, float(done.stdout), "s")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from recsys.table import triton_index as index_kernels
 from recsys.table import triton_kernels as kernels
 from recsys.table import triton_steps as steps
 from recsys.table.base import Layout
@@ -48,10 +49,21 @@ KERNELS = {
             "*fp64",
             "i64",
             "i32",
-            (*_SHAPE, 0, 64, 64, 0, optimizer),
+            (*_SHAPE, 0, 64, 64, 0, optimizer, steps.NEAREST),
         )
-        for optimizer in (steps.SGD, steps.ADAGRAD, steps.ROWWISE_ADAGRAD)
+        for optimizer in (steps.SGD, steps.ADAGRAD, steps.ROWWISE_ADAGRAD, steps.ADAM, steps.FTRL)
     },
+    "step half": (
+        (*_ORDER, *_BATCH, "*i64"),
+        ("*fp32", "*fp32", "*i32"),
+        ("*i64", "*i64"),
+        "*fp64",
+        "i64",
+        "i32",
+        (CHUNK_ROWS, 64, 64, kernels.FLOAT16, *_SHAPE[4:], 0, 64, 64, 0, steps.SGD, steps.COUNTED),
+    ),
+    "tally": ("*i32", _BATCH, "*i1", "*i64", "i32", (1000, 128)),
+    "least": ("*i32", _BATCH, "*i1", "*i32", "*i64", "i32", (1000, 128)),
 }
 """Types of each kernel's arguments; the last is the constant."""
 
@@ -63,7 +75,7 @@ def cuda_table(layout: Layout, chunk_rows: int = 64) -> CudaTable:
 
 def memory_instructions(name: str) -> list[str]:
     """Kinds of memory instructions, and of fused float64 ones, of a kernel compiled for compute capability 9.0."""
-    kernel, types = {**vars(kernels), **vars(steps)}[name.split()[0]], KERNELS[name]
+    kernel, types = {**vars(index_kernels), **vars(kernels), **vars(steps)}[name.split()[0]], KERNELS[name]
     names = kernel.arg_names
     signature = dict(zip(names, (*types[:-1], "constexpr"), strict=True))
     aligned = {}

@@ -148,9 +148,7 @@ class ParameterStore:
             raise SchemaMismatch(
                 f"{path} was written with schema {schema}, the configuration makes {self._schema}: choose another data_dir"
             )
-        loaded = [
-            segments.read_segment(folder / s["name"], s["checksum"], s.get("blocks", ())) for s in manifest["segments"]
-        ]
+        loaded = segments.read_chain(folder, manifest["segments"])
         dense = read_file(folder / manifest["dense"]["name"], manifest["dense"]["checksum"])
         segments.load(self.tables, loaded)
         segments.skip(self.tables, CURSOR)

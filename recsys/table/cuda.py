@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recsys.table.base import Layout, Pending, Rows, Touched
-from recsys.table.cuda_rows import CHUNK_ROWS, COUNT, SEEN_MS, DeviceRows
+from recsys.table.cuda_rows import CHUNK_ROWS, DeviceRows
 from recsys.table.cursors import Cursors
 from recsys.table.rows import check_pairs, check_width
 from recsys.types import Bool, Float32, Int32, Int64
@@ -57,7 +57,7 @@ class CudaTable:
             given = self._matrix("gradients", gradients, self.layout.dim)
             if int(self.rows.refused(given)):
                 raise ValueError(f"table {self.layout.name!r}: gradients are not finite; nothing was changed")
-            ordered = self.rows.order(self.rows.index.find(*pairs))
+            ordered = self.rows.order(self.rows.index.find(*pairs), *pairs)
             self.rows.apply_gradients(ordered, given, now_ms, self._cursors.now)
 
     def expire(self, now_ms: int, max_rows: int | None = None) -> int:
@@ -73,11 +73,7 @@ class CudaTable:
                 removed, left = self._sweep(cutoff_ms, self._swept, max_rows)
                 if left:
                     removed += self._sweep(cutoff_ms, 0, left)[0]
-            waiting = self.rows.waiting
-            if waiting.maybe_rows:
-                for slots, keys, rows, _ in waiting.scan():
-                    due = self.rows.counts.gather(rows)[:, SEEN_MS] <= cutoff_ms[slots]
-                    waiting.drop(slots[due], keys[due], rows[due])
+            self.rows.admission.expire(cutoff_ms, now_ms)
         return removed
 
     def _sweep(self, cutoff_ms: Tensor, start: int, most: int | None) -> tuple[int, int]:
@@ -147,20 +143,12 @@ class CudaTable:
 
     def pending(self) -> Pending:
         with self._lock:
-            parts = []
-            for slots, keys, rows, _ in self.rows.waiting.scan():
-                counts = self.rows.counts.gather(rows)
-                parts.append([_array(part) for part in (slots, keys, counts[:, COUNT], counts[:, SEEN_MS])])
-            none = [np.zeros(0, np.int32), *[np.zeros(0, np.int64)] * 3]
-            whole = [np.concatenate(part) for part in zip(none, *parts, strict=True)]
-            return Pending(slots=whole[0], keys=whole[1], counts=whole[2], last_seen_ms=whole[3])
+            return self.rows.admission.export()
 
     def restore_pending(self, pending: Pending) -> None:
         with self._lock:
-            slots, keys = self._pairs(pending.slots, pending.keys, pending.counts, pending.last_seen_ms)
-            counts, seen = self.rows.tensor(pending.counts), self.rows.tensor(pending.last_seen_ms)
-            self.rows.forget_counts()
-            self.rows.put_counts(slots, keys, counts, seen)
+            pairs = self._pairs(pending.slots, pending.keys, pending.counts, pending.last_seen_ms)
+            self.rows.admission.restore(pending, *pairs)
 
     def defaults(self) -> Rows:
         with self._lock:

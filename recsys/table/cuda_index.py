@@ -14,7 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from recsys.table import triton_kernels as kernels
+from recsys.table import triton_index as kernels
+from recsys.table import triton_kernels as rows_kernels
+from recsys.table.triton_kernels import BFLOAT16, BLOCK, FLOAT16, FLOAT32, INT32, INT64
 
 _MAX_LOAD = 0.6
 """Entries in use before the index doubles: 1 key in 30 lies outside its line then, 1 in 8 at 0.8; an entry is 16 bytes."""
@@ -23,11 +25,11 @@ _AHEAD = 4
 _SCAN = 2**24
 """Entries looked at together: 256 MB."""
 KINDS = {
-    torch.float32: kernels.FLOAT32,
-    torch.float16: kernels.FLOAT16,
-    torch.bfloat16: kernels.BFLOAT16,
-    torch.int32: kernels.INT32,
-    torch.int64: kernels.INT64,
+    torch.float32: FLOAT32,
+    torch.float16: FLOAT16,
+    torch.bfloat16: BFLOAT16,
+    torch.int32: INT32,
+    torch.int64: INT64,
 }
 
 
@@ -41,7 +43,7 @@ def lanes(count: int, width: int = 1, most: int = 128, values: int = 2048) -> tu
     About 2,048 values a program of 128 threads: four 16-byte accesses of each are under way at a time. Fewer where a thread
     would need so many registers that few fit. The interpreter pays by the program, not by the lane.
     """
-    size = power(min(count, kernels.BLOCK)) if INTERPRETED else min(most, values // width)
+    size = power(min(count, BLOCK)) if INTERPRETED else min(most, values // width)
     size = max(2, size)
     return size, -(-count // size)
 
@@ -115,14 +117,14 @@ class Chunks:
         out = torch.empty((len(rows), count), dtype=dtype, device=rows.device)
         if out.numel():
             shape, programs = self._shape(len(rows), start, count)
-            launch(kernels.gather, programs, self.addresses, rows, out, len(rows), shape=shape)
+            launch(rows_kernels.gather, programs, self.addresses, rows, out, len(rows), shape=shape)
         return out
 
     def scatter(self, rows: Tensor, numbers: Tensor, start: int = 0) -> None:
         """Set `numbers` [N, M] of unique rows, from `start` on; rows below 0 are skipped."""
         if numbers.numel():
             shape, programs = self._shape(len(rows), start, numbers.shape[1])
-            launch(kernels.scatter, programs, self.addresses, rows, numbers.contiguous(), len(rows), shape=shape)
+            launch(rows_kernels.scatter, programs, self.addresses, rows, numbers.contiguous(), len(rows), shape=shape)
 
     def _shape(self, rows: int, start: int, count: int) -> tuple[tuple[int, ...], int]:
         padded = power(count)

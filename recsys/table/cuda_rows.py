@@ -14,18 +14,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recsys.keys import mix
 from recsys.table import triton_kernels as kernels
 from recsys.table import triton_steps as steps
-from recsys.table.base import Layout
+from recsys.table.base import Layout, Segment
+from recsys.table.cuda_admission import DeviceAdmission
 from recsys.table.cuda_index import INTERPRETED, KINDS, Chunks, DeviceIndex, lanes, launch, power
 from recsys.table.rows import (
     LAST_SEEN_STEP_MS,
+    ROUNDING_SEED,
     check_layout,
     default_values,
     initial_state,
     last_seen,
     scales,
+    seed_head,
     state_width,
     table_full,
 )
@@ -34,22 +36,21 @@ CHUNK_ROWS = 2**18
 """Rows that are allocated together, a power of two: 67 MB at 64 values. Half doubles the list of addresses, which should
 stay in a cache; double leaves more memory unused."""
 _LARGEST = float(np.finfo(np.float32).max)
-_OPTIMIZERS = {"sgd": steps.SGD, "adagrad": steps.ADAGRAD, "rowwise_adagrad": steps.ROWWISE_ADAGRAD}
 _PROGRAMS = 2048
 """Programs of two warps that a device runs at a time, about: they share out what is counted on the device alone."""
 _BESIDE = 2**17
 """Rows that are sorted beside other work: fewer take less time than the host needs to arrange that."""
 _MARKS = 2
 """Numbers of a record behind the state: last-seen in steps, and the version that the row was changed in."""
-SEEN_MS, COUNT = 0, 1
-"""Columns of a key that is not admitted yet."""
 
 
 class Ordered(NamedTuple):
-    """A batch's rows in order [N], the position of each in the batch, and what to wait for before using them."""
+    """A batch's rows in order [N], the position of each in the batch, its slots and keys, and what to wait for first."""
 
     rows: Tensor
     positions: Tensor
+    slots: Tensor
+    keys: Tensor
     done: torch.cuda.Event | None
 
 
@@ -70,26 +71,24 @@ class DeviceRows:
         self.first = len(slots)
         default_row = np.full(65536, -1, np.int32)
         default_row[slots] = np.arange(len(slots))
-        admission = np.ones(65536, np.int64)
-        admission[slots] = [layout.slots[slot].admission for slot in slots]
-        self.fallback, self._admission = self.tensor(default_row), self.tensor(admission)
+        self.fallback = self.tensor(default_row)
         self.fresh = self.tensor(initial_state(layout))
         self.width = len(self.fresh)
         record = self.width + _MARKS
         record = power(record) if record <= 8 else -(-record // 8) * 8  # a sector of memory, or whole ones
-        self._counts_rows = bool(admission.max() > 1)
         total = len(slots) + layout.capacity
-        self.values = Chunks(total, layout.dim, torch.float32, device, chunk_rows)
+        self.values = Chunks(total, layout.dim, getattr(torch, layout.precision), device, chunk_rows)
         self.records = Chunks(total, record, torch.int32, device, chunk_rows)
         self.index = DeviceIndex(layout.capacity, len(slots), self.fallback, (self.values, self.records))
-        self.forget_counts()
+        self.admission = DeviceAdmission(layout, self.fallback)
         defaults = torch.arange(len(slots), dtype=torch.int32, device=device)
         self.put(defaults, self.tensor(default_values(layout)), self.fresh.expand(len(slots), -1))
-        seed = mix(np.array([layout.seed % 2**64], np.uint64)).view(np.int64)
-        start = (self.tensor(seed), self.tensor(scales(layout)), self.fresh)
+        seed, drawn = (self.tensor(seed_head(s).view(np.int64)) for s in (layout.seed, layout.seed ^ ROUNDING_SEED))
+        start = (seed, self.tensor(scales(layout)), self.fresh)
+        self._drawn = drawn if layout.rounding == "stochastic" else None
         self._columns = (self.values.addresses, self.records.addresses)
         self._new = (*self._columns, *start)
-        rates = np.array([(s.learning_rate, s.epsilon) for s in layout.segments], np.float64)
+        rates = np.array([_rates(segment) for segment in layout.segments])
         self._padded = power(layout.dim)
         values_shape = (chunk_rows, layout.dim, self._padded, KINDS[self.values.dtype])
         self._layout_shape = (*values_shape, record, self.width, power(max(1, self.width)), self.first)
@@ -103,15 +102,8 @@ class DeviceRows:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.values, self.records, self.index, self.waiting, self.counts, self.fallback)
+        parts = (self.values, self.records, self.index, self.admission, self.fallback)
         return sum(part.nbytes for part in parts)
-
-    def forget_counts(self) -> None:
-        """Start the counts of unadmitted keys anew."""
-        no_row = torch.where(self.fallback >= 0, 0, -1).to(torch.int32)
-        most = 2**31 - 2**20
-        self.counts = Chunks(most, 2, torch.int64, self.device, 2**14)
-        self.waiting = DeviceIndex(most, 1, no_row, (self.counts,))
 
     def lookup(self, slots: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Values [N, D] and rows [N]; a missing key gets its slot's default row, which is below `first`."""
@@ -129,7 +121,7 @@ class DeviceRows:
         """Values [N, D], and what `apply_gradients` needs, sorted meanwhile. As `Table.lookup_train`, but last-seen of rows
         that were there moves on with `apply_gradients` (or `see`), which saves a pass over them."""
         rows = self.rows_train(slots, keys, now_ms, version, admit)
-        ordered = self.order(rows)
+        ordered = self.order(rows, slots, keys)
         return self.values.gather(rows), ordered
 
     def rows_train(self, slots: Tensor, keys: Tensor, now_ms: int, version: int, admit: bool = True) -> Tensor:
@@ -137,14 +129,14 @@ class DeviceRows:
         what they are until some are removed or expire."""
         if not admit:
             return self.index.find(slots, keys)
-        if self._counts_rows:
+        if not self.admission.at_once:
             return self._admit(slots, keys, now_ms, version)
         return self._make(slots, keys, now_ms, version, lambda: self._missing(slots, keys))
 
-    def order(self, rows: Tensor) -> Ordered:
+    def order(self, rows: Tensor, slots: Tensor, keys: Tensor) -> Ordered:
         """Rows in order, for `apply_gradients`: sorted beside what the device does next, and before what needs it."""
         if self._beside is None or len(rows) < _BESIDE:
-            return Ordered(*torch.sort(rows, stable=True), None)
+            return Ordered(*torch.sort(rows, stable=True), slots, keys, None)
         out = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.int64, device=rows.device)
         self._beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._beside):
@@ -152,7 +144,7 @@ class DeviceRows:
             done = self._beside.record_event()
         for tensor in (rows, *out):
             tensor.record_stream(self._beside)
-        return Ordered(*out, done)
+        return Ordered(*out, slots, keys, done)
 
     def state(self, rows: Tensor) -> Tensor:
         """Optimiser state [N, S]."""
@@ -181,6 +173,7 @@ class DeviceRows:
 
         TableFull before anything changed."""
         rows = self._make(slots, keys, now_ms, version, lambda: self._missing(slots, keys))
+        self.admission.forget(slots, keys)
         self.see(rows, now_ms, version)
         where = self.index.group(slots, keys, torch.ones_like(keys, dtype=torch.bool))
         at = torch.arange(len(keys), device=self.device)
@@ -216,13 +209,17 @@ class DeviceRows:
             return refused
         if ordered.done is not None:
             torch.cuda.current_stream(self.device).wait_event(ordered.done)
-        order = (ordered.rows, ordered.positions)
+        order: tuple[Tensor, ...] = (ordered.rows, ordered.positions)
         given = (gradients, self._combine(order, gradients, frequent), refused)
+        if self._drawn is not None:
+            order = (*order, ordered.slots, ordered.keys, self._drawn)
         start = state = 0
         for number, segment in enumerate(self.layout.segments):
             padded = power(segment.dim)
             size, programs = lanes(count, padded, values=1024)
-            span = (start, segment.dim, padded, state, _OPTIMIZERS[segment.optimizer])
+            last = start + segment.dim == self.layout.dim
+            rounding = steps.NEAREST if self._drawn is None else steps.COUNTED if last else steps.STOCHASTIC
+            span = (start, segment.dim, padded, state, getattr(steps, segment.optimizer.upper()), rounding)
             same = (order, given, self._columns, self._rates[number], _stamp(now_ms, version), count)
             launch(steps.step, programs, *same, shape=(*self._shape(size, start == 0), *span))
             start, state = start + segment.dim, state + state_width(segment)
@@ -238,19 +235,6 @@ class DeviceRows:
         self.index.drop(slots, keys, rows)
         return slots, keys
 
-    def put_counts(self, slots: Tensor, keys: Tensor, counts: Tensor, seen_ms: Tensor) -> None:
-        """Set the counts of unique pairs, those of slots below 0 left out; last-seen never goes back."""
-        if not len(keys):
-            return
-        self.waiting.reserve(len(keys), lambda: len(keys), lambda held, more: table_full(self.layout, held, more))
-        held = self.waiting.find(slots, keys)
-        known = torch.where(held > 0, self.counts.gather(held.clamp(min=0))[:, SEEN_MS], seen_ms)
-        claims = self.waiting.enter(slots, keys)
-        shape = (2, 0, 1, KINDS[torch.int64], 2, 0, 1, 1, lanes(len(keys))[0], False)
-        given = (self.waiting.index, (slots, keys), claims, self._new, _stamp(0, 1), len(keys))
-        launch(kernels.settle, -(-len(keys) // kernels.BLOCK), *given, shape=shape)
-        self.counts.scatter(claims[0], torch.stack([torch.maximum(seen_ms, known), counts], 1))
-
     def _shape(self, size: int, change: bool = False) -> tuple[int, ...]:
         """SHAPE of the kernels."""
         return (*self._layout_shape, size, change)
@@ -258,9 +242,11 @@ class DeviceRows:
     def _missing(self, slots: Tensor, keys: Tensor) -> int:
         """How many different keys have no row. Waits for the device."""
         rows = self.index.find(slots, keys)
-        missing = (rows >= 0) & (rows < self.first)
-        where = self.index.group(slots, keys, missing)
-        return int((missing & (where == torch.arange(len(keys), device=self.device))).sum())
+        return self._different(slots, keys, (rows >= 0) & (rows < self.first))
+
+    def _different(self, slots: Tensor, keys: Tensor, chosen: Tensor) -> int:
+        where = self.index.group(slots, keys, chosen)
+        return int((chosen & (where == torch.arange(len(keys), device=self.device))).sum())
 
     def _make(self, slots: Tensor, keys: Tensor, now_ms: int, version: int, wanted: Callable[[], int]) -> Tensor:
         """Rows [N], made where missing, as new. TableFull before anything changed."""
@@ -275,23 +261,12 @@ class DeviceRows:
     def _admit(self, slots: Tensor, keys: Tensor, now_ms: int, version: int) -> Tensor:
         """Count missing keys and make the rows that are due; rows [N] after that."""
         rows = self.index.find(slots, keys)
-        missing = (rows >= 0) & (rows < self.first)
-        where = self.index.group(slots, keys, missing)
-        at = torch.arange(len(keys), device=self.device)
-        where = torch.where(missing, where, at)
-        chosen = missing & (where == at)
-        counts = torch.zeros_like(at).scatter_add_(0, where, missing.to(torch.int64))
-        counted = self.waiting.find(slots, keys)
-        counts += torch.where(counted > 0, self.counts.gather(counted.clamp(min=0))[:, COUNT], 0)
-        due = chosen & (counts >= self._admission[slots.to(torch.int64) & 65535])
-        made = self._make(torch.where(due, slots, -1), keys, now_ms, version, lambda: int(due.sum()))
-        if self.waiting.maybe_rows:
-            self.waiting.drop(slots, keys, torch.where(due, counted, 0))
-        self.put_counts(torch.where(chosen & ~due, slots, -1), keys, counts, torch.full_like(keys, now_ms))
-        made = made[where]
-        return torch.where(missing & (made >= 0), made, rows)
+        due, counted = self.admission.due(slots, keys, (rows >= 0) & (rows < self.first), now_ms)
+        made = self._make(torch.where(due, slots, -1), keys, now_ms, version, lambda: self._different(slots, keys, due))
+        self.admission.count(slots, keys, due, counted)
+        return torch.where(made >= 0, made, rows)
 
-    def _combine(self, order: tuple[Tensor, Tensor], gradients: Tensor, number: Tensor) -> Tensor:
+    def _combine(self, order: tuple[Tensor, ...], gradients: Tensor, number: Tensor) -> Tensor:
         """Sums [N / 3, D] of rows that occur more than twice, where the kernel `step` looks for them. `number`: [1], 0."""
         count, dim = gradients.shape
         tiles, padded = -(-count // steps.TILE), power(dim)
@@ -304,6 +279,16 @@ class DeviceRows:
         given = (order, (gradients, sums), frequent, summed, count)
         launch(steps.combine, min(len(heads), _PROGRAMS), *given, shape=(dim, padded, max(1, 1024 // padded)), warps=2)
         return summed
+
+
+def _rates(segment: Segment) -> tuple[float, ...]:
+    """`rates` of the kernel `step`; an even number of them keeps each segment's aligned."""
+    own = (segment.beta, segment.l1, segment.l2, 0.0)
+    if segment.optimizer == "adam":
+        decays = np.array([segment.beta1, segment.beta2])
+        with np.errstate(divide="ignore"):
+            own = (segment.beta1, segment.beta2, *np.log(decays).tolist())
+    return (segment.learning_rate, segment.epsilon, *own)
 
 
 def _stamp(now_ms: int, version: int) -> int:

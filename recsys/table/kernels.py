@@ -1,6 +1,6 @@
 """The loops of the CPU table's index, in Numba: no Python object, no GIL, one thread. Those of training: `optimizers.py`.
 
-Compiled at first use, not at import: see `cpu.warm_up`. Numba's on-disk cache sees only changes of the file a kernel is
+Compiled at first use, not at import: see `warm.py`. Numba's on-disk cache sees only changes of the file a kernel is
 in: whoever changes `Index`, `Store` or a constant here touches `optimizers.py` too.
 
 Legend: N keys of a call, D width of values, S width of state, U unique rows; a slot's place is its position among the

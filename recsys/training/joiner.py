@@ -196,10 +196,8 @@ class Joiner:
     def _close(self, request_id: str, index: int) -> Emission:
         impression = self._open[request_id]
         regular, final = (np.broadcast_to(tasks, impression.labels.shape) for tasks in self._due[index])
-        if self._all_wait:
-            emission = self._emission(request_id, regular, final)
-        else:
-            emission = self._close_some(request_id, regular, final)
+        close = self._emission if self._all_wait else self._close_some
+        emission = close(request_id, regular, final)
         impression.closed += 1
         if impression.closed == len(self._ends_ms):
             del self._open[request_id]

@@ -19,7 +19,7 @@ from recsys.table.cpu import CpuTable
 from recsys.table.reference import ReferenceTable
 from recsys.table.segments import acknowledge, load, read_segment, take, write_segment
 from recsys.table.tables import Tables, placed
-from tests.table_cuda import COMPILED, cuda_table, kernels, steps
+from tests.table_cuda import COMPILED, cuda_table, index_kernels, kernels, steps
 
 SEGMENTS = (
     Segment(name="deep", dim=5, init_scale=0.01),
@@ -108,7 +108,7 @@ def test_the_first_position_of_a_pair_wins_whoever_comes_first() -> None:
     places = torch.zeros(8, dtype=torch.int64, device=index.device)
     late = torch.arange(8, device=index.device) >= 3
     for active in (late, ~late):  # as if the later lanes had won the race
-        kernels.group[(1,)]((cells, 31), (slots, keys), active, places, 8, (8,))
+        index_kernels.group[(1,)]((cells, 31), (slots, keys), active, places, 8, (8,))
     assert cells[places].tolist() == [0, 1, 2, 3, 1, 0, 3, 2]
 
 
@@ -178,7 +178,7 @@ def test_unknown_slot_on_the_device_reads_nan_and_trains_nothing() -> None:
     assert ordered.rows.tolist() == [-1, -1, -1, 3]
     before = rows.values.gather(torch.arange(4, dtype=torch.int32, device=rows.device))
     ones = torch.ones((3, 8), device=rows.device)
-    assert int(rows.apply_gradients(rows.order(rows.index.find(slots, keys)[1:]), ones, 0, 1)) == 0
+    assert int(rows.apply_gradients(rows.order(rows.index.find(slots, keys)[1:], slots[1:], keys[1:]), ones, 0, 1)) == 0
     assert torch.equal(rows.values.gather(torch.arange(4, dtype=torch.int32, device=rows.device)), before)
     assert rows.lookup(slots, keys)[0][1:].isnan().all()
 
@@ -261,7 +261,7 @@ def test_every_kernel_compiles_for_a_device_and_copies_16_bytes_at_a_time(tmp_pa
     )
     assert done.returncode == 0, done.stderr
     instructions = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    defined = vars(kernels) | vars(steps)
+    defined = vars(index_kernels) | vars(kernels) | vars(steps)
     names = {name for name, value in defined.items() if hasattr(value, "fn") and not name.startswith("_")}
     assert set(instructions) == names
     for name in ("lookup", "gather", "scatter", "step"):
