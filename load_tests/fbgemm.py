@@ -47,10 +47,9 @@ def measure(folder: str, rows: int, dim: int) -> dict[str, float] | None:
         return measured
 
 
-def rates(rows: int, dim: int) -> dict[str, float]:
-    """Both sides take turns, with the same rows: TBE is given their numbers, ours their keys."""
+def tables(rows: int, dim: int) -> tuple[Any, Any, Any]:
+    """TBE with so many rows, ours with as many, and ours' keys."""
     import numpy as np
-    import torch
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -61,8 +60,6 @@ def rates(rows: int, dim: int) -> dict[str, float]:
     from recsys.table.base import Layout, Segment, SlotPolicy
     from recsys.table.cpu import CpuTable
 
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
     theirs = SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)],
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -71,43 +68,53 @@ def rates(rows: int, dim: int) -> dict[str, float]:
     )
     segment = Segment(name="deep", dim=dim, init_scale=0.01)
     ours = CpuTable(Layout(name="measured", segments=(segment,), slots={0: SlotPolicy()}, capacity=rows))
-    keys = rng.permutation(4 * rows)[:rows] * 7919
+    keys = np.random.default_rng(0).permutation(4 * rows)[:rows] * 7919
     for start in range(0, rows, 4096):
-        batch_keys = keys[start : start + 4096]
-        ours.lookup_train(np.zeros(len(batch_keys), np.int32), batch_keys, 0)
+        batch = keys[start : start + 4096]
+        ours.lookup_train(np.zeros(len(batch), np.int32), batch, 0)
+    return theirs, ours, keys
+
+
+def sides(theirs: Any, ours: Any, batch: int, dim: int) -> dict[str, Callable[[Any, Any], object]]:
+    """What takes turns: each gets row numbers and keys of the same rows."""
+    import numpy as np
+    import torch
+
+    offsets, slots = torch.arange(batch + 1), np.zeros(batch, np.int32)
+    gradient = np.random.default_rng(1).standard_normal((batch, dim), np.float32)
+    given = torch.from_numpy(gradient)
+
+    def forward(ids: Any, _: Any) -> None:
+        with torch.no_grad():
+            theirs(ids, offsets)
+
+    def both(_: Any, asked: Any) -> None:
+        ours.lookup_train(slots, asked, 0)
+        ours.apply_gradients(slots, asked, gradient, 0)
+
+    return {
+        "tbe": forward,
+        "find_gather": lambda _, asked: ours.lookup(slots, asked),
+        "tbe_train": lambda ids, _: theirs(ids, offsets).backward(given),
+        "find_adagrad": lambda _, asked: ours.apply_gradients(slots, asked, gradient, 0),
+        "lookup_find_adagrad": both,
+    }
+
+
+def rates(rows: int, dim: int) -> dict[str, float]:
+    """Both sides take turns, with the same rows: TBE is given their numbers, ours their keys."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    theirs, ours, keys = tables(rows, dim)
     figures: dict[str, float] = {}
     for name, batch in (("4k", 4096), ("64k", 65_536)):
-        offsets, slots = torch.arange(batch + 1), np.zeros(batch, np.int32)
-        gradient = rng.standard_normal((batch, dim), np.float32)
-        given = torch.from_numpy(gradient)
-
-        def forward(ids: Any, _: Any, offsets: Any = offsets) -> None:
-            with torch.no_grad():
-                theirs(ids, offsets)
-
-        def step(ids: Any, _: Any, offsets: Any = offsets, given: Any = given) -> None:
-            theirs(ids, offsets).backward(given)
-
-        def find(_: Any, asked: Any, slots: Any = slots) -> None:
-            ours.lookup(slots, asked)
-
-        def update(_: Any, asked: Any, slots: Any = slots, gradient: Any = gradient) -> None:
-            ours.apply_gradients(slots, asked, gradient, 0)
-
-        def both(_: Any, asked: Any, slots: Any = slots, gradient: Any = gradient) -> None:
-            ours.lookup_train(slots, asked, 0)
-            ours.apply_gradients(slots, asked, gradient, 0)
-
-        sides: dict[str, Callable[[Any, Any], None]] = {
-            "tbe": forward,
-            "find_gather": find,
-            "tbe_train": step,
-            "find_adagrad": update,
-            "lookup_find_adagrad": both,
-        }
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        uses = sides(theirs, ours, batch, dim)
+        seconds: dict[str, list[float]] = {side: [] for side in uses}
         for _ in range(ROUNDS):
-            for side, use in sides.items():
+            for side, use in uses.items():
                 numbers = rng.permutation(np.unique(rng.integers(0, rows, ROUND_KEYS + ROUND_KEYS // 4)))[:ROUND_KEYS]
                 turns = [(torch.from_numpy(part), keys[part]) for part in numbers.reshape(-1, batch)]
                 started = time.perf_counter()

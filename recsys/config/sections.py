@@ -174,6 +174,12 @@ class TableConfig(Section):
     """Occurrences in training before a key gets its own row."""
     expiry_s: float | None = 90 * 86_400.0
     """Rows not seen for this long are forgotten."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of embeddings in memory: a half takes half of it, and steps smaller than its last bit need `stochastic` rounding to count."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How a training step stores a half; stochastic is right on average, and the same in a replay."""
+    filter_counters: int = Field(0, ge=0)
+    """0: keys waiting for admission are counted exactly. Otherwise a filter of this many bytes a layout counts them, and admits some early."""
 
 
 class TrainingConfig(Section):
