@@ -79,7 +79,7 @@ class ParameterStore:
         with self._lock:
             return self.state.dense_version, self._dense
 
-    def apply(self, delta: Delta, now_ms: int) -> bool:
+    def apply(self, delta: Delta) -> bool:
         """Apply one whole delta; False when it is of an older epoch or step and was ignored. Raises SchemaMismatch."""
         if delta.schema != self._schema:
             raise SchemaMismatch(
@@ -92,7 +92,16 @@ class ParameterStore:
             if len(rows.removed_keys):
                 table.remove(rows.removed_slots, rows.removed_keys)
             if len(rows.keys):
-                table.write(rows.slots, rows.keys, rows.values, now_ms)
+                none = np.zeros((len(rows.keys), 0), np.float32)
+                table.restore(
+                    Rows(
+                        slots=rows.slots,
+                        keys=rows.keys,
+                        values=rows.values,
+                        state=none,
+                        last_seen_ms=rows.last_seen_ms,
+                    )
+                )
             if len(rows.default_slots):
                 table.restore_defaults(_defaults(rows.default_slots, rows.default_values))
         with self._lock:

@@ -125,8 +125,7 @@ class CpuTable:
         slots, keys = self._pairs(slots, keys)
         out = self._new_values(len(keys))
         with self._writer:
-            if len(self) + len(keys) > self.layout.capacity:
-                self._require_room(slots, keys, now_ms if admit else None)
+            self._require_room(slots, keys, now_ms if admit else None)
             # What a call counts decides for all its keys together.
             for part in _parts(len(keys)) if self._admission.at_once else (slice(0, len(keys)),):
                 self._lookup_train(slots[part], keys[part], now_ms, admit, out[part])
@@ -229,17 +228,23 @@ class CpuTable:
         slots, keys = self._pairs(rows.slots, rows.keys)
         values = self._matrix("values", rows.values, slots, keys)
         check_width(self.layout, "state", rows.state, len(self._store.fresh), 0)
-        with self._writer, self._turn:
+        with self._writer:
+            self._require_room(slots, keys, None, every=True)
             stamps = self._stamps.of_all(np.asarray(rows.last_seen_ms, np.int64))
-            at = self._put(slots, keys, values, 0)
-            self._store.state[at[0]] = rows.state if rows.state.shape[1] else self._store.fresh
-            self._index.set_stamps(at[1], stamps)
+            for part in _parts(len(keys)):
+                with self._turn:
+                    at = self._put(slots[part], keys[part], values[part], 0)
+                    self._store.state[at[0]] = rows.state[part] if rows.state.shape[1] else self._store.fresh
+                    self._index.set_stamps(at[1], stamps[part])
 
     def write(self, slots: Int32, keys: Int64, values: Float32, now_ms: int) -> None:
         slots, keys = self._pairs(slots, keys)
         values = self._matrix("values", values, slots, keys)
-        with self._writer, self._turn:
-            self._put(slots, keys, values, self._stamps.of(now_ms))
+        with self._writer:
+            self._require_room(slots, keys, None, every=True)
+            for part in _parts(len(keys)):
+                with self._turn:
+                    self._put(slots[part], keys[part], values[part], self._stamps.of(now_ms))
 
     def remove(self, slots: Int32, keys: Int64) -> None:
         slots, keys = self._pairs(slots, keys)
@@ -313,8 +318,6 @@ class CpuTable:
 
     def _put(self, slots: Int32, keys: Int64, values: Float32, stamp: int) -> Int32:
         """`at` of the keys, with rows made where missing, all marked as touched, the last of duplicates in them."""
-        if len(self) + len(keys) > self.layout.capacity:
-            self._require_room(slots, keys, None, every=True)
         self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
         at, missing = self._index.find(slots, keys)
         if missing and not self._admission.at_once:
@@ -327,6 +330,8 @@ class CpuTable:
 
     def _require_room(self, slots: Int32, keys: Int64, now_ms: int | None, every: bool = False) -> None:
         """TableFull if what a call would create does not fit: `every` missing key, or what is due at `now_ms`."""
+        if len(self) + len(keys) <= self.layout.capacity:
+            return
         at, missing = self._index.find(slots, keys)
         if not missing or (now_ms is None and not every):
             return
