@@ -131,9 +131,9 @@ class ModelConfig(Section):
     """Parts of HoME to leave out, to see what they bring."""
     tower_dim: int = Field(32, ge=4, le=256)
     """Width of user and item vectors of the two-tower model."""
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.07, gt=0)
     """Two-tower softmax temperature."""
-    hard_negatives: int = Field(0, ge=0, le=20)
+    hard_negatives: int = Field(3, ge=0, le=20)
     """Items last shown to a user without being acted upon that its positives are told from, beside those of the batch."""
     calibrate: bool = False
     """Correct each task's log-odds by a bias and a slope that follow the stream."""
