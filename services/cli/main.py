@@ -204,6 +204,13 @@ def _offline_commands(commands: Any) -> None:
     replay.add_argument(
         "--label-delay", type=float, help="seconds until a label is final, in place of the tasks' windows"
     )
+    replay.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the configuration, such as model.dim=8; may be repeated",
+    )
     replay.add_argument("--seed", type=int, help="in place of the configuration's")
     replay.add_argument("--threads", type=int, default=1, help="torch threads; one sums in a fixed order")
     replay.add_argument("--delay", type=float, default=0.0, help="seconds that parameters and others' counters are old")
@@ -215,6 +222,19 @@ def _offline_commands(commands: Any) -> None:
     )
     replay.add_argument("--freeze-user", action="store_true", help="the user's own history and counters, too")
     replay.add_argument("--sample", type=float, default=1.0, help="share of requests answered and scored")
+    experiment = commands.add_parser("experiment", help="many replays").add_subparsers(required=True, metavar="ACTION")
+    several = _command(
+        experiment,
+        "run",
+        _experiment,
+        "run a list of replays in the background, those that have no result yet",
+        "recsys experiment run ablation.toml",
+        config_file=False,
+    )
+    several.add_argument(
+        "file", type=Path, help="TOML: out, [defaults], and [[runs]] with a name, options of replay, set"
+    )
+    several.add_argument("--wait", action="store_true", help="run them here, and end with the last")
 
 
 def _evaluate_commands(commands: Any) -> None:
@@ -337,6 +357,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from services.cli import evaluate
 
     return evaluate.run(options)
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from services.cli import experiment
+
+    return experiment.run(options)
 
 
 if __name__ == "__main__":
