@@ -1,8 +1,8 @@
 """Estimates with their intervals and with what tells whether to believe them.
 
 Percentile bootstrap (Efron 1979) over users, for every estimator, and empirical Bernstein (Maurer and Pontil 2009,
-theorem 4), which holds at any number of rounds, for those that are means of bounded terms. The bias of clipping, of
-switching and of a wrong model is in neither.
+theorem 4), which holds at any number of rounds, for those that are means of bounded terms; the bounds are the largest over
+the logged pools. The bias of clipping, of switching and of a wrong model is in neither.
 
 Legend: N rounds, G users, B resamples, E estimators.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def read_log(paths: Sequence[Path], types: Collection[str]) -> Log:
     unattributed = 0
     for _, _, message in files.merged(list(paths)):
         if isinstance(message, Impression):
-            impressions.append(message)
+            impressions.append(replace(message, features=b""))  # most of the bytes, and of no use here
         elif isinstance(message, Feedback):
             if message.request_id:
                 place = (message.request_id, message.item_id)
