@@ -43,7 +43,7 @@ GAPS = (
 PLAIN: Mapping[str, Any] = {}
 
 
-def configuration(folder: Path, options: Mapping[str, Any] = {}) -> Config:
+def configuration(folder: Path, options: Mapping[str, Any] = PLAIN) -> Config:
     return parse(
         {
             "data_dir": str(folder),
@@ -157,7 +157,7 @@ END = 1_000_000 + 75_000
 
 
 def run(
-    log: MemoryLog, folder: Path, gap: str = "", count: int = 1, options: Mapping[str, Any] = {}
+    log: MemoryLog, folder: Path, gap: str = "", count: int = 1, options: Mapping[str, Any] = PLAIN
 ) -> tuple[Runner, Slowly, int]:
     """Run to the end, restarting after each crash; returns the last runner, its log, and how often it crashed."""
     clock, crashes = ManualClock(1_000_000), 0
