@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,18 +233,46 @@ def hkv(dim: int, bandwidth: float) -> Iterator[dict[str, Any]]:
         yield row | {"times_hkv_scaled": batch / seconds / scaled if name == "hkv_find" else None}
 
 
+def asked(rows: int) -> Iterator[tuple[int, list[Any]]]:
+    """Keys of one request: different ones each time, as arrays."""
+    rng = np.random.default_rng(0)
+    for count in LOOKUPS:
+        yield count, [keys_of(torch.from_numpy(rng.integers(0, rows, count))).numpy() for _ in range(DIFFERENT)]
+
+
 def request(dim: int = 32, rows: int = 1_000_000) -> Iterator[dict[str, Any]]:
     """Lookups of one request, from arrays to arrays."""
     from recsys.table.cuda import CudaTable  # needs numba too
 
     table = CudaTable(layout_of(dim, rows))
     table.rows = filled(dim, rows)
-    rng = np.random.default_rng(0)
-    for count in LOOKUPS:
-        keys = [keys_of(torch.from_numpy(rng.integers(0, rows, count))).numpy() for _ in range(DIFFERENT)]
+    for count, keys in asked(rows):
         slots = np.zeros(count, np.int32)
         row = {"name": "table_lookup", "dim": dim, "rows": rows, "batch": count}
         yield row | timed_here(lambda turn: table.lookup(slots, keys[turn]))  # noqa: B023
+
+
+def service(dim: int = 32, rows: int = 1_000_000) -> Iterator[dict[str, Any]]:
+    """The same through the parameter service's store and gRPC server, over a Unix socket."""
+    from recsys.model.plan import Block
+    from recsys.ranking.parameters import ParameterStore
+    from services.common.grpc_parameters import GrpcParameters, serve
+
+    store = ParameterStore([layout_of(dim, 2 * rows)], "schema", "cuda")
+    everything = keys_of(torch.arange(rows)).numpy()
+    values = np.zeros((rows, dim), np.float32)
+    store.tables["deep"].write(np.zeros(rows, np.int32), everything, values, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        server = serve(store, f"unix:{folder}/socket", "schema")
+        client = GrpcParameters(f"unix:{folder}/socket", "schema", timeout_s=5.0)
+        try:
+            for count, keys in asked(rows):
+                blocks = [[Block(layout="deep", slots=np.zeros(count, np.int32), keys=each)] for each in keys]
+                row = {"name": "service_lookup", "dim": dim, "rows": rows, "batch": count}
+                yield row | timed_here(lambda turn: client.lookup(blocks[turn]))  # noqa: B023
+        finally:
+            client.close()
+            server.stop(grace=None).wait()
 
 
 def largest(dim: int) -> int:
@@ -282,10 +311,11 @@ def measure(clock: Clock, bandwidth: float) -> tuple[list[dict[str, Any]], list[
             continue
         results += hkv(dim, bandwidth)
         torch.cuda.empty_cache()
-    try:
-        results += request()
-    except ImportError as error:
-        skipped.append(f"lookups of one request: {error}")
+    for lookups in (request, service):
+        try:
+            results += lookups()
+        except ImportError as error:
+            skipped.append(f"{lookups.__name__}: {error}")
     return results, skipped
 
 

@@ -145,6 +145,8 @@ class DeviceIndex:
         self._counts = torch.tensor([first, 0, 0, 0], device=self.device)
         """Next unused row, freed rows, deleted entries, rows made in this call."""
         self._most = [0, 0]  # live rows, deleted entries: at most
+        self._since = [0, 0]  # of both, since the counts were asked for
+        self._answer: tuple[Tensor, torch.cuda.Event] | None = None
         self._entries = self._empty(1024)
         self._free = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._grow_rows(first)
@@ -166,14 +168,14 @@ class DeviceIndex:
     def __len__(self) -> int:
         """Live rows. Waits for the device."""
         end, free, deleted, _ = self._counts.tolist()
-        self._most = [end - free - self.first, deleted]
+        self._most, self._answer = [end - free - self.first, deleted], None
         return self._most[0]
 
     def find(self, slots: Tensor, keys: Tensor) -> Tensor:
         """Rows [N]; its slot's `fallback` where missing."""
         rows = torch.empty(len(keys), dtype=torch.int32, device=self.device)
         if len(keys):
-            size, programs = lanes(len(keys))
+            size, programs = lanes(len(keys), kernels.LINE, values=128)
             launch(kernels.find, programs, self.index, (slots, keys), rows, len(keys), shape=(size,))
         return rows
 
@@ -190,6 +192,7 @@ class DeviceIndex:
     def reserve(self, batch: int, wanted: Callable[[], int], full: Callable[[int, int], Exception]) -> None:
         """Make room for a row of each of `batch` lanes. Waits only if the bounds do not fit, then also asks how many new rows
         are `wanted` if the table may be full: and if those do not fit, `full(rows, more)` is raised."""
+        self._refresh(batch)
         if not self._fits(batch):
             live = len(self)
             if not self._fits(batch):
@@ -200,6 +203,18 @@ class DeviceIndex:
                 self._grow_rows(self.first + min(self.capacity, live + more + _AHEAD * batch))
                 self._grow_entries(live + more, _AHEAD * batch)
         self._most[0] = min(self._most[0] + batch, self.capacity)
+        self._since[0] += batch
+
+    def _refresh(self, batch: int) -> None:
+        """Take the counts that were asked for, if they are here; ask for them before the bounds are used up."""
+        if self._answer is not None and self._answer[1].query():
+            end, free, deleted, _ = self._answer[0].tolist()
+            self._most = [min(end - free - self.first + self._since[0], self.capacity), deleted + self._since[1]]
+            self._answer = None
+        if self._answer is None and self.device.type == "cuda" and not self._fits(_AHEAD * batch):
+            counts = torch.empty(4, dtype=torch.int64, pin_memory=True).copy_(self._counts, non_blocking=True)
+            self._answer = counts, torch.cuda.current_stream(self.device).record_event()
+            self._since = [0, 0]
 
     def _fits(self, batch: int) -> bool:
         rows = min(self.capacity, len(self._free) - 1 - self.first)
@@ -210,7 +225,7 @@ class DeviceIndex:
         rows = torch.empty(len(keys), dtype=torch.int32, device=self.device)
         claims = (rows, torch.empty(len(keys), dtype=torch.int64, device=self.device), self._counts, self._free)
         if len(keys):
-            size, programs = lanes(len(keys))
+            size, programs = lanes(len(keys), kernels.LINE, values=128)
             launch(kernels.enter, programs, self.index, (slots, keys), claims, len(keys), shape=(self.first, size))
         return claims
 
@@ -227,6 +242,7 @@ class DeviceIndex:
         self._free[torch.where(gone, self._counts[1] + count - 1, len(self._free) - 1)] = rows
         self._counts[1:3] += count[-1]
         self._most[1] += len(keys)
+        self._since[1] += len(keys)
 
     def scan(self, start: int = 0, rows: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """Slots, keys, rows [M] of entries in use, and where the next begin: all from the entry `start` on, or as many as
@@ -261,6 +277,7 @@ class DeviceIndex:
         width, programs = lanes(len(old))
         launch(kernels.rehash, programs, old, self.index, len(old), shape=(width,))
         self._counts[2] = self._most[1] = 0
+        self._answer = None
 
     def _empty(self, size: int) -> Tensor:
         return torch.full((size, 2), kernels.EMPTY, device=self.device)

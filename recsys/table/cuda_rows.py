@@ -36,8 +36,8 @@ CHUNK_ROWS = 2**18
 """Rows that are allocated together, a power of two: 67 MB at 64 values. Half doubles the list of addresses, which should
 stay in a cache; double leaves more memory unused."""
 _LARGEST = float(np.finfo(np.float32).max)
-_PROGRAMS = 2048
-"""Programs of two warps that a device runs at a time, about: they share out what is counted on the device alone."""
+_PROGRAMS = 8192
+"""Programs of one warp, twice what a device runs at a time: they share out what is counted on the device alone."""
 _BESIDE = 2**17
 """Rows that are sorted beside other work: fewer take less time than the host needs to arrange that."""
 _MARKS = 2
@@ -277,7 +277,7 @@ class DeviceRows:
         shape = (dim, padded, max(1, min(steps.TILE, 2048 // padded)))
         launch(steps.presum, tiles, order, gradients, sums, frequent, count, shape=shape)
         given = (order, (gradients, sums), frequent, summed, count)
-        launch(steps.combine, min(len(heads), _PROGRAMS), *given, shape=(dim, padded, max(1, 1024 // padded)), warps=2)
+        launch(steps.combine, min(len(heads), _PROGRAMS), *given, shape=(dim, padded, max(1, 512 // padded)), warps=1)
         return summed
 
 
