@@ -219,9 +219,10 @@ class DeviceRows:
             size, programs = lanes(count, padded, values=1024)
             last = start + segment.dim == self.layout.dim
             rounding = steps.NEAREST if self._drawn is None else steps.COUNTED if last else steps.STOCHASTIC
-            span = (start, segment.dim, padded, state, getattr(steps, segment.optimizer.upper()), rounding)
+            whole = start == 0 and segment.optimizer == "rowwise_adagrad" and self.records.width == 4
+            span = (start, segment.dim, padded, state, getattr(steps, segment.optimizer.upper()), rounding, whole)
             same = (order, given, self._columns, self._rates[number], _stamp(now_ms, version), count)
-            launch(steps.step, programs, *same, shape=(*self._shape(size, start == 0), *span))
+            launch(steps.step, programs, *same, shape=(*self._shape(size, start == 0), *span), warps=2)
             start, state = start + segment.dim, state + state_width(segment)
         return refused
 
