@@ -67,23 +67,25 @@ def launch(kernel: Any, programs: int, *given: Any, shape: tuple[int, ...], warp
         return
     key = (kernel.__name__, shape, warps, given[-1] >> 31)
     compiled = _compiled.get(key)
-    found: list[int] = []
+    found = [0]
     plain = _addresses(given, found)
-    if compiled is None or any(address & 15 for address in found):
+    if compiled is None or found[0] & 15:
         _compiled[key] = kernel[(programs,)](*given, shape, num_warps=warps, enable_fp_fusion=False)
     else:
         compiled[(programs, 1, 1)](*plain, shape)
 
 
 def _addresses(given: Sequence[Any], found: list[int]) -> tuple[Any, ...]:
-    """The same with the address of each tensor in its place, which are also added to `found`."""
+    """The same with the address of each tensor in its place, whose bits are also added to `found`."""
     plain: list[Any] = []
     for each in given:
-        if isinstance(each, Tensor):
-            found.append(each.data_ptr())
-            plain.append(found[-1])
+        kind = type(each)
+        if kind is Tensor:
+            address = each.data_ptr()
+            found[0] |= address
+            plain.append(address)
         else:
-            plain.append(_addresses(each, found) if isinstance(each, tuple) else each)
+            plain.append(_addresses(each, found) if kind is tuple else each)
     return tuple(plain)
 
 
@@ -207,11 +209,13 @@ class DeviceIndex:
 
     def _refresh(self, batch: int) -> None:
         """Take the counts that were asked for, if they are here; ask for them before the bounds are used up."""
+        if self._fits(_AHEAD * batch) or self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
         if self._answer is not None and self._answer[1].query():
             end, free, deleted, _ = self._answer[0].tolist()
             self._most = [min(end - free - self.first + self._since[0], self.capacity), deleted + self._since[1]]
             self._answer = None
-        if self._answer is None and self.device.type == "cuda" and not self._fits(_AHEAD * batch):
+        if self._answer is None:
             counts = torch.empty(4, dtype=torch.int64, pin_memory=True).copy_(self._counts, non_blocking=True)
             self._answer = counts, torch.cuda.current_stream(self.device).record_event()
             self._since = [0, 0]

@@ -94,6 +94,7 @@ class DeviceRows:
         self._layout_shape = (*values_shape, record, self.width, power(max(1, self.width)), self.first)
         self._rates = list(self.tensor(rates))
         # What is sorted beside a copy has to come first, or waits until all of the copy's programs have begun.
+        self._sorting: tuple[Any, ...] | None = None
         self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def tensor(self, array: npt.NDArray[Any]) -> Tensor:
@@ -141,9 +142,11 @@ class DeviceRows:
         self._beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._beside):
             torch.sort(rows, stable=True, out=out)
-            done = self._beside.record_event()
-        for tensor in (rows, *out):
-            tensor.record_stream(self._beside)
+        done = self._beside.record_event()
+        if not torch.cuda.is_current_stream_capturing():  # a graph keeps its memory to itself
+            if self._sorting is not None:
+                self._sorting[0].wait()  # what was held for it can be given to others after this
+            self._sorting = done, rows, *out
         return Ordered(*out, slots, keys, done)
 
     def state(self, rows: Tensor) -> Tensor:
