@@ -1,6 +1,7 @@
 """The ranker's speed: scoring a request's 500 candidates on one core, and training against plain PyTorch in turns.
 
-Times of one thread are its CPU time, so that neighbours on the machine cost less; sides that are compared take turns.
+Times of one thread are its CPU time, in turns with a matmul of the same thread and in units of the reference machine's: what
+neighbours on the machine cost, both pay. Sides that are compared take turns. Run it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from load_tests.common import ROOT, Report, run, say
+from load_tests.common import ROOT, Report, read_budgets, run, say
 from load_tests.plain_model import Attention, PlainLearner, collate
 from recsys import config
 from recsys.config import Config
@@ -121,15 +121,22 @@ def some_features(
     )
 
 
-def cpu_ms(work: Callable[[], object], rounds: int) -> float:
-    """Median CPU time of this thread."""
-    times = []
+def cpu(report: Report, name: str, work: Callable[[], object], rounds: int) -> None:
+    """Median CPU time of this thread, as the reference machine would take it, and as it was."""
+    reference_ms = read_budgets()["calibration"]["matmul"] * 1000
+    left, right = (np.random.default_rng(n).standard_normal((768, 768), np.float32) for n in range(2))
+    product = np.empty_like(left)
+    times, units = [], []
     for number in range(rounds + 5):
         started = time.thread_time()
+        np.matmul(left, right, out=product)
+        middle = time.thread_time()
         work()
         if number >= 5:
-            times.append((time.thread_time() - started) * 1000)
-    return median(times)
+            units.append(middle - started)
+            times.append(time.thread_time() - middle)
+    report.add(name, median(t / u for t, u in zip(times, units, strict=True)) * reference_ms, "cpu ms")
+    report.add(f"{name}_raw", median(times) * 1000, "cpu ms")
 
 
 def scoring(report: Report, rng: np.random.Generator, rounds: int) -> None:
@@ -151,22 +158,22 @@ def scoring(report: Report, rng: np.random.Generator, rounds: int) -> None:
 
     with torch.inference_mode():
         every = ranker_inputs(schema, lay, deep, wide, DIM)
-        report.add("score_500", cpu_ms(forward, rounds))
+        cpu(report, "score_500", forward, rounds)
         with FlopCounterMode(display=False) as flops:
             forward()
         report.add("score_500_gflop", flops.get_total_flops() / 1e9)
-        report.add("score_500_all_by_network", cpu_ms(lambda: model(every), rounds), "ms")
-        report.add("score_500_with_rows", cpu_ms(lambda: scorer.rank(features, most), rounds), "ms")
-        report.add("plan_500", cpu_ms(lambda: plan(schema, [features]), rounds), "ms")
+        cpu(report, "score_500_all_by_network", lambda: model(every), rounds)
+        cpu(report, "score_500_with_rows", lambda: scorer.rank(features, most), rounds)
+        cpu(report, "plan_500", lambda: plan(schema, [features]), rounds)
 
 
 def attention(report: Report, rounds: int) -> None:
-    """DIN with its published layers, 80 and 40, on two threads, and the naive form on one."""
+    """DIN with its published layers, 80 and 40: what each of two cores does of it, all on one core, and the naive form."""
     published = TargetAttention(DIM, HISTORY, (80, 40), generator=seeded(0)).eval()
     naive = Attention(DIM, HISTORY, (80, 40)).eval()
     candidates, history = torch.randn(CANDIDATES, DIM), torch.randn(1, HISTORY, DIM)
     mask, gaps = torch.ones(1, HISTORY, dtype=torch.bool), torch.zeros(1, HISTORY, dtype=torch.int64)
-    halves = candidates.split(CANDIDATES // 2)
+    half = candidates[: CANDIDATES // 2]
 
     def pool(part: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -177,19 +184,9 @@ def attention(report: Report, rounds: int) -> None:
             many = history.expand(CANDIDATES, -1, -1)
             return naive(candidates, many, torch.ones(CANDIDATES, HISTORY))
 
-    ours, theirs = [], []
-    with ThreadPoolExecutor(2) as threads:
-        for number in range(rounds + 5):
-            started = time.perf_counter()
-            list(threads.map(pool, halves))
-            middle = time.perf_counter()
-            plain()
-            if number >= 5:
-                ours.append((middle - started) * 1000)
-                theirs.append((time.perf_counter() - middle) * 1000)
-    report.add("din_80_40_two_cores", median(ours))
-    report.add("din_80_40_naive_one_core", median(theirs), "ms")
-    report.add("din_80_40_one_core", cpu_ms(lambda: pool(candidates), rounds), "ms")
+    cpu(report, "din_80_40_two_cores", lambda: pool(half), rounds)
+    cpu(report, "din_80_40_one_core", lambda: pool(candidates), rounds)
+    cpu(report, "din_80_40_naive_one_core", plain, rounds)
 
 
 def training(report: Report, rng: np.random.Generator, steps: int) -> None:
@@ -225,8 +222,8 @@ def training(report: Report, rng: np.random.Generator, steps: int) -> None:
 
     seconds = in_turns((mine, plain), batches, steps)
     report.add("training_vs_plain", median(b / a for a, b in zip(*seconds, strict=True)))
-    report.add("training_step", median(seconds[0]) * 1000, "ms")
-    report.add("training_step_plain", median(seconds[1]) * 1000, "ms")
+    report.add("training_step", median(seconds[0]) * 1000, "cpu ms")
+    report.add("training_step_plain", median(seconds[1]) * 1000, "cpu ms")
 
 
 def in_turns(sides: Sequence[Callable[[Batch], None]], batches: Sequence[Batch], steps: int) -> list[list[float]]:

@@ -1,12 +1,15 @@
 """The embedding table against torch and FBGEMM, on one thread: speed, memory, longest call.
 
-FBGEMM is measured in a process of its own (`fbgemm.py`); torch's gather, measured in both, links the two.
+FBGEMM and the table take turns in a process of another environment: `fbgemm.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -15,9 +18,11 @@ import numpy as np
 import torch
 
 from load_tests import fbgemm
-from load_tests.common import ROUNDS, Report, run, say
+from load_tests.common import ROOT, ROUNDS, Report, run, say
+from load_tests.table_curve import curve, roof, two_threads
 from recsys.table.base import Layout, Optimizer, Segment, SlotPolicy
-from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cpu import CpuTable
+from recsys.table.warm import warm_up
 from recsys.types import Int32, Int64
 
 DIM, CALL = 64, 4096
@@ -47,16 +52,20 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     touched(report, table, keys, rng)
     say("find and gather in turns with torch")
     weight = torch.zeros(rows, DIM).uniform_()
-    found, linked = gathers(report, table, keys, weight, rng)
+    found = gathers(report, table, keys, weight, rng)
     del weight
-    trained = training(report, table, keys, rng)
+    training(report, table, keys, rng)
+    two_threads(report, table, keys, options.seed)
     del table
+    roof(report, options.seed, rows, found)
     say("training of many slots in turns with torch")
     mixed(report, rng, rows // 5)
     small(report)
+    compiling(report)
+    curve(report, options.seed, rows if options.quick else 30_000_000)
     if not options.quick:
         say("FBGEMM")
-        against_fbgemm(report, fbgemm.measure(options.fbgemm, rows, DIM), found, linked, trained)
+        against_fbgemm(report, fbgemm.measure(options.fbgemm, rows, DIM))
 
 
 def table_of(rows: int, dim: int = DIM, optimizer: Optimizer = "rowwise_adagrad", slots: int = 1) -> CpuTable:
@@ -70,29 +79,43 @@ def slot(keys: Int64) -> Int32:
 
 
 def growth(report: Report, keys: Int64, times: int) -> CpuTable:
-    """From nothing to all keys in calls of 4k, several times. The first growth also pays the machine for its memory."""
+    """From nothing to all keys in calls of 4k, several times: as it comes, and once more into memory that the process had
+    before. A virtual machine's first touch of a page may take longer than all the rest."""
     rate, longest = [], []
+    table = None
     for _ in range(times):
+        del table  # so that the next one gets its memory, unless the machine was quicker to take it back
         table = table_of(len(keys))
-        calls, overhead = [], []
-        for start in range(0, len(keys), CALL):
-            batch = keys[start : start + CALL]
-            started = time.perf_counter()
-            table.lookup_train(slot(batch), batch, 0)
-            calls.append(time.perf_counter() - started)
-            if start >= len(keys) // 2:
-                overhead.append(table.memory_bytes() / len(table) - 4 * (DIM + 1))
+        calls, overhead = _grow(table, keys)
         rate.append(len(keys) / sum(calls))
         longest.append(max(calls) * 1000)
         say(f"{rate[-1] / 1e6:.2f} M keys/s, longest call {longest[-1]:.1f} ms, usual {median(calls) * 1000:.2f} ms")
-        last = table
-        del table
+    del table
+    table = table_of(len(keys))
+    for array in (table._store.values, table._store.state, table._index.arrays.entries, table._index.arrays.changed):
+        array.reshape(-1).view(np.uint8)[::4096] = 0
+    mapped, _ = _grow(table, keys)
     report.add("insert_keys_per_s", median(rate))
     report.add("insert_longest_call_ms", median(longest))
+    report.add("insert_mapped", len(keys) / sum(mapped) / 1e6, "M keys/s", "higher")
+    report.add("insert_mapped_longest_call", max(mapped) * 1000, "ms")
     report.add("insert_call_p50", median(calls) * 1000, "ms")
     report.add("bytes_per_row", float(np.mean(overhead)))
     report.add("bytes_per_row_worst", max(overhead), "bytes")
-    return last
+    return table
+
+
+def _grow(table: CpuTable, keys: Int64) -> tuple[list[float], list[float]]:
+    """Seconds of each call, and bytes a row beyond values and state over the second half."""
+    calls, overhead = [], []
+    for start in range(0, len(keys), CALL):
+        batch = keys[start : start + CALL]
+        started = time.perf_counter()
+        table.lookup_train(slot(batch), batch, 0)
+        calls.append(time.perf_counter() - started)
+        if start >= len(keys) // 2:
+            overhead.append(table.memory_bytes() / len(table) - 4 * (DIM + 1))
+    return calls, overhead
 
 
 def touched(report: Report, table: CpuTable, keys: Int64, rng: np.random.Generator) -> None:
@@ -127,11 +150,9 @@ def turns(sides: Sequence[Callable[[Int64, Int64], object]], keys: Int64, batch:
     return seconds
 
 
-def gathers(
-    report: Report, table: CpuTable, keys: Int64, weight: torch.Tensor, rng: np.random.Generator
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Rows a second of our lookup and of torch's gather, which gets the row numbers for nothing, by batch."""
-    found, linked = {}, {}
+def gathers(report: Report, table: CpuTable, keys: Int64, weight: torch.Tensor, rng: np.random.Generator) -> float:
+    """Rows a second of our lookup and of torch's gather, which gets the row numbers for nothing; ours at 64k a call."""
+    rate = 0.0
     for name, batch in BATCHES.items():
         ours, theirs = turns(
             [
@@ -142,14 +163,14 @@ def gathers(
             batch,
             int(rng.integers(2**31)),
         )
-        found[name], linked[name] = ROUND_KEYS / median(ours), ROUND_KEYS / median(theirs)
+        rate = ROUND_KEYS / median(ours)
         report.add(f"find_gather_vs_torch_{name}", median(b / a for a, b in zip(ours, theirs, strict=True)))
-        report.add(f"find_gather_{name}", found[name] * 1e-6, "M rows/s", "higher")
-        report.add(f"torch_gather_{name}", linked[name] * 1e-6, "M rows/s", "higher")
-    return found, linked
+        report.add(f"find_gather_{name}", rate * 1e-6, "M rows/s", "higher")
+        report.add(f"torch_gather_{name}", ROUND_KEYS / median(theirs) * 1e-6, "M rows/s", "higher")
+    return rate
 
 
-def training(report: Report, table: CpuTable, keys: Int64, rng: np.random.Generator) -> tuple[float, float]:
+def training(report: Report, table: CpuTable, keys: Int64, rng: np.random.Generator) -> None:
     """Rows a second of an update, which looks up its keys, and of a lookup for training with its update; 64k a call."""
     gradients = rng.standard_normal((BATCHES["64k"], DIM), np.float32)
 
@@ -164,27 +185,18 @@ def training(report: Report, table: CpuTable, keys: Int64, rng: np.random.Genera
     rate, whole_rate = ROUND_KEYS / median(alone), ROUND_KEYS / median(whole)
     report.add("find_adagrad", rate * 1e-6, "M rows/s", "higher")
     report.add("lookup_find_adagrad", whole_rate * 1e-6, "M rows/s", "higher")
-    return rate, whole_rate
 
 
-def against_fbgemm(
-    report: Report,
-    theirs: dict[str, float] | None,
-    found: dict[str, float],
-    linked: dict[str, float],
-    trained: tuple[float, float],
-) -> None:
-    """Ratios to TBE, each process's rates in units of torch's gather there."""
-    if theirs is None:
+def against_fbgemm(report: Report, figures: dict[str, float] | None) -> None:
+    """Ratios to TBE, and the rates behind them; updates are judged at 64k keys a call, as the rest of training."""
+    if figures is None:
         return
-    for name in BATCHES:
-        ratio = found[name] / linked[name] / (theirs[f"tbe_{name}"] / theirs[f"torch_{name}"])
-        report.add(f"find_gather_vs_tbe_{name}", ratio)
-    unit = linked["64k"] * theirs["tbe_train_64k"] / theirs["torch_64k"]
-    report.add("find_adagrad_vs_tbe", trained[0] / unit)
-    report.add("lookup_find_adagrad_vs_tbe", trained[1] / unit, "ratio", "higher")
-    for name, rate in theirs.items():
-        report.add(f"fbgemm_process_{name}", rate * 1e-6, "M rows/s", "higher")
+    report.add("find_adagrad_vs_tbe", figures.pop("find_adagrad_vs_tbe_64k"))
+    for name, value in figures.items():
+        if "_vs_" in name:
+            report.add(name, value, "ratio", "higher")
+        else:
+            report.add(f"beside_tbe_{name}", value * 1e-6, "M rows/s", "higher")
 
 
 def mixed(report: Report, rng: np.random.Generator, rows: int) -> None:
@@ -231,6 +243,17 @@ def small(report: Report) -> None:
             table.lookup(slots, asked)
         rounds.append((time.perf_counter() - started) * 1000)
     report.add("small_batch_us", median(rounds))
+
+
+def compiling(report: Report) -> None:
+    """Seconds of `warm_up` in a process of its own: with nothing on disk, and with what the first left there."""
+    script = "import time; from recsys.table.warm import warm_up; t = time.perf_counter(); warm_up(); print(time.perf_counter() - t)"
+    with tempfile.TemporaryDirectory(prefix="recsys-numba-") as folder:
+        for name in ("compile_first", "compile_cached"):
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            command = [sys.executable, "-c", script]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
+            report.add(name, float(done.stdout), "s")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,10 @@ class FeaturesConfig(Section):
     """What is counted and shown to the models as numbers."""
     elsewhere_types: tuple[str, ...] = ()
     """Feedback without a request that counters of `elsewhere` count; and how often each but the first follows the first on its item."""
+    transition_context: tuple[str, ...] = ()
+    """Context fields that weigh what followed the last items of a session; with `transitions`."""
+    transitions: bool = False
+    """Numbers of what followed the session's last two items of late, and what an online factor model says follows."""
     counter_smoothing: float = Field(10.0, gt=0)
     """Impressions' worth of the parent's rate in each rate: half doubles the noise of new rows, double hides a hundred impressions."""
     counter_rows: int = Field(1_000_000, ge=4096)
@@ -127,9 +131,9 @@ class ModelConfig(Section):
     """Parts of HoME to leave out, to see what they bring."""
     tower_dim: int = Field(32, ge=4, le=256)
     """Width of user and item vectors of the two-tower model."""
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.07, gt=0)
     """Two-tower softmax temperature."""
-    hard_negatives: int = Field(0, ge=0, le=20)
+    hard_negatives: int = Field(3, ge=0, le=20)
     """Items last shown to a user without being acted upon that its positives are told from, beside those of the batch."""
     calibrate: bool = False
     """Correct each task's log-odds by a bias and a slope that follow the stream."""
@@ -174,6 +178,12 @@ class TableConfig(Section):
     """Occurrences in training before a key gets its own row."""
     expiry_s: float | None = 90 * 86_400.0
     """Rows not seen for this long are forgotten."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of embeddings in memory: a half takes half of it, and steps smaller than its last bit need `stochastic` rounding to count."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How a training step stores a half; stochastic is right on average, and the same in a replay."""
+    filter_counters: int = Field(0, ge=0)
+    """0: keys waiting for admission are counted exactly. Otherwise a filter of this many bytes a layout counts them, and admits some early."""
 
 
 class TrainingConfig(Section):
@@ -193,6 +203,8 @@ class TrainingConfig(Section):
     """Click rate of the last `breaker_examples` outside these bounds stops learning."""
     breaker_examples: int = Field(2000, ge=100)
     """Examples behind the breaker's rate."""
+    pool_negatives: int = Field(50, ge=1)
+    """Replay of a click log: candidates not clicked that a request is learned from, drawn by a hash."""
     two_tower: bool = True
     """Train the retrieval towers."""
 
@@ -203,7 +215,7 @@ class RetrievalConfig(Section):
     sources: dict[str, int] = Field(
         default_factory=lambda: {"covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
     )
-    """Source name → most candidates: covisited, followed, nearest, trending."""
+    """Source name → most candidates: covisited, followed, following (with `features.transitions`), nearest, trending."""
     trending_half_life_s: float = Field(1800.0, gt=0)
     """Half-life of the trending counts."""
     covisit_half_life_s: float = Field(86_400.0, gt=0)
@@ -340,12 +352,14 @@ class Config(Section):
                     f"features.crosses: ({first!r}, {second!r}) must pair one of {sorted(left)} with one of {sorted(right)}"
                 )
         self._counters_agree()
-        unknown = set(self.retrieval.sources) - {"covisited", "followed", "nearest", "trending"}
+        unknown = set(self.retrieval.sources) - {"covisited", "followed", "following", "nearest", "trending"}
         if unknown:
             raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
         return self
 
     def _counters_agree(self) -> None:
+        if wrong := sorted(set(self.features.transition_context) - set(self.features.context)):
+            raise ValueError(f"features.transition_context: {wrong[0]!r} is not one of features.context")
         features, known = self.features, {"user", "item", *self.features.context, *self.catalogue.attributes}
         for counter in features.counters:
             names = counter.of

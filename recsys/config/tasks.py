@@ -40,6 +40,8 @@ class TaskConfig(Section):
     """fnw, es_dfm: labels are first learned this long after the impression."""
     weight: float = 1.0
     """Weight of the task in the score that ranks."""
+    loss: Literal["binary", "softmax"] = "binary"
+    """`softmax`: which item of a request it happens to, not how likely it is: for requests that end with one choice."""
     loss_weight: float = Field(1.0, ge=0)
     """Weight of the task in the loss."""
     prior: float = Field(0.05, gt=0, lt=1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from recsys.evaluation.serving import ServingCopy
 from recsys.features.build import Features, encode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.keys import key_of
+from recsys.keys import key_of, mix
+from recsys.ranking.counting import MAX_CONTEXTS
 from recsys.ranking.pipeline import Pipeline, Work
-from recsys.ranking.request import Answer, Request
+from recsys.ranking.request import Request
 from recsys.ranking.sources import Sources
 from recsys.state.memory import MemoryState
 from recsys.training.trainer import StepReport, Trainer
-from recsys.types import Bool, Feedback, Float32, HistoryEvent, Impression, Item, UserUpdate
+from recsys.types import Bool, Feedback, Float32, HistoryEvent, Impression, Item, ShownItem, UserUpdate
 
 Event = tuple[int, str, Item | Impression | Feedback]
 
@@ -58,7 +59,9 @@ class Replay:
     """One run. Feed events in time order, then take `result`."""
 
     def __init__(self, config: Config, options: Options, folder: Path) -> None:
-        self.config, self.options = config, options
+        unhurried = config.ranking.model_copy(update={"deadline_ms": float("inf")})
+        self.config = config = config.model_copy(update={"ranking": unhurried})
+        self.options = options
         self.schema = Schema.of(config)
         self.store = MemoryState(config.state.history_len, config.state.seen_len)
         self.sources = Sources(config, self.schema, Catalogue(self.schema))
@@ -86,6 +89,7 @@ class Replay:
         self._visible_ms = -(2**62)
         self.progressive = Progressive(self.schema.tasks)
         self.next_item = NextItem()
+        self._context: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
         self._waiting: list[tuple[Impression, Features]] = []
         self._predictions: dict[str, tuple[str, Float32, Bool]] = {}
         """Of each request with labels to come: user, predictions [K, T], tasks [T] that are not final yet."""
@@ -199,8 +203,10 @@ class Replay:
         )
         history = self.store.get(feedback.user_id).history
         may_answer = self.options.click_log and not self._has_impressions and feedback.request_id is None
+        learned = feedback
         if may_answer and feedback.type in self._click_types:
-            feedback = self._answer_before(feedback, event, history, now_ms)
+            feedback, learned = self._answer_before(feedback, event, history, now_ms)
+            self._remember_context(feedback)
         if feedback.type in self._types:
             update = UserUpdate(user_id=feedback.user_id, events=(event,))
             if self.options.freeze_user:
@@ -209,7 +215,7 @@ class Replay:
                 self.store.apply((update,), {})
         self._count_feedback(feedback, history, event, now_ms)
         if self.trainer:
-            self.trainer.feedback(feedback, now_ms, StepReport())
+            self.trainer.feedback(learned, now_ms, StepReport())
 
     def _count_feedback(
         self, feedback: Feedback, history: tuple[HistoryEvent, ...], event: HistoryEvent, now_ms: int
@@ -221,36 +227,55 @@ class Replay:
 
     def _answer_before(
         self, feedback: Feedback, event: HistoryEvent, history: tuple[HistoryEvent, ...], now_ms: int
-    ) -> Feedback:
-        """Show a list before the click; the click belongs to it if its item was shown."""
+    ) -> tuple[Feedback, Feedback]:
+        """Show a list before the click: the click as counted belongs to it if its item was shown, as learned if it was a candidate."""
         if not self.sources.session_rows(history, event) and not self._in_session(history, event):
-            return feedback
+            return feedback, feedback
         learning = self.config.ranking.scorer == "model"
         reported = now_ms >= self.options.report_from_ms
         if not (learning or reported) or not self._chosen(feedback.session_id, feedback.user_id):
-            return feedback
-        answer = self._answer(feedback, now_ms)
-        shown = [item.item_id for item in answer.items]
-        if reported:
-            self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id))
-        if learning and answer.impression.features:
-            self._open(answer.impression, now_ms)
-        self._count_impression(answer.impression, now_ms)
-        return replace(feedback, request_id=answer.request_id) if feedback.item_id in shown else feedback
-
-    def _in_session(self, history: tuple[HistoryEvent, ...], event: HistoryEvent) -> bool:
-        return event.session_id is not None and any(past.session_id == event.session_id for past in history)
-
-    def _answer(self, feedback: Feedback, now_ms: int) -> Answer:
+            return feedback, feedback
         self._requests += 1
         request = Request(
             request_id=f"replay-{self._requests}",
             user_id=feedback.user_id,
             n=self.options.n,
             session_id=feedback.session_id,
-            context=feedback.context or {},
+            context=self._context.get(feedback.session_id or feedback.user_id, {}),
         )
-        return self.pipeline.recommend(request, now_ms)
+        work = self.pipeline.work(request, now_ms)
+        answer = self.pipeline.answer(work)
+        shown = [item.item_id for item in answer.items]
+        if reported:
+            self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id))
+        self._count_impression(answer.impression, now_ms)
+        joined = replace(feedback, request_id=request.request_id)
+        opened = learning and self._open_pool(work, answer.impression, feedback.item_id, now_ms)
+        return joined if feedback.item_id in shown else feedback, joined if opened else feedback
+
+    def _open_pool(self, work: Work, impression: Impression, clicked: str, now_ms: int) -> bool:
+        """Learn from the candidates: the one that is clicked next, and others drawn by a hash. False without the clicked one."""
+        row = self.sources.catalogue.row(clicked)
+        if work.features is None or row is None or not (chosen := np.flatnonzero(work.rows == row)).size:
+            return False
+        draws = mix(np.arange(len(work.rows)) + (self._requests << 20))
+        draws[chosen[0]] = 0
+        pool = np.argsort(draws, kind="stable")[: 1 + self.config.training.pool_negatives]
+        ids = self.sources.catalogue.ids
+        items = tuple(ShownItem(item_id=ids[r], position=n) for n, r in enumerate(work.rows[pool].tolist(), start=1))
+        self._open(replace(impression, items=items, features=encode(work.features.take(pool))), now_ms)
+        return True
+
+    def _remember_context(self, feedback: Feedback) -> None:
+        """The next request of the session comes from where this click came from: what it will be clicked from is not known."""
+        name = feedback.session_id or feedback.user_id
+        self._context[name] = feedback.context or {}
+        self._context.move_to_end(name)
+        if len(self._context) > MAX_CONTEXTS:
+            self._context.popitem(last=False)
+
+    def _in_session(self, history: tuple[HistoryEvent, ...], event: HistoryEvent) -> bool:
+        return event.session_id is not None and any(past.session_id == event.session_id for past in history)
 
     def _chosen(self, session_id: str | None, user_id: str) -> bool:
         if self.options.sample >= 1.0:

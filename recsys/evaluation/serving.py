@@ -99,8 +99,7 @@ class ServingCopy:
     def advance(self, visible_ms: int) -> None:
         """Apply every delta up to `visible_ms`."""
         while self.behind(visible_ms):
-            now_ms, delta = self._later.popleft()
-            self._store.apply(delta, now_ms)
+            self._store.apply(self._later.popleft()[1])
         self.scorer.poll()
         self.scorer.refresh()
         if self.generations is not None and self._rebuild_due(visible_ms):

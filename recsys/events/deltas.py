@@ -33,12 +33,13 @@ class Version:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDelta:
-    """Rows [N, D] and tombstones of one layout, and its shared default rows."""
+    """Rows [N, D], when each was last seen, and tombstones of one layout; its shared default rows."""
 
     layout: str
     slots: Int32
     keys: Int64
     values: Float32
+    last_seen_ms: Int64
     removed_slots: Int32
     removed_keys: Int64
     default_slots: Int32
@@ -58,7 +59,8 @@ class Delta:
     dense_version: int = 0
 
 
-_ROW_FIELDS = ("slots", "keys", "values", "removed_slots", "removed_keys", "default_slots", "default_values")
+_ROW_FIELDS = ("slots", "keys", "values", "last_seen_ms", "removed_slots", "removed_keys")
+_DEFAULT_FIELDS = ("default_slots", "default_values")
 
 
 def encode_delta(delta: Delta) -> list[bytes]:
@@ -81,16 +83,16 @@ def encode_delta(delta: Delta) -> list[bytes]:
 
 
 def _row_parts(rows: RowDelta) -> list[Arrays]:
-    per_chunk = max(1, (CHUNK_BYTES - 4096) // (24 + 4 * rows.values.shape[1]))  # a row and a tombstone each
+    per_chunk = max(1, (CHUNK_BYTES - 4096) // (32 + 4 * rows.values.shape[1]))  # a row and a tombstone each
     count = max(len(rows.keys), len(rows.removed_keys))
     parts: list[Arrays] = []
     for start in range(0, max(count, 1), per_chunk):
         stop = start + per_chunk
         part: Arrays = {
-            f"{rows.layout}.{name}": np.ascontiguousarray(getattr(rows, name)[start:stop]) for name in _ROW_FIELDS[:5]
+            f"{rows.layout}.{name}": np.ascontiguousarray(getattr(rows, name)[start:stop]) for name in _ROW_FIELDS
         }
         if start == 0:
-            part |= {f"{rows.layout}.{name}": np.ascontiguousarray(getattr(rows, name)) for name in _ROW_FIELDS[5:]}
+            part |= {f"{rows.layout}.{name}": np.ascontiguousarray(getattr(rows, name)) for name in _DEFAULT_FIELDS}
         parts.append(part)
     return parts
 
@@ -141,7 +143,7 @@ def _rows_of(parts: Sequence[Arrays]) -> tuple[RowDelta, ...]:
     for layout in layouts:
         arrays = {
             name: np.concatenate([part[f"{layout}.{name}"] for part in parts if f"{layout}.{name}" in part])
-            for name in _ROW_FIELDS
+            for name in (*_ROW_FIELDS, *_DEFAULT_FIELDS)
         }
         deltas.append(RowDelta(layout=layout, **arrays))
     return tuple(deltas)

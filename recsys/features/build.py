@@ -71,6 +71,8 @@ class Signals:
     """[K, the schema's counter numbers]"""
     popularity: Float32
     covisit: Float32
+    follows: Float32
+    """[K, the schema's transition numbers]"""
 
 
 def user_features(
@@ -150,6 +152,8 @@ def item_features(
     numbers[:, start] = np.log1p(signals.popularity)
     numbers[:, start + 1] = np.log1p(signals.covisit)
     numbers[:, start + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
+    if signals.follows.shape[1]:
+        numbers[:, -signals.follows.shape[1] :] = signals.follows
     weights = affinity_decay ** np.arange(len(user.history_keys))
     for column, (name, _) in enumerate(schema.item_fields[1 : schema.num_history_fields], start=start + 3):
         where = catalogue.columns(name)

@@ -37,6 +37,7 @@ class Schema:
     time_gaps: bool
     tasks: tuple[str, ...]
     counters: CounterLayout
+    transition_context: tuple[str, ...]
     numbers: tuple[str, ...]
 
     @classmethod
@@ -61,12 +62,14 @@ class Schema:
             time_gaps=features.time_gaps,
             tasks=tasks,
             counters=counters,
+            transition_context=features.transition_context,
             numbers=(
                 *counters.names,
                 "popularity",
                 "covisit",
                 "in_history",
                 *(f"affinity.{a}" for a in features.history_attributes),
+                *(transition_numbers(features.transition_context) if features.transitions else ()),
             ),
         )
 
@@ -139,3 +142,11 @@ class Schema:
     def wide_slots(self) -> tuple[int, ...]:
         """Slots whose rows hold wide weights alone: the crosses."""
         return tuple(range(len(self.slots) - len(self.crosses), len(self.slots)))
+
+
+def transition_numbers(context: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the last item: by each half-life, by context shared, by each slot that is shared; of the one before: the first
+    of these; what the factor model says; what co-visits and popularity say together, as they are mixed."""
+    weights = ("soon", "usual", "shared")
+    slots = (*context, "before", "place")
+    return tuple(f"follows.{w}" for w in (*weights, *slots, *(f"before.{w}" for w in weights), "factors", "mixed"))

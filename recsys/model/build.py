@@ -12,7 +12,7 @@ from recsys.model.two_tower import TwoTower, TwoTowerSpec
 def ranker(config: Config, schema: Schema) -> Ranker:
     """The untrained ranker: bit-equal in every process with one configuration."""
     model = config.model
-    priors = {"popularity": model.popularity_prior, "covisit": model.covisit_prior}
+    priors = {"popularity": model.popularity_prior, "covisit": model.covisit_prior, "follows.mixed": 1.0}
     num_affinities = max(1, schema.num_history_fields - 1)
 
     def prior(name: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from recsys.config import Config
+from recsys.errors import ConfigError
 from recsys.features.schema import Schema
 from recsys.table.base import Layout, Segment, SlotPolicy
 
@@ -18,6 +19,11 @@ def layouts(config: Config, schema: Schema) -> tuple[Layout, ...]:
         learning_rate=model.row_learning_rate,
         init_scale=model.init_scale,
     )
+    if model.row_l2 and config.table.precision != "float32":
+        raise ConfigError(
+            f"model.row_l2 counts how often a row occurred, which {config.table.precision} cannot: set table.precision "
+            'to "float32", or model.row_l2 to 0'
+        )
     # How often a row occurred in training, for the mini-batch aware L2: gradients of minus that, at a rate of 1.
     seen = (Segment(name="seen", dim=1, optimizer="sgd", learning_rate=1.0),) if model.row_l2 else ()
     wide = Segment(
@@ -36,6 +42,9 @@ def layouts(config: Config, schema: Schema) -> tuple[Layout, ...]:
             slots=dict.fromkeys(slots, policy),
             capacity=config.table.capacity,
             seed=config.seed,
+            precision=config.table.precision,
+            rounding="nearest" if config.table.precision == "float32" else config.table.rounding,
+            filter_counters=config.table.filter_counters if config.table.admission > 1 else 0,
         )
 
     return (

@@ -245,6 +245,16 @@ def losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weigh
     return (torch.where(mask, entropy, 0.0) * weights).sum(0) / max(len(logits), 1)
 
 
+def choices(logits: torch.Tensor, request: torch.Tensor) -> torch.Tensor:
+    """Log of the chance that each item is the one of its request [M, T]: logits [M, T], rows of the requests [M] (softmax)."""
+    owner = request.unsqueeze(1).expand_as(logits)
+    shape = (int(request.max()) + 1, logits.shape[1]) if len(request) else (0, logits.shape[1])
+    largest = logits.new_full(shape, -torch.inf).scatter_reduce(0, owner, logits.detach(), "amax")
+    shifted = logits - largest.gather(0, owner)
+    total = logits.new_zeros(shape).scatter_add(0, owner, shifted.exp())
+    return shifted - total.log().gather(0, owner)
+
+
 def to_bytes(module: nn.Module) -> bytes:
     """All weights and statistics of a network, as safetensors."""
     return safetensors.torch.save(

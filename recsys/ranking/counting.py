@@ -29,7 +29,9 @@ class Contexts:
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
-        self._wanted = any(name in schema.context for names in schema.counters.slots for name in names)
+        self._wanted = bool(schema.transition_context) or any(
+            name in schema.context for names in schema.counters.slots for name in names
+        )
         self._open: OrderedDict[str, tuple[int, Int64, Bool]] = OrderedDict()
 
     def columns(self, impression: Impression, now_ms: int) -> tuple[Int64, Bool]:
@@ -93,6 +95,10 @@ class Counting:
 
     def _columns(self, shared: tuple[Int64, Bool], rows: Int32) -> Columns:
         return columns_of(*shared, self._catalogue.keys[rows], self._catalogue.mask[rows])
+
+    def shared_of(self, feedback: Feedback) -> tuple[Int64, Bool]:
+        """The shared columns of the feedback's impression; its own context where that is not known."""
+        return self._contexts.of(feedback)
 
     def shown(self, impression: Impression, now_ms: int) -> bool:
         """Count one impression's items as shown; False for a duplicate."""

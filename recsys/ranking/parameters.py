@@ -79,7 +79,7 @@ class ParameterStore:
         with self._lock:
             return self.state.dense_version, self._dense
 
-    def apply(self, delta: Delta, now_ms: int) -> bool:
+    def apply(self, delta: Delta) -> bool:
         """Apply one whole delta; False when it is of an older epoch or step and was ignored. Raises SchemaMismatch."""
         if delta.schema != self._schema:
             raise SchemaMismatch(
@@ -92,7 +92,16 @@ class ParameterStore:
             if len(rows.removed_keys):
                 table.remove(rows.removed_slots, rows.removed_keys)
             if len(rows.keys):
-                table.write(rows.slots, rows.keys, rows.values, now_ms)
+                none = np.zeros((len(rows.keys), 0), np.float32)
+                table.restore(
+                    Rows(
+                        slots=rows.slots,
+                        keys=rows.keys,
+                        values=rows.values,
+                        state=none,
+                        last_seen_ms=rows.last_seen_ms,
+                    )
+                )
             if len(rows.default_slots):
                 table.restore_defaults(_defaults(rows.default_slots, rows.default_values))
         with self._lock:
@@ -148,9 +157,7 @@ class ParameterStore:
             raise SchemaMismatch(
                 f"{path} was written with schema {schema}, the configuration makes {self._schema}: choose another data_dir"
             )
-        loaded = [
-            segments.read_segment(folder / s["name"], s["checksum"], s.get("blocks", ())) for s in manifest["segments"]
-        ]
+        loaded = segments.read_chain(folder, manifest["segments"])
         dense = read_file(folder / manifest["dense"]["name"], manifest["dense"]["checksum"])
         segments.load(self.tables, loaded)
         segments.skip(self.tables, CURSOR)

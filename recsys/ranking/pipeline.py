@@ -99,6 +99,12 @@ class Pipeline:
 
     def recommend(self, request: Request, now_ms: int) -> Answer:
         """The answer as of log time `now_ms`. Nothing missing is fatal: the answer says `degraded` and why."""
+        work = self.work(request, now_ms)
+        with metrics.STAGE_SECONDS.labels("slate").time():
+            return self.answer(work)
+
+    def work(self, request: Request, now_ms: int) -> Work:
+        """Every stage but the last: candidates with features and scores."""
         work = Work(
             request=request, now_ms=now_ms, deadline=time.perf_counter() + self._config.ranking.deadline_ms / 1000
         )
@@ -110,8 +116,7 @@ class Pipeline:
         ):
             with metrics.STAGE_SECONDS.labels(name).time():
                 stage(work)
-        with metrics.STAGE_SECONDS.labels("slate").time():
-            return self.answer(work)
+        return work
 
     def load_state(self, work: Work) -> None:
         """History and seen items; none when the store is away."""
@@ -193,6 +198,11 @@ class Pipeline:
         if name == "nearest":
             return self._nearest(quota, work)
         with sources.lock:
+            if name == "following":
+                if sources.following is None or work.user is None:
+                    return np.zeros(0, np.int32), np.zeros(0, np.float32)
+                shared = work.user.shared_keys, work.user.shared_mask
+                return sources.following.candidates(work.history_rows, shared, quota)
             if name == "trending":
                 return sources.trending.top(quota, now_ms)
             if name == "covisited":

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from recsys.config import Config
 from recsys.events.recent import Recent
 from recsys.features.build import Signals, UserFeatures
@@ -13,12 +15,17 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.ranking.counting import Counting
+from recsys.ranking.following import Following
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.followed import Followed
+from recsys.retrieval.mix import PRIORS
 from recsys.retrieval.trending import Trending
 from recsys.types import Feedback, HistoryEvent, Impression, Int32, Item
 
 Arrays = dict[str, Any]
+
+_LEAST = np.float32(0.001)
+"""Added to what sources say together before its logarithm: a thousandth of a co-visit."""
 
 
 class Sources:
@@ -36,6 +43,7 @@ class Sources:
         )
         self.followed = Followed()
         self.counting = Counting(config, schema, catalogue)
+        self.following = Following(config, schema, catalogue) if config.features.transitions else None
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
         self._seen = Recent()
@@ -71,6 +79,8 @@ class Sources:
                 self.trending.add(row, now_ms)
                 self.followed.note(row, 1.0)
                 self.covisits.add(row, before, now_ms)
+                if self.following is not None:
+                    self.following.add(row, list(dict.fromkeys(before)), self.counting.shared_of(feedback))
         return True
 
     def impression(self, impression: Impression, now_ms: int) -> bool:
@@ -107,10 +117,19 @@ class Sources:
         """What the counters say about the items at `rows` for this user."""
         as_of_ms = now_ms if self.frozen_ms is None else min(now_ms, self.frozen_ms)
         with self.lock:
+            covisit = self.covisits.score(history_rows, rows, as_of_ms)
+            follows = np.zeros((len(rows), 0), np.float32)
+            if self.following is not None:
+                quota = self._config.retrieval.sources.get("trending", 0)
+                popular = PRIORS["trending"] * self.trending.shares(rows, quota, as_of_ms) if quota else 0.0
+                mixed = np.log(covisit + popular + _LEAST)[:, None]
+                shared = user.shared_keys, user.shared_mask
+                follows = np.concatenate([self.following.numbers(history_rows, shared, rows), mixed], 1)
             return Signals(
                 counters=self.counting.numbers(user, rows, as_of_ms, now_ms),
                 popularity=self.trending.score(rows, as_of_ms),
-                covisit=self.covisits.score(history_rows, rows, as_of_ms),
+                covisit=covisit,
+                follows=follows,
             )
 
     def seen(self) -> Arrays:
@@ -126,6 +145,7 @@ class Sources:
                 "covisits": self.covisits.state(),
                 "seen": self.seen(),
                 **self.counting.state(),
+                **(self.following.state() if self.following is not None else {}),
             }
 
     def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int) -> None:
@@ -135,5 +155,7 @@ class Sources:
             self.covisits.restore(state["covisits"], row_map)
             self._seen.restore(state["seen"])
             self.counting.restore(state)
+            if self.following is not None:
+                self.following.restore(state, row_map)
             for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):
                 self.followed.note(row, score)

@@ -90,6 +90,11 @@ class Trending:
             found = sums.take(rows, mode="clip")
         return np.where(rows < len(sums), found * decay, 0.0).astype(np.float32)
 
+    def shares(self, rows: Int32, k: int, now_ms: int) -> Float32:
+        """Each row's count in that of the k largest together [n]; 0 before anything is counted."""
+        total = float(self.top(k, now_ms)[1].sum())
+        return self.score(rows, now_ms) / np.float32(total) if total > 0 else np.zeros(len(rows), np.float32)
+
     def state(self) -> dict[str, Any]:
         """Everything, as arrays."""
         with self._lock:

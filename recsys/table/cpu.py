@@ -6,13 +6,8 @@ training need no second path. Reserved arrays are touched as rows come.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +15,7 @@ import numpy.typing as npt
 
 from recsys.table import kernels, optimizers, upkeep
 from recsys.table.admission import Admission
-from recsys.table.base import Layout, Pending, Precision, Rows, Segment, SlotPolicy, Touched
+from recsys.table.base import Layout, Pending, Rows, Touched
 from recsys.table.cursors import Cursors
 from recsys.table.index import KeyIndex, group
 from recsys.table.kernels import Store
@@ -48,11 +43,32 @@ _STORED = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
 _INFINITE, _LARGEST = 0x7F800000, float(np.finfo(np.float32).max)
 
 
+class _Turn:
+    """Rows and entries change in turns of a lock, and `changes` is odd meanwhile.
+
+    What was read without the lock is right if `changes` was even before and is the same after: memory never moves, so
+    whoever reads beside a change reads old, new or mixed values, and then finds out.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.changes = 0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.changes += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.changes += 1
+        self.lock.release()
+
+
 class CpuTable:
     """See `recsys.table.base.Table`.
 
-    Thread-safe with one lock, held by every call while it reads or changes rows (1 ms for 4,096 rows out of a million):
-    a reader never sees half a row. A second lock makes writers take turns; the index grows under that one alone.
+    Readers take no lock, unless a writer changed something meanwhile; then they wait for its turn to end (4,096 rows, well
+    under 1 ms) and read again. Each turn, and each 4,096 keys of a reader, is atomic: half a row, or the row of another
+    key, is never seen. Writers take turns by a second lock.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -85,32 +101,38 @@ class CpuTable:
         self._admission = Admission(layout, self._place_of, self._slot_of)
         self._cursors = Cursors()
         self._swept = 0
-        self._lock = threading.RLock()
+        self._turn = _Turn()
         self._writer = threading.RLock()
 
     def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
         slots, keys = self._pairs(slots, keys)
         out, found = self._new_values(len(keys)), np.empty(len(keys), np.bool_)
+        stream = out.nbytes >= kernels.STREAM_BYTES
         for part in _parts(len(keys)):
-            with self._lock:
-                at, _ = self._index.find(slots[part], keys[part])
-                kernels.gather(self._store.values, at, out[part], out.nbytes >= kernels.STREAM_BYTES)
-            np.greater_equal(at[1], 0, out=found[part])
+            before = self._turn.changes
+            self._read(slots[part], keys[part], out[part], found[part], stream)
+            if before % 2 or before != self._turn.changes:  # a writer was at it meanwhile: once more, without one
+                with self._turn.lock:
+                    self._read(slots[part], keys[part], out[part], found[part], stream)
         return out, found
+
+    def _read(self, slots: Int32, keys: Int64, out: Float32, found: Bool, stream: bool) -> None:
+        at, _ = self._index.find(slots, keys)
+        kernels.gather(self._store.values, at, out, stream)
+        np.greater_equal(at[1], 0, out=found)
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         slots, keys = self._pairs(slots, keys)
         out = self._new_values(len(keys))
         with self._writer:
-            if len(self) + len(keys) > self.layout.capacity:
-                self._require_room(slots, keys, now_ms if admit else None)
+            self._require_room(slots, keys, now_ms if admit else None)
             # What a call counts decides for all its keys together.
             for part in _parts(len(keys)) if self._admission.at_once else (slice(0, len(keys)),):
                 self._lookup_train(slots[part], keys[part], now_ms, admit, out[part])
         return out
 
     def _lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool, out: Float32) -> None:
-        with self._lock:
+        with self._turn:
             self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
             at, missing = self._index.find(slots, keys, self._stamps.of(now_ms))
             if missing and admit:
@@ -142,12 +164,12 @@ class CpuTable:
                 if optimizers.overflows(gradients, work, optimizers.chain(at, work, seen), room[0]):
                     raise self._not_finite()
                 seen[:] = 0
-            with self._lock:
+            with self._turn:
                 at, _ = self._index.find(slots, keys, self._stamps.of(now_ms), self._code())
             unique = optimizers.chain(at, work, seen)
             noise = drawn, self._drawn_head, slots, keys
             for part in _parts(unique):
-                with self._lock:
+                with self._turn:
                     optimizers.step(self._store, at, work, (part.start, part.stop), gradients, room, noise)
 
     def expire(self, now_ms: int, max_rows: int | None = None) -> int:
@@ -167,7 +189,9 @@ class CpuTable:
     def touched(self, cursor: str) -> Touched:
         with self._writer:
             version, after, removed_slots, removed_keys = self._cursors.take(cursor)
-            places, keys, _, _ = self._index.read(self._index.changed(self._cursors.code_after(after)))
+            positions = self._index.changed(self._cursors.code_after(after))
+            places, keys = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
+            upkeep.identify(self._index.arrays, positions, places, keys)
             _, first = group(self._place_of, removed_slots, removed_keys)
             removed_slots, removed_keys = removed_slots[first], removed_keys[first]
             gone = self._index.find(removed_slots, removed_keys)[0][1] < 0
@@ -188,12 +212,12 @@ class CpuTable:
         values, state = self._new_values(len(keys)), np.empty((len(keys), len(self._store.fresh)), np.float32)
         stamps = np.empty(len(keys), np.int64)
         for part in _parts(len(keys)):
-            with self._lock:
+            with self._turn.lock:
                 at, missing = self._index.find(slots[part], keys[part])
                 if missing:
                     first = part.start + int(np.argmax(at[1] < 0))
                     raise KeyError(f"table {self.layout.name!r} has no row of slot {slots[first]}, key {keys[first]}")
-                kernels.gather(self._store.values, at, values[part], False)
+                kernels.gather(self._store.values, at, values[part], values.nbytes >= kernels.STREAM_BYTES)
                 kernels.gather(self._store.state, at, state[part], False)
                 stamps[part] = self._index.arrays.entries[at[1], 1] >> 40 & kernels.MAX_STAMP
         return Rows(
@@ -204,21 +228,27 @@ class CpuTable:
         slots, keys = self._pairs(rows.slots, rows.keys)
         values = self._matrix("values", rows.values, slots, keys)
         check_width(self.layout, "state", rows.state, len(self._store.fresh), 0)
-        with self._writer, self._lock:
+        with self._writer:
+            self._require_room(slots, keys, None, every=True)
             stamps = self._stamps.of_all(np.asarray(rows.last_seen_ms, np.int64))
-            at = self._put(slots, keys, values, 0)
-            self._store.state[at[0]] = rows.state if rows.state.shape[1] else self._store.fresh
-            self._index.set_stamps(at[1], stamps)
+            for part in _parts(len(keys)):
+                with self._turn:
+                    at = self._put(slots[part], keys[part], values[part], 0)
+                    self._store.state[at[0]] = rows.state[part] if rows.state.shape[1] else self._store.fresh
+                    self._index.set_stamps(at[1], stamps[part])
 
     def write(self, slots: Int32, keys: Int64, values: Float32, now_ms: int) -> None:
         slots, keys = self._pairs(slots, keys)
         values = self._matrix("values", values, slots, keys)
-        with self._writer, self._lock:
-            self._put(slots, keys, values, self._stamps.of(now_ms))
+        with self._writer:
+            self._require_room(slots, keys, None, every=True)
+            for part in _parts(len(keys)):
+                with self._turn:
+                    self._put(slots[part], keys[part], values[part], self._stamps.of(now_ms))
 
     def remove(self, slots: Int32, keys: Int64) -> None:
         slots, keys = self._pairs(slots, keys)
-        with self._writer, self._lock:
+        with self._writer, self._turn:
             gone = self._index.remove(slots, keys)
             self._cursors.removed(slots[gone], keys[gone])
 
@@ -233,7 +263,7 @@ class CpuTable:
 
     def defaults(self) -> Rows:
         none = np.zeros(len(self._slot_of), np.int64)
-        with self._lock:
+        with self._turn.lock:
             return Rows(
                 slots=self._slot_of.copy(),
                 keys=none,
@@ -246,7 +276,7 @@ class CpuTable:
         slots, keys = self._pairs(rows.slots, rows.keys)
         values = self._matrix("values", rows.values, slots, keys)
         check_width(self.layout, "state", rows.state, len(self._store.fresh), 0)
-        with self._writer, self._lock:
+        with self._writer, self._turn:
             at = self._place_of[slots]
             kernels.put(at[None, :], self._store.values, values)
             self._store.state[at] = rows.state if rows.state.shape[1] else self._store.fresh
@@ -288,8 +318,6 @@ class CpuTable:
 
     def _put(self, slots: Int32, keys: Int64, values: Float32, stamp: int) -> Int32:
         """`at` of the keys, with rows made where missing, all marked as touched, the last of duplicates in them."""
-        if len(self) + len(keys) > self.layout.capacity:
-            self._require_room(slots, keys, None, every=True)
         self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
         at, missing = self._index.find(slots, keys)
         if missing and not self._admission.at_once:
@@ -302,6 +330,8 @@ class CpuTable:
 
     def _require_room(self, slots: Int32, keys: Int64, now_ms: int | None, every: bool = False) -> None:
         """TableFull if what a call would create does not fit: `every` missing key, or what is due at `now_ms`."""
+        if len(self) + len(keys) <= self.layout.capacity:
+            return
         at, missing = self._index.find(slots, keys)
         if not missing or (now_ms is None and not every):
             return
@@ -325,7 +355,7 @@ class CpuTable:
     def _sweep(self, oldest: Int64, looks: int) -> tuple[int, int]:
         """Look at the next rows, round and round, and remove those expired; how many of both."""
         gone = np.empty((looks, 2), np.int64)
-        with self._lock:
+        with self._turn:
             end = self._index.positions
             start = self._swept if self._swept < end else 0
             stop = min(start + 4 * _SWEEP_ROWS, end)
@@ -362,30 +392,3 @@ def _segments(layout: Layout) -> tuple[Int64, npt.NDArray[np.float64]]:
         rates.append((s.learning_rate, s.epsilon, *own))
         start, state = start + s.dim, state + state_width(s)
     return np.array(spans, np.int64), np.array(rates, np.float64)
-
-
-def warm_up(precision: Precision = "float32") -> None:
-    """Compile every kernel for tables of this precision, or read it from the on-disk cache, so that no request waits for it.
-
-    Processes that start together take turns: the first compiles, the others read what it cached.
-    """
-    with contextlib.ExitStack() as turn:
-        with contextlib.suppress(OSError):
-            lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-compile-{os.getuid()}.lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        _run_each_kernel(precision)
-
-
-def _run_each_kernel(precision: Precision) -> None:
-    segment = Segment(name="deep", dim=2)
-    slot = {0: SlotPolicy(expiry_s=1.0)}
-    table = CpuTable(Layout(name="warm_up", segments=(segment,), slots=slot, capacity=1000, precision=precision))
-    slots, keys = np.zeros(1000, np.int32), np.arange(1000)
-    table.touched("warm_up")
-    table.lookup_train(slots, keys, now_ms=0)
-    table.apply_gradients(slots, keys, np.zeros((1000, 2), np.float32), now_ms=0)
-    table.lookup(slots, keys)
-    table.remove(slots[:1], keys[:1])
-    table.expire(now_ms=2000)
-    table.touched("warm_up")
-    upkeep.relabel(np.zeros(1, np.uint8), np.zeros(1, np.uint8))

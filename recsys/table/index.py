@@ -121,6 +121,13 @@ class KeyIndex:
         packed[positions] = packed[positions] & (2**40 - 1) | stamps << 40
 
 
+def planned(rows: int) -> tuple[float, int]:
+    """Load and bytes of the index of a table that grew to so many rows."""
+    index = KeyIndex(max(rows, 1), 1, np.zeros(1, np.int32))
+    index.reserve(rows)
+    return rows / (4 * int(index.arrays.meta[kernels.NEXT_LINES])), index.index_bytes
+
+
 def group(place_of: Int32, slots: Int32, keys: Int64) -> tuple[Int32, Int32]:
     """Which unique pair each pair is [N], and where each unique pair occurs first [U], in order."""
     scratch = KeyIndex(len(keys), 1, place_of)

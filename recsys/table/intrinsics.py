@@ -64,6 +64,29 @@ def search_line(_typing: Any, line: Any, place: Any, key: Any) -> Any:
     return types.int64(types.int64, types.int64, types.int64), emit
 
 
+@intrinsic
+def above64(_typing: Any, source: Any, limit: Any) -> Any:
+    """Which of the 64 bytes (unsigned) at an address are above a limit: bit n for byte n."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bytes64 = ir.VectorType(_I8, 64)
+        given = builder.load(builder.inttoptr(args[0], bytes64.as_pointer()), align=1, typ=bytes64)
+        above = builder.icmp_unsigned(">", given, _all(builder, builder.trunc(args[1], _I8), bytes64))
+        return builder.bitcast(above, _I64)
+
+    return types.uint64(types.int64, types.int64), emit
+
+
+@intrinsic
+def lowest_bit(_typing: Any, bits: Any) -> Any:
+    """The number of the lowest bit that is set; 64 if none is."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), emit
+
+
 def _copy(nontemporal: bool) -> Any:
     def typed(_typing: Any, target: Any, source: Any) -> Any:
         def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:

@@ -1,6 +1,6 @@
 """The loops of the CPU table's index, in Numba: no Python object, no GIL, one thread. Those of training: `optimizers.py`.
 
-Compiled at first use, not at import: see `cpu.warm_up`. Numba's on-disk cache sees only changes of the file a kernel is
+Compiled at first use, not at import: see `warm.py`. Numba's on-disk cache sees only changes of the file a kernel is
 in: whoever changes `Index`, `Store` or a constant here touches `optimizers.py` too.
 
 Legend: N keys of a call, D width of values, S width of state, U unique rows; a slot's place is its position among the
@@ -130,7 +130,7 @@ def _homes(index: Index, slots: Int32, keys: Int64, at: Int32, span: Any) -> Non
 def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
     """Turn places and home lines of a block into rows and positions; how many are missing.
 
-    A home line is searched without a branch: those who must look further wait in at[2] while their next line comes. With
+    A home line is searched without a branch: those who must look further wait in at[2] while their next two lines come. With
     each search goes a prefetch for the next block, whose home lines are in `at`: memory is never idle.
     """
     entries, changed = index.entries, index.changed
@@ -147,6 +147,7 @@ def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
         at[2, _U(start + more)] = n
         more += far
         prefetch(base + ((line + far) << 6))
+        prefetch(base + ((line + 2 * far) << 6))
         i = (line << 2) + (found & 3)
         word = entries[_U(i), _U(1)]
         at[1, _U(n)] = line if far else (i if found < 4 else ~i)

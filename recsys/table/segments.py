@@ -141,13 +141,22 @@ def read_segment(path: Path, checksum: str, blocks: Sequence[int] = ()) -> dict[
         raise SnapshotCorrupt(f"segment {str(path)!r} is no segment ({error}): delete it") from error
 
 
+def read_chain(folder: Path, chain: Iterable[SegmentFile]) -> list[dict[str, LayoutDelta]]:
+    """The files that a manifest names, oldest first. SnapshotCorrupt as `read_segment`."""
+    return [read_segment(folder / s["name"], s["checksum"], s.get("blocks", ())) for s in chain]
+
+
+def merged(parts: Sequence[TablesDelta]) -> dict[str, LayoutDelta]:
+    """Deltas, oldest first and beginning with a base, as one base: the later row wins; tombstones are applied and dropped."""
+    return {name: _merge([part[name] for part in parts]) for name in parts[-1]} if parts else {}
+
+
 def merge_segments(sources: Sequence[tuple[Path, str]], target: Path) -> SegmentFile:
     """Fold (path, checksum) pairs, oldest first and beginning with a base, into a new base.
 
-    The later row wins; tombstones are applied and dropped. For a background thread: it reads no live table.
+    For a background thread: it reads no live table.
     """
-    parts = [read_segment(path, checksum) for path, checksum in sources]
-    return write_segment(target, {name: _merge([part[name] for part in parts]) for name in parts[-1]})
+    return write_segment(target, merged([read_segment(path, checksum) for path, checksum in sources]))
 
 
 def _merge(parts: Sequence[LayoutDelta]) -> LayoutDelta:

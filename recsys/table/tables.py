@@ -10,8 +10,9 @@ import numpy as np
 
 from recsys.errors import ConfigError
 from recsys.table.base import Layout, Table
-from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cpu import CpuTable
 from recsys.table.reference import ReferenceTable
+from recsys.table.warm import warm_up
 from recsys.types import Bool, Float32, Int32, Int64
 
 Implementation = Literal["cpu", "reference", "cuda"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recsys.table.intrinsics import prefetch, search_line
+from recsys.table.intrinsics import above64, lowest_bit, prefetch, search_line
 from recsys.table.kernels import FREE, LINES, LIVE, MAX_STAMP, NEXT_LINES, SEED, SPLIT, Index, _home, _mix, kernel, part
 from recsys.types import Int32, Int64
 
@@ -170,21 +170,28 @@ def _enter(index: Index, line: Any, key: int, word: int, code: int) -> None:
 
 @kernel
 def changes(index: Index, end: int, after: int, out: Int32) -> int:
-    """Positions before `end` of entries changed with a code above `after`, of all if it is 0; how many."""
-    entries, changed = index.entries, index.changed
+    """Positions before `end`, a multiple of 64, of entries changed with a code above `after`, of all if it is 0; how many."""
+    entries, changed = index.entries.ctypes.data, index.changed.ctypes.data
     count = 0
     for start in range(0, end, 64):
-        newest = np.uint8(0)
-        for i in range(start, start + 64):
-            newest = max(newest, changed[_U(i)])
-        if newest <= after:
-            continue
-        for i in range(start, min(start + 64, end)):
-            if changed[_U(i)] > after:
-                out[_U(count)] = i
-                count += 1
-                prefetch(entries.ctypes.data + 16 * i)
+        newer = above64(changed + start, after)
+        while newer != 0:
+            i = start + lowest_bit(newer)
+            newer &= newer - _U(1)
+            out[_U(count)] = i
+            count += 1
+            prefetch(entries + 16 * i)
     return count
+
+
+@kernel
+def identify(index: Index, positions: Int32, places: Int32, keys: Int64) -> None:
+    """Place and key of the entries at positions."""
+    entries = index.entries
+    for n in range(positions.shape[0]):
+        i = _U(positions[n])
+        keys[n] = entries[i, _U(0)]
+        places[n] = (entries[i, _U(1)] >> 32) & 0xFF
 
 
 @kernel

@@ -149,11 +149,7 @@ class Checkpoints:
                 f"{path} was written with schema {manifest['schema']}, the configuration makes {trainer.schema.hash}: restore the old "
                 "catalogue and features sections, or choose another data_dir"
             )
-        loaded = [
-            segments.read_segment(self._folder / s["name"], s["checksum"], s.get("blocks", ()))
-            for s in manifest["segments"]
-        ]
-        segments.load(trainer.tables, loaded)
+        segments.load(trainer.tables, segments.read_chain(self._folder, manifest["segments"]))
         for cursor in (CURSOR, "publish"):
             segments.skip(trainer.tables, cursor)
         small = orjson.loads(self._read(manifest["small"]))

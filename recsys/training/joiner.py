@@ -69,6 +69,9 @@ class Joiner:
         self._regular_ms = np.where([task.labels in WAITS for task in tasks], waits, self._windows_ms)
         """When each task's labels are emitted, counted from the impression."""
         self._ends_ms = sorted({*self._windows_ms.tolist(), *self._regular_ms.tolist()})
+        self._due = [(self._regular_ms == end, self._windows_ms == end) for end in self._ends_ms]
+        """At each end: tasks emitted regularly, tasks that become final."""
+        self._all_wait = all(task.labels == "window" for task in tasks)
         self._at_once = np.array([task.labels != "window" for task in tasks])
         self._early = np.array([task.labels == "early_positive" for task in tasks])
         self._helpers = helpers(tasks)
@@ -172,7 +175,7 @@ class Joiner:
             if not due:
                 break
             _, index = min(due)
-            yield self._close(self._queues[index].popleft(), self._ends_ms[index])
+            yield self._close(self._queues[index].popleft(), index)
         waited = self._ends_ms[-1]
         while self._waiting and next(iter(self._waiting.values()))[0] + waited < now_ms:
             _, (_, never) = self._waiting.popitem(last=False)
@@ -190,23 +193,29 @@ class Joiner:
             self._open[request_id].observed[item, task] = True
         return self._emission(request_id, mask, mask if self._early[task] else np.zeros_like(mask))
 
-    def _close(self, request_id: str, end_ms: int) -> Emission:
+    def _close(self, request_id: str, index: int) -> Emission:
         impression = self._open[request_id]
-        regular, final = self._regular_ms == end_ms, self._windows_ms == end_ms
+        regular, final = (np.broadcast_to(tasks, impression.labels.shape) for tasks in self._due[index])
+        close = self._emission if self._all_wait else self._close_some
+        emission = close(request_id, regular, final)
+        impression.closed += 1
+        if impression.closed == len(self._ends_ms):
+            del self._open[request_id]
+            self._spill.release(impression.place)
+        return emission
+
+    def _close_some(self, request_id: str, regular: Bool, final: Bool) -> Emission:
+        """The same where tasks did not wait: [K, T] without what was emitted before, and what helpers learn."""
+        impression = self._open[request_id]
         early = impression.observed & self._early
-        mask = np.broadcast_to(regular, impression.labels.shape) & ~early
+        mask = regular & ~early
         for task, late, never in self._helpers:
             # What a helper learns is known at the window's end: was there a positive, and had it been seen at the wait's.
             impression.labels[:, late] = impression.labels[:, task] & ~impression.observed[:, task]
             impression.labels[:, never] = ~impression.labels[:, task]
             mask[:, never] &= ~impression.observed[:, task]
-        emission = self._emission(request_id, mask, np.broadcast_to(final, mask.shape) & ~early)
-        keeps = regular & ~self._early
-        impression.observed[:, keeps] = impression.labels[:, keeps]
-        impression.closed += 1
-        if impression.closed == len(self._ends_ms):
-            del self._open[request_id]
-            self._spill.release(impression.place)
+        emission = self._emission(request_id, mask, final & ~early)
+        np.copyto(impression.observed, impression.labels, where=regular & ~self._early)
         return emission
 
     def _emission(self, request_id: str, mask: Bool, final: Bool) -> Emission:

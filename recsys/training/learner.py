@@ -17,7 +17,7 @@ from recsys.model import build, fused
 from recsys.model.assemble import ranker_inputs
 from recsys.model.home import Reading
 from recsys.model.plan import Block, Plan, plan
-from recsys.model.ranker import RankerInputs, losses
+from recsys.model.ranker import RankerInputs, choices, losses
 from recsys.table.tables import Tables
 from recsys.training.delayed import Importance
 from recsys.training.dense import DenseOptimizer
@@ -45,6 +45,7 @@ class Learner:
         self.model = build.ranker(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
         self._importance = Importance(config.tasks)
+        self._choice = torch.tensor([task.loss == "softmax" for task in config.tasks])
         self._last: Sequence[Features] = ()
 
     def learn(self, batch: Batch, now_ms: int) -> tuple[str, ...]:
@@ -60,7 +61,7 @@ class Learner:
         labels, mask = torch.from_numpy(batch.labels.astype(np.float32)), torch.from_numpy(batch.mask)
         log_odds = self.model.log_odds(logits)
         weights = self._importance.weights(torch.sigmoid(log_odds), labels)
-        each = losses(log_odds, labels, mask, weights)
+        each = self._losses(log_odds, labels, mask, weights, torch.from_numpy(lay.request))
         self.optimizer.zero()
         each.sum().backward(retain_graph=True)
         gradients = [_gradient(rows, len(labels)) for rows in (deep, wide)]
@@ -74,6 +75,21 @@ class Learner:
             self.tables[block.layout].apply_gradients(block.slots, block.keys, gradient, now_ms)
         self._last = batch.features
         return ()
+
+    def _losses(
+        self,
+        log_odds: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+        weights: torch.Tensor,
+        request: torch.Tensor,
+    ) -> torch.Tensor:
+        """Each task's loss [T]; of a task that is a choice, cross-entropy over the items of each request."""
+        each = losses(log_odds, labels, mask, weights)
+        if not self._choice.any():
+            return each
+        known = torch.where(mask, labels, 0.0) * weights
+        return torch.where(self._choice, -(known * choices(log_odds, request)).sum(0) / len(labels), each)
 
     def _finite(self, gradients: Sequence[Float32]) -> bool:
         return bool(torch.isfinite(self.optimizer.gradient).all()) and all(np.isfinite(g).all() for g in gradients)

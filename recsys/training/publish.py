@@ -21,13 +21,14 @@ def row_deltas(trainer: Trainer) -> tuple[tuple[RowDelta, ...], Callable[[], Non
     deltas = []
     for layout, change in touched.items():
         table = trainer.tables[layout]
-        defaults = table.defaults()
+        rows, defaults = table.export(change.slots, change.keys), table.defaults()
         deltas.append(
             RowDelta(
                 layout=layout,
-                slots=change.slots,
-                keys=change.keys,
-                values=table.lookup(change.slots, change.keys)[0],
+                slots=rows.slots,
+                keys=rows.keys,
+                values=rows.values,
+                last_seen_ms=rows.last_seen_ms,
                 removed_slots=change.removed_slots,
                 removed_keys=change.removed_keys,
                 default_slots=defaults.slots,

@@ -130,6 +130,16 @@ def _service_commands(commands: Any) -> None:
     how.add_argument("--learn", action="store_true", help="the feedback is right: learn from what waited")
     how.add_argument("--skip", action="store_true", help="the feedback was broken: go on after it without learning")
 
+    table = commands.add_parser("table", help="the embedding table").add_subparsers(required=True, metavar="ACTION")
+    inspect = _command(
+        table,
+        "inspect",
+        _inspect,
+        "rows, load, bytes, rows by slot and age of a checkpoint or snapshot",
+        "recsys table inspect recsys-data/trainer --json",
+    )
+    inspect.add_argument("snapshot", type=Path, help="folder with a manifest.json, or that file")
+
 
 def _data_commands(commands: Any) -> None:
     data = commands.add_parser("data", help="convert public data sets").add_subparsers(required=True, metavar="ACTION")
@@ -250,6 +260,12 @@ def _resume(options: argparse.Namespace) -> int:
     (folder / "resume").write_text("skip" if options.skip else "learn")
     emit(options, {"ok": True}, "the trainer goes on within a second")
     return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from services.cli import table
+
+    return table.run(options)
 
 
 def _convert(options: argparse.Namespace) -> int:

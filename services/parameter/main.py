@@ -74,7 +74,7 @@ class ParameterService:
                 delta = self._reader.feed(record.value)
                 if delta is None:
                     continue
-                applied = self.store.apply(delta, record.time_ms)
+                applied = self.store.apply(delta)
             except (BadInput, SchemaMismatch) as error:
                 metrics.DEAD_LETTERS.labels(TOPIC, "schema" if isinstance(error, SchemaMismatch) else "malformed").inc()
                 logger.error("parameters offset %d not used: %s", record.offset, error)

@@ -11,8 +11,9 @@ import pytest
 
 from recsys.errors import TableFull
 from recsys.table.base import Layout, Rows, Segment, SlotPolicy, Table
-from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cpu import CpuTable
 from recsys.table.reference import ReferenceTable
+from recsys.table.warm import warm_up
 from tests.table_cuda import COMPILED, cuda_table
 
 EXTREMES = [-1, 0, 1, -(2**63), 2**63 - 1]
@@ -344,9 +345,12 @@ def test_empty_calls_are_legal(make: type[Table]) -> None:
 @pytest.mark.parametrize("verb", ["write", "apply_gradients", "restore"])
 def test_readers_beside_a_writer_see_whole_rows(make: type[Table], verb: str) -> None:
     width = 4096 if make is CpuTable else 64  # wide rows: without the lock nearly every run sees a torn one
-    table = make(layout_of(capacity=4000, segments=(Segment(name="deep", dim=width, optimizer="sgd"),)))
+    table = make(
+        layout_of(capacity=4000, segments=(Segment(name="deep", dim=width, optimizer="sgd", learning_rate=1.0),))
+    )
     slots, keys = keyed(*range(40))
-    table.write(slots, keys, np.zeros((40, width), np.float32), now_ms=0)
+    own = np.repeat(keys[:, None], width, 1).astype(np.float32)
+    table.write(slots, keys, own, now_ms=0)
     torn: list[int] = []
     reads = [0, 0]
     stop = threading.Event()
@@ -354,7 +358,8 @@ def test_readers_beside_a_writer_see_whole_rows(make: type[Table], verb: str) ->
     def read(reader: int) -> None:
         while not stop.is_set():
             values, found = table.lookup(slots, keys)
-            if not found.all() or (values != values[:, :1]).any():
+            # Each key's values are 64 times the round, and the key: those of another key would show.
+            if not found.all() or (values != values[:, :1]).any() or (values[:, 0] % 64 != keys).any():
                 torn.append(reader)
             reads[reader] += 1
 
@@ -366,11 +371,11 @@ def test_readers_beside_a_writer_see_whole_rows(make: type[Table], verb: str) ->
     most = turns(make, 80)
     while (n < most or min(reads) < most) and time.monotonic() < deadline:
         n += 1
-        block = np.full((40, width), n, np.float32)
+        block = own + 64 * n
         if verb == "write":
             table.write(slots, keys, block, 0)
         elif verb == "apply_gradients":
-            table.apply_gradients(slots, keys, block, 0)
+            table.apply_gradients(slots, keys, np.full_like(own, -64), 0)
         else:
             none = np.zeros((40, 0), np.float32)
             table.restore(Rows(slots=slots, keys=keys, values=block, state=none, last_seen_ms=np.zeros(40, np.int64)))

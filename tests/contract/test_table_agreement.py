@@ -1,6 +1,8 @@
-"""The CPU table against the reference: the same calls give the same answers."""
+"""Every implementation against the reference: the same calls give the same answers."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -8,21 +10,39 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from recsys.errors import TableFull
-from recsys.table.base import Pending, Rows, Table
+from recsys.table.base import Pending, Rows, Segment, Table
 from recsys.table.cpu import CpuTable
 from recsys.table.reference import ReferenceTable
-from tests.contract.test_table import EXTREMES, gone, layout_of, live, pairs
+from tests.contract.test_table import DEEP, EXTREMES, PLAIN, WIDE, gone, layout_of, live, pairs
+from tests.table_cuda import COMPILED, cuda_table
+
+ADAM = Segment(name="adam", dim=4, optimizer="adam", init_scale=0.01)
+FTRL = Segment(name="ftrl", dim=2, optimizer="ftrl", learning_rate=0.2, l1=0.1, l2=0.1)
 
 KEYS = st.lists(st.tuples(st.sampled_from([0, 1, 7]), st.sampled_from([*EXTREMES, *range(10, 20)])), max_size=12)
 
 
 class TablesAgree(RuleBasedStateMachine):
-    """Every verb on both implementations: equal answers, bit for bit."""
+    """Every verb on an implementation and the oracle: equal answers, bit for bit."""
 
-    @initialize(admission=st.sampled_from([1, 2, 3]), capacity=st.sampled_from([12, 60]))
-    def build(self, admission: int, capacity: int) -> None:
-        self.layout = layout_of(admission=admission, capacity=capacity)
-        self.both: list[Table] = [CpuTable(self.layout), ReferenceTable(self.layout)]
+    make: type[Table] = CpuTable
+
+    @initialize(
+        admission=st.sampled_from([1, 2, 3]),
+        capacity=st.sampled_from([12, 60]),
+        options=st.sampled_from(
+            [
+                {},
+                {"filter_counters": 64},
+                {"precision": "float16"},
+                {"precision": "bfloat16", "rounding": "stochastic", "filter_counters": 64},
+            ]
+        ),
+        segments=st.sampled_from([(DEEP, WIDE, PLAIN), (ADAM, FTRL)]),
+    )
+    def build(self, admission: int, capacity: int, options: dict[str, object], segments: tuple[Segment, ...]) -> None:
+        self.layout = replace(layout_of(admission=admission, capacity=capacity, segments=segments), **options)  # type: ignore[arg-type]
+        self.both: list[Table] = [type(self).make(self.layout), ReferenceTable(self.layout)]
         self.now_ms = 0
         self.versions: dict[str, int] = {}
 
@@ -55,7 +75,8 @@ class TablesAgree(RuleBasedStateMachine):
     @rule(given=KEYS)
     def restore(self, given: list[tuple[int, int]]) -> None:
         slots, keys = pairs(*given)
-        values, state = np.ones((len(keys), 6), np.float32), np.full((len(keys), 3), 2, np.float32)
+        width = self.both[0].defaults().state.shape[1]
+        values, state = np.ones((len(keys), 6), np.float32), np.full((len(keys), width), 2, np.float32)
         rows = Rows(slots=slots, keys=keys, values=values, state=state, last_seen_ms=np.arange(len(keys)))
         self.each("restore", rows)
 
@@ -109,9 +130,18 @@ class TablesAgree(RuleBasedStateMachine):
             for p in self.each("pending")
         ]
         assert counts[0] == counts[1]
+        sketches = [pending.sketch for pending in self.each("pending")]
+        assert np.array_equal(*sketches)
 
 
+class CudaAgrees(TablesAgree):
+    make = cuda_table  # type: ignore[assignment]
+
+
+QUICK = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 TestTablesAgree = TablesAgree.TestCase
-TestTablesAgree.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+TestTablesAgree.settings = settings(QUICK, max_examples=60, stateful_step_count=40)
+TestCudaAgrees = CudaAgrees.TestCase
+TestCudaAgrees.settings = settings(
+    QUICK, max_examples=60 if COMPILED else 6, stateful_step_count=40 if COMPILED else 12
 )

@@ -9,9 +9,10 @@ import pytest
 
 from recsys.errors import TableFull
 from recsys.table.base import Layout, Optimizer, Precision, Segment, SlotPolicy, Table
-from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cpu import CpuTable
 from recsys.table.reference import ReferenceTable
 from recsys.table.rows import round_nearest
+from recsys.table.warm import warm_up
 from tests.contract.test_table import EXTREMES, keyed, pairs, turns
 from tests.table_cuda import cuda_table
 

@@ -16,6 +16,7 @@ def rows(count: int, removed: int, layout: str = "deep", dim: int = 3) -> RowDel
         slots=rng.integers(0, 3, count).astype(np.int32),
         keys=rng.integers(-(2**63), 2**63 - 1, count),
         values=rng.normal(size=(count, dim)).astype(np.float32),
+        last_seen_ms=rng.integers(0, 2**42, count),
         removed_slots=np.zeros(removed, np.int32),
         removed_keys=np.arange(removed, dtype=np.int64),
         default_slots=np.arange(2, dtype=np.int32),

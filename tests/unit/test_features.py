@@ -35,6 +35,7 @@ def signals(schema: Schema, size: int) -> Signals:
         counters=np.zeros((size, len(schema.counters.numbers)), np.float32),
         popularity=np.zeros(size, np.float32),
         covisit=np.zeros(size, np.float32),
+        follows=np.zeros((size, 0), np.float32),
     )
 
 

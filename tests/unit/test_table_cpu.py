@@ -13,9 +13,10 @@ import pytest
 
 from recsys.table import kernels, optimizers, upkeep
 from recsys.table.base import Layout, Segment, SlotPolicy
-from recsys.table.cpu import CpuTable, warm_up
+from recsys.table.cpu import CpuTable
 from recsys.table.cursors import Cursors
 from recsys.table.index import LOAD, KeyIndex
+from recsys.table.warm import warm_up
 
 LAYOUT = Layout(
     name="deep",

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys.errors import SchemaMismatch, SnapshotCorrupt
+from recsys.config import Config
+from recsys.errors import ConfigError, SchemaMismatch, SnapshotCorrupt
+from recsys.features.schema import Schema
+from recsys.model.layouts import layouts
 from recsys.table.base import Layout, Pending, Rows, Segment, SlotPolicy, Table
 from recsys.table.segments import (
     FORMAT,
@@ -185,7 +188,7 @@ def test_files_of_other_layouts_are_refused_before_anything_changed() -> None:
     tables = Tables(LAYOUTS)
     learn(tables, [1], now_ms=0)
     delta, _ = take(tables, "checkpoint")
-    for layouts in (
+    for given in (
         LAYOUTS[:1],
         (
             LAYOUTS[0],
@@ -193,7 +196,7 @@ def test_files_of_other_layouts_are_refused_before_anything_changed() -> None:
         ),
         (LAYOUTS[0], Layout(name="wide", segments=LAYOUTS[1].segments, slots={8: SlotPolicy()}, capacity=10)),
     ):
-        other = Tables(layouts)
+        other = Tables(given)
         with pytest.raises(SchemaMismatch, match="wide"):
             load(other, [delta])
         assert other.num_rows() == 0
@@ -328,3 +331,13 @@ def test_one_call_looks_up_slots_of_many_tables() -> None:
     both = Tables([LAYOUTS[0], Layout(name="other", segments=LAYOUTS[0].segments, slots={3: SlotPolicy()})])
     with pytest.raises(ValueError, match="slot 3 is in several tables"):
         both.lookup(slots[:1], keys[:1])
+
+
+def test_the_configuration_decides_precision_and_filter() -> None:
+    given = {"precision": "bfloat16", "rounding": "stochastic", "filter_counters": 4000, "admission": 3}
+    config = Config.model_validate({"table": given})
+    for layout in layouts(config, Schema.of(config)):
+        assert (layout.precision, layout.rounding, layout.filter_counters) == ("bfloat16", "stochastic", 4000)
+    assert layouts(Config(), Schema.of(Config()))[0].rounding == "nearest"
+    with pytest.raises(ConfigError, match="row_l2"):
+        layouts(Config.model_validate({"table": given, "model": {"row_l2": 0.1}}), Schema.of(config))

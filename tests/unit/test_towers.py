@@ -64,7 +64,7 @@ def test_hard_negatives_are_what_was_shown_last_and_passed_over() -> None:
     model.feedback(click("u", 4, "r"), 0)
     model.feedback(click("u", 5, "r"), 0)
     assert [p.passed for p in model._positives] == [[3, 5], [2, 3]]
-    assert learner()._hard == 0
+    assert learner(hard_negatives=0)._hard == 0
 
 
 def test_loss_tells_the_item_from_the_batch_and_from_what_was_passed_over() -> None:

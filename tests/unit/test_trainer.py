@@ -184,13 +184,16 @@ def test_serving_equals_the_trainer_after_a_restart(log: MemoryLog, tmp_path: Pa
     reader = DeltaReader()
     for record in view.published.read("parameters", 0, 0, 100_000):
         if (delta := reader.feed(record.value)) is not None:
-            store.apply(delta, record.time_ms)
+            store.apply(delta)
     assert store.state.version.epoch == runner.epoch == 2
     for layout, table in runner.trainer.tables.items():
         touched = table.touched("comparison")
         served, found = store.tables[layout].lookup(touched.slots, touched.keys)
         assert found.all()
-        np.testing.assert_array_equal(served, table.lookup(touched.slots, touched.keys)[0])
+        rows = table.export(touched.slots, touched.keys)
+        np.testing.assert_array_equal(served, rows.values)
+        seen = store.tables[layout].export(touched.slots, touched.keys).last_seen_ms
+        np.testing.assert_array_equal(seen, rows.last_seen_ms)
         assert len(store.tables[layout]) == len(table), "rows that expired must have left serving, too"
 
 

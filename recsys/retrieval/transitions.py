@@ -1,0 +1,162 @@
+"""Transitions: what followed an item of late, weighed by recency and by the context that both times share.
+
+Legend: S context slots (the item before and the place in the session among them), F features of a candidate, L length.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from recsys.retrieval.trending import mapped
+from recsys.types import Float32, Int32, Int64
+
+_PLACES = 2048
+"""Places of the table of one reading, at least twice its targets."""
+RANK_HALF_LIVES = (20.0, 200.0)
+"""Transitions after which the weight of one halves: the first follows what breaks now, the second knows the usual."""
+
+_LEAST = 0.05
+"""Added to a weight before its logarithm: a twentieth of one transition."""
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder for the cache is writable: compile in each process
+        return numba.njit(nogil=True)(function)
+
+
+@kernel
+def _place(table: Any, target: Any) -> int:
+    place = (target * 0x9E3779B1) % _PLACES
+    while table[place] >= 0 and table[place] != target:
+        place = (place + 1) % _PLACES
+    return int(place)
+
+
+class Ring(NamedTuple):
+    """Transitions by number modulo the capacity: number of the source's one before, target, context [S]."""
+
+    links: Int64
+    targets: Int64
+    contexts: Int64
+
+
+@kernel
+def _walk(ring: Any, count: Any, newest: Any, length: Any, context: Any, out: Any) -> Any:
+    """Walk a source's transitions, newest first: the table of targets, and their features in `out` [places, F]."""
+    links, targets, contexts = ring.links, ring.targets, ring.contexts
+    halves = np.array(RANK_HALF_LIVES)
+    table = np.full(_PLACES, -1, np.int64)
+    at, rank = newest, 0
+    decay = np.exp2(-1.0 / halves)
+    weight = np.ones(len(halves))
+    while at >= 0 and at >= count - len(targets) and rank < length:
+        entry = at % len(targets)
+        place = _place(table, targets[entry])
+        table[place] = targets[entry]
+        shared = 0
+        for slot in range(len(context)):
+            if context[slot] != 0 and contexts[entry, slot] == context[slot]:
+                out[place, len(halves) + 1 + slot] += weight[-1]
+                shared += 1
+        for h in range(len(halves)):
+            out[place, h] += weight[h]
+        out[place, len(halves)] += weight[-1] * 2.0**shared
+        weight *= decay
+        at = links[entry]
+        rank += 1
+    return table
+
+
+@kernel
+def _gather(table: Any, sums: Any, rows: Any, out: Any) -> None:
+    for candidate in range(len(rows)):
+        place = _place(table, rows[candidate])
+        if table[place] >= 0:
+            out[candidate] = sums[place]
+
+
+class Transitions:
+    """The last `capacity` transitions of all items, linked by source. One writer beside many readers."""
+
+    def __init__(self, num_slots: int, length: int = 400, capacity: int = 1_000_000) -> None:
+        if not 1 <= length <= _PLACES // 2:
+            raise ValueError(f"length = {length} must be between 1 and {_PLACES // 2}")
+        self._length, self._num_slots = length, num_slots
+        self._newest: dict[int, int] = {}
+        self._count = 0
+        self._sources = np.zeros(capacity, np.int32)
+        contexts = np.zeros((capacity, num_slots), np.int64)
+        self._ring = Ring(np.full(capacity, -1, np.int64), np.zeros(capacity, np.int64), contexts)
+        self._lock = threading.Lock()
+        self.score(0, np.zeros(num_slots, np.int64), np.zeros(1, np.int32))  # compiles
+
+    @property
+    def num_features(self) -> int:
+        """Weights by each half-life; by context shared; by each slot that is shared."""
+        return len(RANK_HALF_LIVES) + 1 + self._num_slots
+
+    def add(self, source: int, target: int, context: Int64) -> None:
+        """Count `target` as clicked after `source` in this context [S] (0: not known)."""
+        with self._lock:
+            entry = self._count % len(self._sources)
+            if self._count >= len(self._sources) and self._newest.get(old := int(self._sources[entry])) == (
+                self._count - len(self._sources)
+            ):
+                del self._newest[old]
+            self._ring.links[entry] = self._newest.get(source, -1)
+            self._sources[entry], self._ring.targets[entry], self._ring.contexts[entry] = source, target, context
+            self._newest[source] = self._count
+            self._count += 1
+
+    def _sums(self, source: int, context: Int64) -> tuple[Int64, Any]:
+        out = np.zeros((_PLACES, self.num_features), np.float64)
+        with self._lock:
+            table = _walk(self._ring, self._count, self._newest.get(source, -1), self._length, context, out)
+        return table, out
+
+    def score(self, source: int, context: Int64, rows: Int32) -> Float32:
+        """log(features + .05) of each candidate [n, F] after `source` (none: -1) in this context [S]."""
+        out = np.zeros((len(rows), self.num_features))
+        if source >= 0:
+            _gather(*self._sums(source, context), rows.astype(np.int64), out)
+        return np.log(out + _LEAST).astype(np.float32)
+
+    def candidates(self, source: int, context: Int64, k: int) -> tuple[Int32, Float32]:
+        """The k best after `source` by the weight that counts shared context, best first, ties by row."""
+        table, sums = self._sums(source, context)
+        places = np.flatnonzero(table >= 0)
+        rows, scores = table[places].astype(np.int32), sums[places, len(RANK_HALF_LIVES)]
+        best = np.lexsort((rows, -scores))[:k]
+        return rows[best], scores[best].astype(np.float32)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is still linked, as arrays, oldest first."""
+        with self._lock:
+            size = min(self._count, len(self._sources))
+            order = np.arange(self._count - size, self._count) % len(self._sources)
+            return {
+                "sources": self._sources[order],
+                "targets": self._ring.targets[order].astype(np.int32),
+                "contexts": self._ring.contexts[order],
+            }
+
+    def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None) -> None:
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone. The item before is context: mapped, too."""
+        sources, sources_kept = mapped(state["sources"], row_map)
+        targets, targets_kept = mapped(state["targets"], row_map)
+        both = sources_kept & targets_kept
+        rows = zip(
+            sources[targets_kept[sources_kept]].tolist(),
+            targets[sources_kept[targets_kept]].tolist(),
+            state["contexts"][both],
+            strict=True,
+        )
+        for source, target, context in rows:
+            self.add(source, target, context)
