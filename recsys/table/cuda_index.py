@@ -19,7 +19,7 @@ from recsys.table import triton_kernels as rows_kernels
 from recsys.table.triton_kernels import BFLOAT16, BLOCK, FLOAT16, FLOAT32, INT32, INT64
 
 _MAX_LOAD = 0.6
-"""Entries in use before the index doubles: 1 key in 30 lies outside its line then, 1 in 8 at 0.8; an entry is 16 bytes."""
+"""Entries in use before the index doubles: 1 key in 16 lies outside its line then, 1 in 8 at 0.8; an entry is 16 bytes."""
 _AHEAD = 4
 """Batches of this size that fit after growing, so that not every batch asks for counts."""
 _SCAN = 2**24
