@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _service_commands(commands)
     _data_commands(commands)
     _offline_commands(commands)
+    _evaluate_commands(commands)
     return root
 
 
@@ -203,6 +204,13 @@ def _offline_commands(commands: Any) -> None:
     replay.add_argument(
         "--label-delay", type=float, help="seconds until a label is final, in place of the tasks' windows"
     )
+    replay.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the configuration, such as model.dim=8; may be repeated",
+    )
     replay.add_argument("--seed", type=int, help="in place of the configuration's")
     replay.add_argument("--threads", type=int, default=1, help="torch threads; one sums in a fixed order")
     replay.add_argument("--delay", type=float, default=0.0, help="seconds that parameters and others' counters are old")
@@ -214,6 +222,53 @@ def _offline_commands(commands: Any) -> None:
     )
     replay.add_argument("--freeze-user", action="store_true", help="the user's own history and counters, too")
     replay.add_argument("--sample", type=float, default=1.0, help="share of requests answered and scored")
+    experiment = commands.add_parser("experiment", help="many replays").add_subparsers(required=True, metavar="ACTION")
+    several = _command(
+        experiment,
+        "run",
+        _experiment,
+        "run a list of replays in the background, those that have no result yet",
+        "recsys experiment run ablation.toml",
+        config_file=False,
+    )
+    several.add_argument(
+        "file", type=Path, help="TOML: out, [defaults], and [[runs]] with a name, options of replay, set"
+    )
+    several.add_argument("--wait", action="store_true", help="run them here, and end with the last")
+
+
+def _evaluate_commands(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="what else a log tells").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    policy = _command(
+        evaluate,
+        "policy",
+        _evaluate,
+        "what another policy would have earned where the log drew at random",
+        "recsys evaluate policy --log out/ --policy greedy.toml --json",
+        config_file=False,
+    )
+    policy.add_argument(
+        "--log", type=Path, nargs="+", required=True, help="event files, their folder, or Open Bandit CSV"
+    )
+    policy.add_argument("--policy", type=Path, required=True, metavar="FILE", help="TOML or JSON: docs/evaluation.md")
+    policy.add_argument(
+        "--estimators",
+        default="all",
+        help="all that are valid, slates (every position drawn), or names, comma-separated: ips, snips, dm, dr, sndr, "
+        "switch_dr, dr_os, replay, slate_ips, independent_ips, cascade_ips, cascade_dr",
+    )
+    policy.add_argument("--position", type=int, help="the drawn position; default: the one there is")
+    policy.add_argument("--reward", default="click", help="feedback types that earn 1, comma-separated")
+    policy.add_argument("--clip", type=float, help="cut weights of ips, snips, dr, sndr to this; default: not")
+    policy.add_argument("--switch", type=float, default=10.0, help="switch_dr: larger weights trust the model alone")
+    policy.add_argument("--shrink", type=float, default=10.0, help="dr_os: the smaller, the more weights shrink")
+    policy.add_argument("--folds", type=int, default=2, help="of users, for the reward model")
+    policy.add_argument("--prior", type=float, default=50.0, help="rounds that draw an item's mean to that of all")
+    policy.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    policy.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    policy.add_argument("--seed", type=int, default=0, help="of the bootstrap")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -296,6 +351,18 @@ def _replay(options: argparse.Namespace) -> int:
     from services.cli import replay
 
     return replay.run(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from services.cli import evaluate
+
+    return evaluate.run(options)
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from services.cli import experiment
+
+    return experiment.run(options)
 
 
 if __name__ == "__main__":

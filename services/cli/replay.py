@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,8 @@ def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
 def config_of(arguments: argparse.Namespace) -> config.Config:
     """The configuration with what the command line changes."""
     loaded = config.load(arguments.config)
+    for setting in arguments.set:
+        loaded = _set(loaded, setting)
     raw = loaded.model_dump(mode="json")
     if arguments.seed is not None:
         raw["seed"] = arguments.seed
@@ -66,6 +69,26 @@ def config_of(arguments: argparse.Namespace) -> config.Config:
         raw["tasks"] = [task for task in raw["tasks"] if task["name"] in names]
     if arguments.label_delay is not None:
         raw["tasks"] = [task | {"window_s": arguments.label_delay} for task in raw["tasks"]]
+    return config.parse(raw)
+
+
+def _set(loaded: config.Config, setting: str) -> config.Config:
+    """The configuration with `KEY=VALUE`; the value is JSON, or a string."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise BadInput(f"--set {setting!r} is not KEY=VALUE, such as model.dim=8", field="set")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    raw = loaded.model_dump(mode="json")
+    *sections, last = key.split(".")
+    target = raw
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise BadInput(f"--set {setting!r}: {section!r} is not a section", field="set")
+    target[last] = value
     return config.parse(raw)
 
 

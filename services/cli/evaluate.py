@@ -1,0 +1,190 @@
+"""`recsys evaluate policy`: what another policy would have earned, from a log."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from recsys.errors import BadInput
+from recsys.evaluation import off_policy, off_policy_logs
+from recsys.evaluation.off_policy import ESTIMATORS, Float64, Rounds, Settings
+from recsys.evaluation.off_policy_intervals import Estimate, effective_sample_size, estimates
+from recsys.evaluation.off_policy_open_bandit import is_open_bandit, read_open_bandit
+from recsys.evaluation.off_policy_policies import PolicyFile, read_policy
+from recsys.evaluation.off_policy_slates import SLATE_ESTIMATORS, Slates, slate_terms_of, slates_of, to_the_end
+from recsys.types import Int64
+from services.cli.main import DONE, emit
+
+_FAR = 4.0
+"""Standard errors that the weights' mean may be from 1 before the log or policy is doubted: chance does it once in 16,000."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate and print."""
+    _check(options)
+    policy = read_policy(options.policy)
+    names = _names(options.estimators)
+    evaluate = _slates if names[0] in SLATE_ESTIMATORS else _position
+    result = evaluate(options, policy, names)
+    emit(options, result, _text(result))
+    return DONE
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, fine, wanted in (
+        ("confidence", 0 < options.confidence < 1, "between 0 and 1"),
+        ("resamples", options.resamples >= 1, "1 or more"),
+        ("folds", options.folds >= 2, "2 or more"),
+        ("prior", 0 < options.prior < math.inf, "above 0"),
+        ("clip", options.clip is None or options.clip > 0, "above 0"),
+        ("switch", options.switch >= 0, "0 or more"),
+        ("shrink", options.shrink >= 0, "0 or more"),
+        ("seed", options.seed >= 0, "0 or more"),
+        ("position", options.position is None or options.position >= 1, "1 or more"),
+    ):
+        if not fine:
+            raise BadInput(f"--{name} {getattr(options, name)} must be {wanted}", field=name)
+
+
+def _names(given: str) -> tuple[str, ...]:
+    if given == "all":
+        return ESTIMATORS
+    if given == "slates":
+        return SLATE_ESTIMATORS
+    names, known = tuple(dict.fromkeys(given.split(","))), (*ESTIMATORS, *SLATE_ESTIMATORS)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise BadInput(
+                f"--estimators: {name!r} is not known: did you mean {near!r}? Known: all, slates, {', '.join(known)}",
+                field="estimators",
+            )
+    if len({name in SLATE_ESTIMATORS for name in names}) > 1:
+        raise BadInput(
+            "--estimators: those of slates and of one position are two runs: name one kind", field="estimators"
+        )
+    return names
+
+
+def _position(options: argparse.Namespace, policy: PolicyFile, names: tuple[str, ...]) -> dict[str, Any]:
+    position = options.position
+    if is_open_bandit(options.log):
+        rounds = read_open_bandit(options.log, position)
+    else:
+        log = off_policy_logs.read_log(options.log, options.reward.split(","))
+        position = position or off_policy_logs.drawn_position(log)
+        rounds = off_policy_logs.rounds_of(log, position, model_only=names == ("dm",))
+    chances = policy.chances(rounds)
+    refused = {name: why for name in names if (why := off_policy.why_not(name, rounds, chances))}
+    if refused and options.estimators != "all":
+        raise BadInput("; ".join(refused.values()), field="estimators")
+    model = off_policy.smoothed_means(rounds, folds=options.folds, prior=options.prior)
+    settings = Settings(clip=options.clip, switch=options.switch, shrink=options.shrink)
+    weights = off_policy.importance(rounds, chances)
+    terms = {n: off_policy.terms_of(n, rounds, chances, model, settings) for n in names if n not in refused}
+    found = estimates(terms, weights, rounds.users, np.random.default_rng(options.seed), **_intervals(options))
+    about = _weights(weights) if rounds.drawn else {}
+    log_says = {"rounds": len(rounds), "position": position, "mean_reward": float(rounds.rewards.mean())}
+    return _result(options, rounds, log_says, found, about) | {"refused": refused}
+
+
+def _slates(options: argparse.Namespace, policy: PolicyFile, names: tuple[str, ...]) -> dict[str, Any]:
+    if is_open_bandit(options.log):
+        raise BadInput(
+            "rows of Open Bandit's files do not say which were one answer: evaluate single rows (--estimators all)",
+            field="estimators",
+        )
+    if options.position is not None:
+        raise BadInput(
+            "--position is not for whole answers: leave it out, or name other --estimators", field="position"
+        )
+    slates = slates_of(off_policy_logs.read_log(options.log, options.reward.split(",")))
+    chances = policy.chances(slates.rounds)
+    model = to_the_end(slates, chances, folds=options.folds, prior=options.prior)
+    terms = {n: slate_terms_of(n, slates, chances, model) for n in names}
+    unweighed = np.zeros(len(slates.users))
+    found = estimates(terms, unweighed, slates.users, np.random.default_rng(options.seed), **_intervals(options))
+    rewards = slates.grid(slates.rounds.rewards, 0.0).sum(1)
+    log_says = {"slates": len(rewards), "rounds": len(slates.rounds), "mean_reward": float(rewards.mean())}
+    return _result(options, slates.rounds, log_says, found, _down(slates, chances)) | {"refused": {}}
+
+
+def _intervals(options: argparse.Namespace) -> dict[str, Any]:
+    return {"confidence": options.confidence, "resamples": options.resamples}
+
+
+def _result(
+    options: argparse.Namespace,
+    rounds: Rounds,
+    log_says: dict[str, Any],
+    found: list[Estimate],
+    weights: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "policy": str(options.policy),
+        "log": {**log_says, "users": _count(rounds.users), "left_out": dict(rounds.left_out)},
+        "settings": {
+            n: getattr(options, n) for n in ("clip", "switch", "shrink", "folds", "prior", "confidence", "seed")
+        },
+        "weights": weights,
+        "estimates": [asdict(estimate) for estimate in found],
+        "warnings": weights.pop("warnings", []),
+    }
+
+
+def _count(users: Int64) -> int:
+    return len(np.unique(users))
+
+
+def _weights(weights: Float64) -> dict[str, Any]:
+    """What the unchanged weights say about the log and the policy."""
+    mean, warnings = float(weights.mean()), []
+    error = float(weights.std()) / math.sqrt(len(weights))
+    if abs(mean - 1) > _FAR * error + 1e-3:
+        warnings.append(
+            f"the weights' mean is {mean:.4g}, not 1: propensities were not logged at the decision, or the policy chooses "
+            "what the log never does"
+        )
+    return {
+        "mean": mean,
+        "max": float(weights.max()),
+        "effective_sample_size": effective_sample_size(weights),
+        "warnings": warnings,
+    }
+
+
+def _down(slates: Slates, chances: Float64) -> dict[str, Any]:
+    """The same for the products down to each position."""
+    products = np.cumprod(slates.grid(off_policy.importance(slates.rounds, chances), 1.0), 1)
+    by_position = [_weights(column) for column in products.T]
+    warnings = [f"down to position {place}: {w}" for place, b in enumerate(by_position, 1) for w in b.pop("warnings")]
+    return {"down_to_position": by_position, "warnings": warnings}
+
+
+def _text(result: dict[str, Any]) -> str:
+    log = result["log"]
+    lines = [
+        f"log: {log.get('slates', log['rounds']):,} of {log['users']:,} users, mean reward {log['mean_reward']:.6g}"
+    ]
+    if log["left_out"]:
+        lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in log["left_out"].items()))
+    lines.append(f"{'estimator':16}{'value':>12}{'bootstrap':>26}{'empirical Bernstein':>26}{'ESS':>10}")
+    for row in result["estimates"]:
+        size = "" if row["effective_sample_size"] is None else f"{row['effective_sample_size']:.1f}"
+        intervals = "".join(f"{_interval(row[kind]):>26}" for kind in ("bootstrap", "empirical_bernstein"))
+        lines.append(f"{row['estimator']:16}{row['value']:12.6g}{intervals}{size:>10}")
+        if row["bias_estimate"]:
+            most = "" if row["bias_bound"] is None else f", at most {row['bias_bound']:.3g} either way"
+            lines.append(f"{'':16}by its weights' change or its model about {row['bias_estimate']:+.3g}{most}")
+    lines += [f"not valid here: {why}" for why in result["refused"].values()]
+    lines += [f"warning: {warning}" for warning in result["warnings"]]
+    return "\n".join(lines)
+
+
+def _interval(bounds: Any) -> str:
+    return "" if bounds is None else f"[{bounds[0]:.5g}, {bounds[1]:.5g}]"
