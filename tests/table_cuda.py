@@ -49,7 +49,7 @@ KERNELS = {
             "*fp64",
             "i64",
             "i32",
-            (*_SHAPE, 0, 64, 64, 0, optimizer, steps.NEAREST),
+            (*_SHAPE, 0, 64, 64, 0, optimizer, steps.NEAREST, optimizer == steps.ROWWISE_ADAGRAD),
         )
         for optimizer in (steps.SGD, steps.ADAGRAD, steps.ROWWISE_ADAGRAD, steps.ADAM, steps.FTRL)
     },
@@ -60,7 +60,7 @@ KERNELS = {
         "*fp64",
         "i64",
         "i32",
-        (CHUNK_ROWS, 64, 64, kernels.FLOAT16, *_SHAPE[4:], 0, 64, 64, 0, steps.SGD, steps.COUNTED),
+        (CHUNK_ROWS, 64, 64, kernels.FLOAT16, *_SHAPE[4:], 0, 64, 64, 0, steps.SGD, steps.COUNTED, False),
     ),
     "tally": ("*i32", _BATCH, "*i1", "*i64", "i32", (1000, 128)),
     "least": ("*i32", _BATCH, "*i1", "*i32", "*i64", "i32", (1000, 128)),

@@ -15,6 +15,9 @@ from recsys.table.cursors import Cursors
 from recsys.table.rows import check_pairs, check_width
 from recsys.types import Bool, Float32, Int32, Int64
 
+_PINNED_BYTES = 2**22
+"""Copies up to this size go by way of memory that the device reads by itself: larger ones would hold on to much of it."""
+
 
 def available() -> bool:
     """Whether there is a CUDA device."""
@@ -42,14 +45,14 @@ class CudaTable:
 
     def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
         with self._lock:
-            values, rows = self.rows.lookup(*self._pairs(slots, keys))
-            return values.cpu().numpy(), (rows >= self.rows.first).cpu().numpy()
+            values, rows = _fetched(*self.rows.lookup(*self._pairs(slots, keys)))
+            return values, rows >= self.rows.first
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         with self._lock:
             rows = self.rows.rows_train(*self._pairs(slots, keys), now_ms, self._cursors.now, admit)
             self.rows.see(rows, now_ms)
-            return self.rows.values.gather(rows).cpu().numpy()
+            return _fetched(self.rows.values.gather(rows))[0]
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
         with self._lock:
@@ -181,7 +184,7 @@ class CudaTable:
             check_pairs(self.layout, slots, keys, *others)
         if not self._known[slots].all():
             check_pairs(self.layout, slots, keys, *others)
-        return self.rows.tensor(slots.astype(np.int32)), self.rows.tensor(keys.astype(np.int64))
+        return _sent(slots, keys, self.rows.device)
 
     def _matrix(self, name: str, array: Float32, *widths: int) -> Tensor:
         check_width(self.layout, name, array, *widths)
@@ -205,6 +208,32 @@ class CudaTable:
         if len(keys):
             self._cursors.removed(_array(slots), _array(keys))
         return len(keys)
+
+
+def _sent(slots: Int32, keys: Int64, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Slots and keys on the device, in one copy."""
+    count = len(keys)
+    start = 8 * count + 15 & ~15  # kernels read from multiples of 16 bytes
+    if device.type == "cpu" or start > _PINNED_BYTES:
+        given = (slots.astype(np.int32), keys.astype(np.int64))
+        return torch.from_numpy(given[0]).to(device), torch.from_numpy(given[1]).to(device)
+    buffer = torch.empty(start + 4 * count, dtype=torch.uint8, pin_memory=True)
+    array = buffer.numpy()
+    array[: 8 * count].view(np.int64)[:] = keys
+    array[start:].view(np.int32)[:] = slots
+    there = buffer.to(device, non_blocking=True)
+    return there[start:].view(torch.int32), there[: 8 * count].view(torch.int64)
+
+
+def _fetched(*tensors: Tensor) -> list[Any]:
+    """Copies on the host; waits for the device once."""
+    if tensors[0].device.type == "cpu" or tensors[0].nbytes > _PINNED_BYTES:
+        return [_array(tensor) for tensor in tensors]
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return [copy.numpy() for copy in copies]
 
 
 def _array(tensor: Tensor) -> Any:

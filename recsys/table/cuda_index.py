@@ -19,7 +19,7 @@ from recsys.table import triton_kernels as rows_kernels
 from recsys.table.triton_kernels import BFLOAT16, BLOCK, FLOAT16, FLOAT32, INT32, INT64
 
 _MAX_LOAD = 0.6
-"""Entries in use before the index doubles: 1 key in 30 lies outside its line then, 1 in 8 at 0.8; an entry is 16 bytes."""
+"""Entries in use before the index doubles: 1 key in 16 lies outside its line then, 1 in 8 at 0.8; an entry is 16 bytes."""
 _AHEAD = 4
 """Batches of this size that fit after growing, so that not every batch asks for counts."""
 _SCAN = 2**24
@@ -67,23 +67,25 @@ def launch(kernel: Any, programs: int, *given: Any, shape: tuple[int, ...], warp
         return
     key = (kernel.__name__, shape, warps, given[-1] >> 31)
     compiled = _compiled.get(key)
-    found: list[int] = []
+    found = [0]
     plain = _addresses(given, found)
-    if compiled is None or any(address & 15 for address in found):
+    if compiled is None or found[0] & 15:
         _compiled[key] = kernel[(programs,)](*given, shape, num_warps=warps, enable_fp_fusion=False)
     else:
         compiled[(programs, 1, 1)](*plain, shape)
 
 
 def _addresses(given: Sequence[Any], found: list[int]) -> tuple[Any, ...]:
-    """The same with the address of each tensor in its place, which are also added to `found`."""
+    """The same with the address of each tensor in its place, whose bits are also added to `found`."""
     plain: list[Any] = []
     for each in given:
-        if isinstance(each, Tensor):
-            found.append(each.data_ptr())
-            plain.append(found[-1])
+        kind = type(each)
+        if kind is Tensor:
+            address = each.data_ptr()
+            found[0] |= address
+            plain.append(address)
         else:
-            plain.append(_addresses(each, found) if isinstance(each, tuple) else each)
+            plain.append(_addresses(each, found) if kind is tuple else each)
     return tuple(plain)
 
 
@@ -145,6 +147,8 @@ class DeviceIndex:
         self._counts = torch.tensor([first, 0, 0, 0], device=self.device)
         """Next unused row, freed rows, deleted entries, rows made in this call."""
         self._most = [0, 0]  # live rows, deleted entries: at most
+        self._since = [0, 0]  # of both, since the counts were asked for
+        self._answer: tuple[Tensor, torch.cuda.Event] | None = None
         self._entries = self._empty(1024)
         self._free = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._grow_rows(first)
@@ -166,14 +170,14 @@ class DeviceIndex:
     def __len__(self) -> int:
         """Live rows. Waits for the device."""
         end, free, deleted, _ = self._counts.tolist()
-        self._most = [end - free - self.first, deleted]
+        self._most, self._answer = [end - free - self.first, deleted], None
         return self._most[0]
 
     def find(self, slots: Tensor, keys: Tensor) -> Tensor:
         """Rows [N]; its slot's `fallback` where missing."""
         rows = torch.empty(len(keys), dtype=torch.int32, device=self.device)
         if len(keys):
-            size, programs = lanes(len(keys))
+            size, programs = lanes(len(keys), kernels.LINE, values=128)
             launch(kernels.find, programs, self.index, (slots, keys), rows, len(keys), shape=(size,))
         return rows
 
@@ -190,6 +194,7 @@ class DeviceIndex:
     def reserve(self, batch: int, wanted: Callable[[], int], full: Callable[[int, int], Exception]) -> None:
         """Make room for a row of each of `batch` lanes. Waits only if the bounds do not fit, then also asks how many new rows
         are `wanted` if the table may be full: and if those do not fit, `full(rows, more)` is raised."""
+        self._refresh(batch)
         if not self._fits(batch):
             live = len(self)
             if not self._fits(batch):
@@ -200,6 +205,20 @@ class DeviceIndex:
                 self._grow_rows(self.first + min(self.capacity, live + more + _AHEAD * batch))
                 self._grow_entries(live + more, _AHEAD * batch)
         self._most[0] = min(self._most[0] + batch, self.capacity)
+        self._since[0] += batch
+
+    def _refresh(self, batch: int) -> None:
+        """Take the counts that were asked for, if they are here; ask for them before the bounds are used up."""
+        if self._fits(_AHEAD * batch) or self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        if self._answer is not None and self._answer[1].query():
+            end, free, deleted, _ = self._answer[0].tolist()
+            self._most = [min(end - free - self.first + self._since[0], self.capacity), deleted + self._since[1]]
+            self._answer = None
+        if self._answer is None:
+            counts = torch.empty(4, dtype=torch.int64, pin_memory=True).copy_(self._counts, non_blocking=True)
+            self._answer = counts, torch.cuda.current_stream(self.device).record_event()
+            self._since = [0, 0]
 
     def _fits(self, batch: int) -> bool:
         rows = min(self.capacity, len(self._free) - 1 - self.first)
@@ -210,7 +229,7 @@ class DeviceIndex:
         rows = torch.empty(len(keys), dtype=torch.int32, device=self.device)
         claims = (rows, torch.empty(len(keys), dtype=torch.int64, device=self.device), self._counts, self._free)
         if len(keys):
-            size, programs = lanes(len(keys))
+            size, programs = lanes(len(keys), kernels.LINE, values=128)
             launch(kernels.enter, programs, self.index, (slots, keys), claims, len(keys), shape=(self.first, size))
         return claims
 
@@ -227,6 +246,7 @@ class DeviceIndex:
         self._free[torch.where(gone, self._counts[1] + count - 1, len(self._free) - 1)] = rows
         self._counts[1:3] += count[-1]
         self._most[1] += len(keys)
+        self._since[1] += len(keys)
 
     def scan(self, start: int = 0, rows: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """Slots, keys, rows [M] of entries in use, and where the next begin: all from the entry `start` on, or as many as
@@ -261,6 +281,7 @@ class DeviceIndex:
         width, programs = lanes(len(old))
         launch(kernels.rehash, programs, old, self.index, len(old), shape=(width,))
         self._counts[2] = self._most[1] = 0
+        self._answer = None
 
     def _empty(self, size: int) -> Tensor:
         return torch.full((size, 2), kernels.EMPTY, device=self.device)

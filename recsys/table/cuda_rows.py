@@ -36,8 +36,8 @@ CHUNK_ROWS = 2**18
 """Rows that are allocated together, a power of two: 67 MB at 64 values. Half doubles the list of addresses, which should
 stay in a cache; double leaves more memory unused."""
 _LARGEST = float(np.finfo(np.float32).max)
-_PROGRAMS = 2048
-"""Programs of two warps that a device runs at a time, about: they share out what is counted on the device alone."""
+_PROGRAMS = 8192
+"""Programs of one warp, twice what a device runs at a time: they share out what is counted on the device alone."""
 _BESIDE = 2**17
 """Rows that are sorted beside other work: fewer take less time than the host needs to arrange that."""
 _MARKS = 2
@@ -94,6 +94,7 @@ class DeviceRows:
         self._layout_shape = (*values_shape, record, self.width, power(max(1, self.width)), self.first)
         self._rates = list(self.tensor(rates))
         # What is sorted beside a copy has to come first, or waits until all of the copy's programs have begun.
+        self._sorting: tuple[Any, ...] | None = None
         self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def tensor(self, array: npt.NDArray[Any]) -> Tensor:
@@ -141,9 +142,11 @@ class DeviceRows:
         self._beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._beside):
             torch.sort(rows, stable=True, out=out)
-            done = self._beside.record_event()
-        for tensor in (rows, *out):
-            tensor.record_stream(self._beside)
+        done = self._beside.record_event()
+        if not torch.cuda.is_current_stream_capturing():  # a graph keeps its memory to itself
+            if self._sorting is not None:
+                self._sorting[0].wait()  # what was held for it can be given to others after this
+            self._sorting = done, rows, *out
         return Ordered(*out, slots, keys, done)
 
     def state(self, rows: Tensor) -> Tensor:
@@ -219,9 +222,10 @@ class DeviceRows:
             size, programs = lanes(count, padded, values=1024)
             last = start + segment.dim == self.layout.dim
             rounding = steps.NEAREST if self._drawn is None else steps.COUNTED if last else steps.STOCHASTIC
-            span = (start, segment.dim, padded, state, getattr(steps, segment.optimizer.upper()), rounding)
+            whole = start == 0 and segment.optimizer == "rowwise_adagrad" and self.records.width == 4
+            span = (start, segment.dim, padded, state, getattr(steps, segment.optimizer.upper()), rounding, whole)
             same = (order, given, self._columns, self._rates[number], _stamp(now_ms, version), count)
-            launch(steps.step, programs, *same, shape=(*self._shape(size, start == 0), *span))
+            launch(steps.step, programs, *same, shape=(*self._shape(size, start == 0), *span), warps=2)
             start, state = start + segment.dim, state + state_width(segment)
         return refused
 
@@ -277,7 +281,7 @@ class DeviceRows:
         shape = (dim, padded, max(1, min(steps.TILE, 2048 // padded)))
         launch(steps.presum, tiles, order, gradients, sums, frequent, count, shape=shape)
         given = (order, (gradients, sums), frequent, summed, count)
-        launch(steps.combine, min(len(heads), _PROGRAMS), *given, shape=(dim, padded, max(1, 1024 // padded)), warps=2)
+        launch(steps.combine, min(len(heads), _PROGRAMS), *given, shape=(dim, padded, max(1, 512 // padded)), warps=1)
         return summed
 
 

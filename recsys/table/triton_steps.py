@@ -148,7 +148,12 @@ def _write(pointer, number, live):
 def _kept(state, head, live, SHAPE: tl.constexpr):
     """State of a segment, in up to three parts."""
     each = state[:, None] + tl.arange(0, SHAPE[12])[None, :]
-    if SHAPE[14] == _ROWWISE_ADAGRAD:
+    if SHAPE[16]:
+        word = tl.arange(0, 4)[None, :]
+        whole = tl.load((state - SHAPE[13])[:, None] + word, mask=head[:, None], other=0)
+        bits = tl.reduce(tl.where(word == SHAPE[13], whole, 0), 1, tl.standard._sum_combine)
+        parts = (bits.to(tl.float32, bitcast=True).to(tl.float64), whole, head)
+    elif SHAPE[14] == _ROWWISE_ADAGRAD:
         parts = (_read(state, head), head, head)
     elif SHAPE[14] == _ADAGRAD:
         parts = (_read(each, live), head, head)
@@ -162,15 +167,24 @@ def _kept(state, head, live, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _moved(values, kept, state, rates, masks, SHAPE: tl.constexpr):
-    """New values (float64) of a segment; its state goes to `state`. `values`: old, gradients (float32)."""
+def _moved(values, kept, state, rates, masks, mark, SHAPE: tl.constexpr):
+    """New values (float64) of a segment; its state goes to `state`. `values`: old, gradients (float32). `mark`: which rows
+    are seen and changed, and the stamp."""
     head, live = masks
     old, g = values[0].to(tl.float64), values[1].to(tl.float64)
     rate, epsilon = tl.load(rates), tl.load(rates + 1)
     each = state[:, None] + tl.arange(0, SHAPE[12])[None, :]
     if SHAPE[14] == _ROWWISE_ADAGRAD:
         squares = kept[0] + tl.reduce(g * g, 1, tl.standard._sum_combine) * (1.0 / SHAPE[11])
-        _write(state, squares, head)
+        if SHAPE[16]:
+            word = tl.arange(0, 4)[None, :]
+            whole = tl.where(word == SHAPE[13], squares.to(tl.float32).to(tl.int32, bitcast=True)[:, None], kept[1])
+            seen = tl.where(word == SHAPE[5], tl.maximum(whole, (mark[1] & 0xFFFFFFFF).to(tl.int32)), whole)
+            seen = tl.where(word == SHAPE[5] + 1, (mark[1] >> 32).to(tl.int32), seen)
+            whole = tl.where(mark[0][:, None], seen, whole)
+            tl.store((state - SHAPE[13])[:, None] + word, whole, mask=head[:, None])
+        else:
+            _write(state, squares, head)
         old -= _over_root(rate, squares, epsilon)[:, None] * g
     elif SHAPE[14] == _ADAGRAD:
         squares = kept[0] + g * g
@@ -240,8 +254,9 @@ def step(ordered, gradients, columns, rates, stamp, n, SHAPE: tl.constexpr):
 
     `ordered` goes on, if values are rounded stochastically: slots, keys, mixed seed. `gradients`: [N, D], `combine`'s sums of
     rows that occur more than twice, refused. `rates`: rate, epsilon, and what else the optimiser has (float64). SHAPE goes
-    on: start of the segment, its width, padded, start of its state, optimiser, rounding. Rows are to be marked as seen and
-    changed for one segment only.
+    on: start of the segment, its width, padded, start of its state, optimiser, rounding, and whether records, of row-wise
+    Adagrad and four numbers, are read and written by one access. Rows are to be marked as seen and changed for one segment
+    only.
     """
     rows, positions = ordered[0], ordered[1]
     given, summed, refused = gradients
@@ -267,14 +282,14 @@ def step(ordered, gradients, columns, rates, stamp, n, SHAPE: tl.constexpr):
     tl.store(refused + row * 0, row * 0 + 1, mask=infinite)
     head = head & (infinite == 0)
     live = live & (infinite == 0)[:, None]
-    moved = _moved((old, g), kept, record + SHAPE[13], rates, (head, live), SHAPE).to(tl.float32)
+    mark = head & (row >= SHAPE[7])
+    moved = _moved((old, g), kept, record + SHAPE[13], rates, (head, live), (mark, stamp), SHAPE).to(tl.float32)
     if SHAPE[15] == _NEAREST:
         tl.store(target, _nearest(moved, SHAPE[3]), mask=live)
     else:
         order = (ordered[2], ordered[3], ordered[4])
         tl.store(target, _stored(moved, row, position, order, record, head, SHAPE), mask=live)
-    if SHAPE[9]:
-        mark = head & (row >= SHAPE[7])
+    if SHAPE[9] and not SHAPE[16]:
         now = (stamp & 0xFFFFFFFF).to(tl.int32)
         seen = tl.load(record + SHAPE[5], mask=mark, other=0)
         tl.store(record + SHAPE[5], tl.maximum(seen, now), mask=mark)

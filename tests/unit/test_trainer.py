@@ -1,7 +1,8 @@
 """The trainer: a restart at any gap gives what running straight through gives, bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,10 @@ GAPS = (
 )
 
 
-def configuration(folder: Path) -> Config:
+PLAIN: Mapping[str, Any] = {}
+
+
+def configuration(folder: Path, options: Mapping[str, Any] = PLAIN) -> Config:
     return parse(
         {
             "data_dir": str(folder),
@@ -51,13 +55,42 @@ def configuration(folder: Path) -> Config:
             "training": {"batch_size": 64, "expire_every_steps": 7},
             "table": {"capacity": 20_000, "expiry_s": 30},
         }
+        | options
     )
+
+
+EVERYTHING: Mapping[str, Any] = {
+    "tasks": [
+        {"name": "click", "types": ["click"], "window_s": 2, "labels": "early_positive"},
+        {"name": "like", "types": ["like"], "window_s": 5, "prior": 0.02, "labels": "fnw", "after": "click"},
+        {"name": "both", "types": ["click", "like"], "window_s": 6, "labels": "es_dfm", "wait_s": 1, "group": "watch"},
+    ],
+    "features": {"sequences": {"clicks": ["click"], "likes": ["like"]}, "time_gaps": True},
+    "model": {
+        "dim": 4,
+        "expert_hidden": [8, 4],
+        "attention": [8],
+        "tower_dim": 4,
+        "input_width": 16,
+        "row_l2": 0.1,
+        "row_optimizer": "adam",
+        "wide_optimizer": "ftrl",
+        "dense_optimizer": "adagrad",
+        "calibrate": True,
+        "error_memory": 0.3,
+        "hard_negatives": 2,
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> MemoryLog:
     """A log of requests answered by the untrained pipeline, and what users did; one second each."""
-    config = configuration(tmp_path_factory.mktemp("world"))
+    return answered(configuration(tmp_path_factory.mktemp("world")))
+
+
+def answered(config: Config) -> MemoryLog:
+    """Such a log, of any configuration."""
     clock, world, schema = ManualClock(1_000_000), World(seed=1, num_users=12, num_items=60), Schema.of(config)
     log, sources = MemoryLog(clock), Sources(config, schema, Catalogue(schema))
     for item in world.items():
@@ -123,13 +156,15 @@ class Slowly:
 END = 1_000_000 + 75_000
 
 
-def run(log: MemoryLog, folder: Path, gap: str = "", count: int = 1) -> tuple[Runner, Slowly, int]:
+def run(
+    log: MemoryLog, folder: Path, gap: str = "", count: int = 1, options: Mapping[str, Any] = PLAIN
+) -> tuple[Runner, Slowly, int]:
     """Run to the end, restarting after each crash; returns the last runner, its log, and how often it crashed."""
     clock, crashes = ManualClock(1_000_000), 0
     view = Slowly(log, clock)
     crash = AbortAt(gap, count)
     while True:
-        runner = Runner(configuration(folder), view, clock, crash=crash)  # type: ignore[arg-type]
+        runner = Runner(configuration(folder, options), view, clock, crash=crash)  # type: ignore[arg-type]
         try:
             runner.start()
             for _ in turns(runner, clock, END):
@@ -174,6 +209,18 @@ def test_a_crash_at_any_gap_changes_nothing(gap: str, log: MemoryLog, straight, 
     crashed = parameters(runner)
     assert crashed.keys() == straight.keys()
     for name, expected in straight.items():
+        np.testing.assert_array_equal(crashed[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize("gap", ["stepped", "manifest renamed"])
+def test_a_crash_changes_nothing_with_every_option_on(gap: str, tmp_path: Path) -> None:
+    log = answered(configuration(tmp_path / "world", EVERYTHING))
+    straight, _, _ = run(log, tmp_path / "straight", options=EVERYTHING)
+    runner, _, crashes = run(log, tmp_path / "crashed", gap, 47 if gap == "stepped" else 2, EVERYTHING)
+    assert crashes == 1 and straight.trainer.towers is not None
+    assert straight.trainer.steps > 40 and straight.trainer.learner.model.calibrator is not None
+    crashed = parameters(runner)
+    for name, expected in parameters(straight).items():
         np.testing.assert_array_equal(crashed[name], expected, err_msg=name)
 
 
