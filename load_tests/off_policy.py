@@ -52,8 +52,9 @@ class Coverage:
     """Standard error of `bias`."""
 
 
-Draw = Callable[[np.random.Generator], tuple[dict[str, Terms], Floats, Ints]]
-"""One log: terms of each estimator, unchanged weights, users."""
+Drawn = tuple[dict[str, Terms], Floats, Floats, Ints]
+"""One log: terms of each estimator, unchanged weights, rewards, users."""
+Draw = Callable[[np.random.Generator], Drawn]
 
 
 def coverage(draw: Draw, truth: float, runs: int, seed: int, resamples: int) -> dict[str, Coverage]:
@@ -61,8 +62,8 @@ def coverage(draw: Draw, truth: float, runs: int, seed: int, resamples: int) -> 
     found: dict[str, list[Estimate]] = {}
     for number in range(runs):
         rng = np.random.default_rng([seed, number])
-        terms, weights, users = draw(rng)
-        for estimate in estimates(terms, weights, users, rng, resamples=resamples):
+        terms, weights, rewards, users = draw(rng)
+        for estimate in estimates(terms, weights, rewards, users, rng, resamples=resamples):
             found.setdefault(estimate.estimator, []).append(estimate)
     return {name: _covered(several, truth) for name, several in found.items()}
 
@@ -93,7 +94,7 @@ class Position:
         self._chances = np.eye(ITEMS)[other.argmax(1)] if uniform else softmax(self._rates * 3 + other)
         self.truth = float((self._chances * self._rates).sum(1).mean())
 
-    def draw(self, rng: np.random.Generator) -> tuple[dict[str, Terms], Floats, Ints]:
+    def draw(self, rng: np.random.Generator) -> Drawn:
         """One log, contexts drawn uniformly."""
         context = rng.integers(CONTEXTS, size=self._num)
         shown = choose(rng, self._logged[context])
@@ -103,7 +104,7 @@ class Position:
         model, settings = smoothed_means(rounds), Settings(switch=SWITCH, shrink=SHRINK)
         names = ("replay",) if self._uniform else ("ips", "snips", "dr", "sndr", *BIASED)
         terms = {name: terms_of(name, rounds, chances, model, settings) for name in names}
-        return terms, importance(rounds, chances), rounds.users
+        return terms, importance(rounds, chances), rounds.rewards, rounds.users
 
 
 class Cascade:
@@ -122,7 +123,7 @@ class Cascade:
         below = zip(self._chances[:-1], rest, strict=True)
         self.truth = float(top @ self._rates + sum(a @ self._below @ b for a, b in below))
 
-    def draw(self, rng: np.random.Generator) -> tuple[dict[str, Terms], Floats, Ints]:
+    def draw(self, rng: np.random.Generator) -> Drawn:
         """One log of as many slates."""
         logged = np.tile(self._logged, (self._num, 1))
         shown = choose(rng, logged).reshape(self._num, POSITIONS)
@@ -137,7 +138,7 @@ class Cascade:
         model = to_the_end(slates, chances)
         names = ("slate_ips", "cascade_ips", "cascade_dr")
         terms = {name: slate_terms_of(name, slates, chances, model) for name in names}
-        return terms, np.zeros(self._num), slates.users
+        return terms, np.zeros(self._num), rewards.sum(1), slates.users
 
 
 def softmax(logits: Floats, floor: float = 0.0) -> Floats:

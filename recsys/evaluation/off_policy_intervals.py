@@ -32,6 +32,10 @@ class Estimate:
     value: float
     bootstrap: Interval
     """None: fewer than half of the resamples have a value."""
+    gain: float
+    """Value less the mean reward of the log."""
+    gain_bootstrap: Interval
+    """On the same resamples: what both depend on cancels."""
     empirical_bernstein: Interval
     """None: the estimator is not a mean of terms whose bounds the log tells."""
     effective_sample_size: float | None
@@ -46,27 +50,22 @@ class Estimate:
 def estimates(
     terms: Mapping[str, Terms],
     weights: Float64,
+    rewards: Float64,
     users: Int64,
     generator: np.random.Generator,
     *,
     confidence: float = 0.95,
     resamples: int = 1000,
 ) -> list[Estimate]:
-    """One estimate for each named estimator from its terms, the unchanged `weights` (NaN: unknown) and users [N].
+    """One estimate for each named estimator from its terms, the unchanged `weights` (NaN: unknown), rewards and users [N].
 
     All estimators share the resamples: their differences are paired.
     """
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"need 0 < confidence < 1 and resamples > 0, got {confidence}, {resamples}")
-    drawn = _resampled(terms, users, generator, resamples)
-    tail = (1 - confidence) / 2
+    logged, drawn = _resampled(terms, rewards, users, generator, resamples)
     found = []
     for (name, term), values in zip(terms.items(), drawn, strict=True):
-        known = values[np.isfinite(values)]
-        bootstrap: Interval = None
-        if 2 * len(known) >= resamples:
-            low, high = np.quantile(known, [tail, 1 - tail]).tolist()
-            bootstrap = low, high
         any_weight = bool(term.weights.any())
         plain = weights if name != "replay" else term.weights
         unchanged = replace(term, weights=plain).value
@@ -74,7 +73,9 @@ def estimates(
             Estimate(
                 estimator=name,
                 value=term.value,
-                bootstrap=bootstrap,
+                bootstrap=_middle(values, confidence),
+                gain=term.value - float(rewards.mean()),
+                gain_bootstrap=_middle(values - logged, confidence),
                 empirical_bernstein=_bernstein_of(name, term, users, confidence),
                 effective_sample_size=effective_sample_size(term.weights),
                 changed_share=float(np.mean(np.abs(term.weights - plain) > 0.01 * plain)) if any_weight else None,
@@ -104,6 +105,15 @@ def empirical_bernstein(values: Float64, low: float, high: float, confidence: fl
     return mean - half, mean + half
 
 
+def _middle(values: Float64, confidence: float) -> Interval:
+    """Quantiles of what the resamples say [B]."""
+    known = values[np.isfinite(values)]
+    if 2 * len(known) < len(values):
+        return None
+    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    return low, high
+
+
 def _bernstein_of(name: str, term: Terms, users: Int64, confidence: float) -> Interval:
     if term.bounds is None:
         return None
@@ -123,12 +133,12 @@ def _bernstein_of(name: str, term: Terms, users: Int64, confidence: float) -> In
 
 
 def _resampled(
-    terms: Mapping[str, Terms], users: Int64, generator: np.random.Generator, resamples: int
-) -> list[Float64]:
-    """Each estimator's value in each resample of the users [E][B]."""
+    terms: Mapping[str, Terms], rewards: Float64, users: Int64, generator: np.random.Generator, resamples: int
+) -> tuple[Float64, list[Float64]]:
+    """The mean reward [B] and each estimator's value [E][B] in each resample of the users."""
     _, of = np.unique(users, return_inverse=True)
     num = int(of.max()) + 1
-    columns: list[Float64] = [np.bincount(of).astype(np.float64)]
+    columns: list[Float64] = [np.bincount(of).astype(np.float64), np.bincount(of, rewards).astype(np.float64)]
     for term in terms.values():
         columns += [
             np.bincount(of, c).astype(np.float64) for c in (term.base, term.weights * term.residuals, term.weights)
@@ -145,7 +155,7 @@ def _resampled(
     rounds = sums[:, 0]
     values = []
     for index, term in enumerate(terms.values()):
-        base, weighted, weight = sums[:, 1 + 3 * index : 4 + 3 * index].T
+        base, weighted, weight = sums[:, 2 + 3 * index : 5 + 3 * index].T
         with np.errstate(divide="ignore", invalid="ignore"):
             values.append(base / rounds + weighted / (weight if term.normalised else rounds))
-    return values
+    return sums[:, 1] / rounds, values

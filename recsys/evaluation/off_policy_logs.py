@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -31,35 +31,47 @@ class Log:
     impressions: Sequence[Impression]
     rewarded: Places
     viewed: Places = field(default_factory=set)
-    unattributed: int = 0
-    """Rewarded feedback that names no request: in no reward."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows that are in no round, by reason."""
 
     def shown(self, impression: Impression, item: ShownItem) -> bool:
         """Whether the user saw it; of a deferred answer, what has a `view`."""
         return impression.activation != "deferred" or (impression.request_id, item.item_id) in self.viewed
 
 
-def read_log(paths: Sequence[Path], types: Collection[str]) -> Log:
-    """The log of event files or their folders; feedback of these types is rewarded."""
+def read_log(paths: Sequence[Path], types: Collection[str], window_s: float | None = None) -> Log:
+    """The log of event files or their folders; feedback of these types is rewarded where it names its request.
+
+    `window_s`: only feedback so soon after the impression is, and impressions so close to the log's end are left out:
+    theirs may still come.
+    """
     impressions: list[Impression] = []
-    rewarded: Places = set()
+    rewarded: dict[tuple[str, str], int] = {}
     viewed: Places = set()
-    unattributed = 0
-    for _, _, message in files.merged(list(paths)):
+    left_out: Counter[str] = Counter()
+    last_ms = 0
+    for last_ms, _, message in files.merged(list(paths)):  # noqa: B007
         if isinstance(message, Impression):
             impressions.append(replace(message, features=b""))  # most of the bytes, and of no use here
         elif isinstance(message, Feedback):
             if message.request_id:
                 place = (message.request_id, message.item_id)
                 if message.type in types:
-                    rewarded.add(place)
+                    rewarded.setdefault(place, message.time_ms)
                 if message.type == VIEW:
                     viewed.add(place)
             elif message.type in types:
-                unattributed += 1
+                left_out["feedback_without_request"] += 1
+    if window_s is not None:
+        ends_ms = {i.request_id: i.time_ms + window_s * 1000 for i in impressions}
+        left_out["feedback_after_window"] = sum(t > ends_ms.get(place[0], t) for place, t in rewarded.items())
+        left_out["window_open"] = sum(end > last_ms for end in ends_ms.values())
+        rewarded = {place: t for place, t in rewarded.items() if t <= ends_ms.get(place[0], t)}
+        impressions = [i for i in impressions if ends_ms[i.request_id] <= last_ms]
     if not impressions:
-        raise BadInput("the log has no impression: name files of what was shown, too", field="log")
-    return Log(impressions=impressions, rewarded=rewarded, viewed=viewed, unattributed=unattributed)
+        at_all = f" whose window of {window_s:g} s is over" if left_out["window_open"] else ""
+        raise BadInput(f"the log has no impression{at_all}: name files of what was shown, too", field="log")
+    return Log(impressions=impressions, rewarded=set(rewarded), viewed=viewed, left_out=left_out)
 
 
 def drawn_position(log: Log) -> int:
@@ -83,7 +95,7 @@ def rounds_of(log: Log, position: int, *, model_only: bool = False) -> Rounds:
     `model_only`: for dm alone; where the position never was drawn, the items at it and below are its pool.
     BadInput where no answer has the position, or none drew it; where a pool is not whole or contradicts the propensity.
     """
-    left_out = Counter(feedback_without_request=log.unattributed)
+    left_out = Counter(log.left_out)
     choices: list[tuple[Impression, ShownItem]] = []
     for impression in log.impressions:
         found = next((item for item in impression.items if item.position == position), None)

@@ -46,7 +46,7 @@ class Slates:
 
 def slates_of(log: Log) -> Slates:
     """The answers of a log; BadInput where a position was not drawn. Deferred answers are left out and counted."""
-    left_out = Counter(feedback_without_request=log.unattributed)
+    left_out = Counter(log.left_out)
     choices: list[tuple[Impression, ShownItem]] = []
     slate: list[int] = []
     depth: list[int] = []

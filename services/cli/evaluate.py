@@ -45,6 +45,7 @@ def _check(options: argparse.Namespace) -> None:
         ("switch", options.switch >= 0, "0 or more"),
         ("shrink", options.shrink >= 0, "0 or more"),
         ("seed", options.seed >= 0, "0 or more"),
+        ("window", options.window is None or 0 <= options.window < math.inf, "0 or more seconds"),
         ("position", options.position is None or options.position >= 1, "1 or more"),
     ):
         if not fine:
@@ -76,7 +77,7 @@ def _position(options: argparse.Namespace, policy: PolicyFile, names: tuple[str,
     if is_open_bandit(options.log):
         rounds = read_open_bandit(options.log, position)
     else:
-        log = off_policy_logs.read_log(options.log, options.reward.split(","))
+        log = off_policy_logs.read_log(options.log, options.reward.split(","), options.window)
         position = position or off_policy_logs.drawn_position(log)
         rounds = off_policy_logs.rounds_of(log, position, model_only=names == ("dm",))
     chances = policy.chances(rounds)
@@ -87,8 +88,9 @@ def _position(options: argparse.Namespace, policy: PolicyFile, names: tuple[str,
     settings = Settings(clip=options.clip, switch=options.switch, shrink=options.shrink)
     weights = off_policy.importance(rounds, chances)
     terms = {n: off_policy.terms_of(n, rounds, chances, model, settings) for n in names if n not in refused}
-    found = estimates(terms, weights, rounds.users, np.random.default_rng(options.seed), **_intervals(options))
-    about = _weights(weights) if rounds.drawn else {}
+    found = estimates(terms, weights, rounds.rewards, rounds.users, **_intervals(options))
+    variance = np.add.reduceat(chances**2 / rounds.logged, rounds.starts[:-1]) - 1
+    about = _weights(weights, float(variance.mean())) if rounds.drawn else {}
     log_says = {"rounds": len(rounds), "position": position, "mean_reward": float(rounds.rewards.mean())}
     return _result(options, rounds, log_says, found, about) | {"refused": refused}
 
@@ -103,19 +105,22 @@ def _slates(options: argparse.Namespace, policy: PolicyFile, names: tuple[str, .
         raise BadInput(
             "--position is not for whole answers: leave it out, or name other --estimators", field="position"
         )
-    slates = slates_of(off_policy_logs.read_log(options.log, options.reward.split(",")))
+    slates = slates_of(off_policy_logs.read_log(options.log, options.reward.split(","), options.window))
     chances = policy.chances(slates.rounds)
     model = to_the_end(slates, chances, folds=options.folds, prior=options.prior)
     terms = {n: slate_terms_of(n, slates, chances, model) for n in names}
-    unweighed = np.zeros(len(slates.users))
-    found = estimates(terms, unweighed, slates.users, np.random.default_rng(options.seed), **_intervals(options))
     rewards = slates.grid(slates.rounds.rewards, 0.0).sum(1)
+    found = estimates(terms, np.zeros(len(rewards)), rewards, slates.users, **_intervals(options))
     log_says = {"slates": len(rewards), "rounds": len(slates.rounds), "mean_reward": float(rewards.mean())}
     return _result(options, slates.rounds, log_says, found, _down(slates, chances)) | {"refused": {}}
 
 
 def _intervals(options: argparse.Namespace) -> dict[str, Any]:
-    return {"confidence": options.confidence, "resamples": options.resamples}
+    return {
+        "generator": np.random.default_rng(options.seed),
+        "confidence": options.confidence,
+        "resamples": options.resamples,
+    }
 
 
 def _result(
@@ -141,10 +146,10 @@ def _count(users: Int64) -> int:
     return len(np.unique(users))
 
 
-def _weights(weights: Float64) -> dict[str, Any]:
-    """What the unchanged weights say about the log and the policy."""
+def _weights(weights: Float64, variance: float) -> dict[str, Any]:
+    """What the unchanged weights say about the log and the policy; `variance` is theirs, NaN where only they tell it."""
     mean, warnings = float(weights.mean()), []
-    error = float(weights.std()) / math.sqrt(len(weights))
+    error = math.sqrt((max(variance, 0.0) if math.isfinite(variance) else float(weights.var())) / len(weights))
     if abs(mean - 1) > _FAR * error + 1e-3:
         warnings.append(
             f"the weights' mean is {mean:.4g}, not 1: propensities were not logged at the decision, or the policy chooses "
@@ -161,7 +166,7 @@ def _weights(weights: Float64) -> dict[str, Any]:
 def _down(slates: Slates, chances: Float64) -> dict[str, Any]:
     """The same for the products down to each position."""
     products = np.cumprod(slates.grid(off_policy.importance(slates.rounds, chances), 1.0), 1)
-    by_position = [_weights(column) for column in products.T]
+    by_position = [_weights(column, math.nan) for column in products.T]
     warnings = [f"down to position {place}: {w}" for place, b in enumerate(by_position, 1) for w in b.pop("warnings")]
     return {"down_to_position": by_position, "warnings": warnings}
 
@@ -173,10 +178,14 @@ def _text(result: dict[str, Any]) -> str:
     ]
     if log["left_out"]:
         lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in log["left_out"].items()))
-    lines.append(f"{'estimator':16}{'value':>12}{'bootstrap':>26}{'empirical Bernstein':>26}{'ESS':>10}")
+    lines.append(
+        f"{'estimator':16}{'value':>12}{'bootstrap':>26}{'gain over the log':>26}{'empirical Bernstein':>26}{'ESS':>10}"
+    )
     for row in result["estimates"]:
         size = "" if row["effective_sample_size"] is None else f"{row['effective_sample_size']:.1f}"
-        intervals = "".join(f"{_interval(row[kind]):>26}" for kind in ("bootstrap", "empirical_bernstein"))
+        intervals = "".join(
+            f"{_interval(row[kind]):>26}" for kind in ("bootstrap", "gain_bootstrap", "empirical_bernstein")
+        )
         lines.append(f"{row['estimator']:16}{row['value']:12.6g}{intervals}{size:>10}")
         if row["bias_estimate"]:
             most = "" if row["bias_bound"] is None else f", at most {row['bias_bound']:.3g} either way"

@@ -261,6 +261,7 @@ def _evaluate_commands(commands: Any) -> None:
     )
     policy.add_argument("--position", type=int, help="the drawn position; default: the one there is")
     policy.add_argument("--reward", default="click", help="feedback types that earn 1, comma-separated")
+    policy.add_argument("--window", type=float, help="seconds in which feedback counts; default: until the log's end")
     policy.add_argument("--clip", type=float, help="cut weights of ips, snips, dr, sndr to this; default: not")
     policy.add_argument("--switch", type=float, default=10.0, help="switch_dr: larger weights trust the model alone")
     policy.add_argument("--shrink", type=float, default=10.0, help="dr_os: the smaller, the more weights shrink")

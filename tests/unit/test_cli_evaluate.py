@@ -95,6 +95,7 @@ def test_the_logs_own_policy_earns_the_logged_mean(run: Run) -> None:
     assert code == 0
     for row in result["estimates"]:
         assert row["value"] == pytest.approx(result["log"]["mean_reward"])
+        assert [row["gain"], *row["gain_bootstrap"]] == pytest.approx([0, 0, 0], abs=1e-12), "the same resamples"
     # What is not a reward earns nothing, what pays is chosen by --reward.
     assert run(log, 'policy = "logged"', "--estimators", "ips", "--reward", "like")[1]["estimates"][0]["value"] == 0
 
@@ -140,6 +141,20 @@ def test_what_a_log_does_not_tell_is_left_out_and_counted(run: Run) -> None:
     code, result, _ = run((impressions, feedback), 'policy = "uniform"')
     assert code == 0 and result["log"]["rounds"] == 97
     assert result["log"]["left_out"] == {"too_short": 1, "not_drawn": 1, "not_viewed": 1, "feedback_without_request": 1}
+
+
+def test_feedback_counts_within_its_window_and_open_windows_are_left_out(run: Run) -> None:
+    impressions, _ = answers(100)
+    soon, late = (
+        event(10, impressions[10].items[1].item_id, "click"),
+        event(20, impressions[20].items[1].item_id, "click"),
+    )
+    feedback = [replace(soon, time_ms=20), replace(late, time_ms=31)]  # 10 and 11 ms after; the log ends at 99 ms
+    code, result, _ = run((impressions, feedback), 'policy = "logged"', "--window", "0.01")
+    assert code == 0 and result["log"]["rounds"] == 90 and result["log"]["mean_reward"] == pytest.approx(1 / 90)
+    assert result["log"]["left_out"] == {"feedback_after_window": 1, "window_open": 10}
+    code, _, err = run((impressions, feedback), 'policy = "logged"', "--window", "1")
+    assert code == 2 and "no impression whose window of 1 s is over" in err
 
 
 def test_a_position_that_took_the_best_is_refused_and_dm_alone_is_valid(run: Run) -> None:
@@ -307,6 +322,9 @@ def test_wrong_propensities_are_warned_of(run: Run) -> None:
     ]
     code, result, _ = run((wrong, feedback), 'policy = "uniform"')
     assert code == 0 and "the weights' mean is" in result["warnings"][0]
+    few = ([i for i in impressions if i.items[1].item_id != "d"][:9], feedback)
+    code, result, _ = run(few, 'policy = "fixed"\nprobabilities = { d = 1 }')
+    assert code == 0 and not result["warnings"], "nine draws without the rarest item are no surprise"
 
 
 def test_without_json_a_table_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

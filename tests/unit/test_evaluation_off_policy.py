@@ -115,6 +115,7 @@ def test_replay_is_the_mean_of_the_rewards_that_match() -> None:
     [estimate] = estimates(
         {"replay": terms_of("replay", rounds, greedy, np.zeros(12), Settings())},
         importance(rounds, greedy),
+        rounds.rewards,
         rounds.users,
         np.random.default_rng(0),
     )
@@ -126,7 +127,7 @@ def test_clipping_is_shown_with_its_estimated_bias_and_its_bound() -> None:
     weights = importance(rounds, chances)
     names = ("ips", "snips", "dr", "dm")
     terms = {n: terms_of(n, rounds, chances, np.ravel(MODEL), Settings(clip=2.0)) for n in names}
-    ips, snips, dr, dm = estimates(terms, weights, rounds.users, np.random.default_rng(0))
+    ips, snips, dr, dm = estimates(terms, weights, rounds.rewards, rounds.users, np.random.default_rng(0))
     assert ips.value == pytest.approx(2.5 / 4) and ips.bias_estimate == pytest.approx(2.5 / 4 - 3.5 / 4)
     assert ips.changed_share == 0.5 and ips.effective_sample_size == pytest.approx(4.5**2 / 8.25)
     # Item 1 is chosen with .75 and counts as 2 · .25: a quarter of the policy is lost, whatever it earns.
@@ -134,7 +135,11 @@ def test_clipping_is_shown_with_its_estimated_bias_and_its_bound() -> None:
     assert snips.value == pytest.approx(2.5 / 4.5) and snips.bias_bound is None
     assert dm.bias_estimate == pytest.approx(BY_HAND["dm"] - BY_HAND["dr"]) and dm.effective_sample_size is None
     plain = estimates(
-        {"ips": terms_of("ips", rounds, chances, chances, Settings())}, weights, rounds.users, np.random.default_rng(0)
+        {"ips": terms_of("ips", rounds, chances, chances, Settings())},
+        weights,
+        rounds.rewards,
+        rounds.users,
+        np.random.default_rng(0),
     )
     assert (plain[0].bias_estimate, plain[0].bias_bound, plain[0].changed_share) == (0.0, 0.0, 0.0)
 
@@ -217,7 +222,7 @@ def test_rounds_of_one_user_are_resampled_together() -> None:
     terms = {"ips": terms_of("ips", rounds, logged.ravel(), logged.ravel(), Settings())}
     widths = []
     for groups in (users, np.arange(1000)):
-        [estimate] = estimates(terms, np.ones(1000), groups, np.random.default_rng(0))
+        [estimate] = estimates(terms, np.ones(1000), rounds.rewards, groups, np.random.default_rng(0))
         assert estimate.bootstrap is not None and estimate.empirical_bernstein is not None
         widths.append([high - low for low, high in (estimate.bootstrap, estimate.empirical_bernstein)])
     assert widths[0][0] / widths[1][0] == pytest.approx(np.sqrt(20), rel=0.1)
@@ -228,7 +233,8 @@ def test_an_estimate_is_the_same_for_the_same_seed() -> None:
     rounds, chances = rounds_of(LOGGED, ACTION, REWARD), np.ravel(CHANCES)
     terms = {name: terms_of(name, rounds, chances, np.ravel(MODEL), Settings()) for name in ("ips", "snips", "dr")}
     first, second = (
-        estimates(terms, importance(rounds, chances), rounds.users, np.random.default_rng(9)) for _ in range(2)
+        estimates(terms, importance(rounds, chances), rounds.rewards, rounds.users, np.random.default_rng(9))
+        for _ in range(2)
     )
     assert first == second
 

@@ -62,7 +62,9 @@ def test_estimators_of_the_drawn_position_find_the_true_value() -> None:
         chances[first + liked.argmax()] = 1.0
     model = smoothed_means(rounds)
     terms = {name: terms_of(name, rounds, chances, model, Settings()) for name in ("ips", "snips", "dr", "sndr")}
-    found = estimates(terms, importance(rounds, chances), rounds.users, np.random.default_rng(1), confidence=0.99)
+    found = estimates(
+        terms, importance(rounds, chances), rounds.rewards, rounds.users, np.random.default_rng(1), confidence=0.99
+    )
     for estimate in found:
         assert estimate.bootstrap is not None
         low, high = estimate.bootstrap
