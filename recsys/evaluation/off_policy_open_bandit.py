@@ -56,8 +56,12 @@ def _read(path: Path) -> tuple[dict[str, Float64], Float64]:
     where = f"file {str(path)!r}"
     try:
         table: Any = pcsv.read_csv(path)
-    except (OSError, pa.ArrowException) as error:
+    except OSError:
+        raise BadInput(f"{where} cannot be read: check the path", field="log") from None
+    except pa.ArrowException as error:
         raise BadInput(f"{where} is not a CSV file ({error}): check it", field="log") from None
+    if not table.num_rows:
+        raise BadInput(f"{where} has no rows: name another", field="log")
     affinities = sorted(
         (n for n in table.column_names if n.startswith(_AFFINITY)), key=lambda n: int(n[len(_AFFINITY) :])
     )

@@ -20,6 +20,7 @@ from recsys.evaluation.off_policy_slates import SLATE_ESTIMATORS, Slates, slate_
 from recsys.types import Int64
 from services.cli.main import DONE, emit
 
+_SETTINGS = ("reward", "window", "clip", "switch", "shrink", "folds", "prior", "confidence", "resamples", "seed")
 _FAR = 4.0
 """Standard errors that the weights' mean may be from 1 before the log or policy is doubted: chance does it once in 16,000."""
 
@@ -41,9 +42,9 @@ def _check(options: argparse.Namespace) -> None:
         ("resamples", options.resamples >= 1, "1 or more"),
         ("folds", options.folds >= 2, "2 or more"),
         ("prior", 0 < options.prior < math.inf, "above 0"),
-        ("clip", options.clip is None or options.clip > 0, "above 0"),
-        ("switch", options.switch >= 0, "0 or more"),
-        ("shrink", options.shrink >= 0, "0 or more"),
+        ("clip", options.clip is None or 0 < options.clip < math.inf, "above 0"),
+        ("switch", 0 <= options.switch < math.inf, "0 or more"),
+        ("shrink", 0 <= options.shrink < math.inf, "0 or more"),
         ("seed", options.seed >= 0, "0 or more"),
         ("window", options.window is None or 0 <= options.window < math.inf, "0 or more seconds"),
         ("position", options.position is None or options.position >= 1, "1 or more"),
@@ -131,7 +132,7 @@ def _result(
     weights: dict[str, Any],
 ) -> dict[str, Any]:
     return {
-        "policy": str(options.policy),
+        "policy": asdict(read_policy(options.policy)),
         "log": {**log_says, "users": _count(rounds.users), "left_out": dict(rounds.left_out)},
         "settings": {
             n: getattr(options, n) for n in ("clip", "switch", "shrink", "folds", "prior", "confidence", "seed")

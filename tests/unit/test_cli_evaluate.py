@@ -231,6 +231,7 @@ def test_open_bandit_files_are_read(run: Run, tmp_path: Path) -> None:
     path = open_bandit(tmp_path / "men.csv")
     code, result, _ = run(path, 'policy = "greedy"\nby = "affinity"')
     assert code == 0 and result["log"]["rounds"] == 60 and not result["refused"]
+    assert result["policy"]["by"] == "affinity" and result["settings"]["resamples"] == 1000
     code, result, _ = run(path, 'policy = "uniform"', "--position", "2", "--estimators", "ips")
     assert result["log"]["rounds"] == 20 and result["log"]["left_out"] == {"other_positions": 40}
     assert result["estimates"][0]["value"] == pytest.approx(result["log"]["mean_reward"])
@@ -258,6 +259,11 @@ def test_open_bandit_file_without_propensities_is_refused(run: Run, tmp_path: Pa
     path.write_text(path.read_text().replace("propensity_score", "other"))
     code, _, err = run(path, 'policy = "uniform"')
     assert code == 2 and "column 'propensity_score' is missing: without propensities only dm" in err
+    path.write_text(path.read_text().splitlines()[0])
+    assert "has no rows" in run(path, 'policy = "uniform"')[2]
+    path.write_text("")
+    assert "is not a CSV file" in run(path, 'policy = "uniform"')[2]
+    assert "cannot be read" in run(tmp_path / "none.csv", 'policy = "uniform"')[2]
     code, _, err = run(open_bandit(path), 'policy = "uniform"', "--estimators", "slates")
     assert code == 2 and "do not say which were one answer" in err
 
@@ -293,6 +299,7 @@ def test_a_policy_file_that_is_wrong_is_one_clear_line(run: Run, policy: str, wh
         (("--position", "7"), "no impression shows position 7"),
         (("--confidence", "95"), "--confidence 95.0 must be between 0 and 1"),
         (("--clip", "nan"), "--clip nan must be above 0"),
+        (("--switch", "inf"), "--switch inf must be 0 or more"),
         (("--folds", "1"), "--folds 1 must be 2 or more"),
     ],
 )
