@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     policy = read_policy(options.policy)
     names = _names(options.estimators)
     evaluate = _slates if names[0] in SLATE_ESTIMATORS else _position
-    result = evaluate(options, policy, names)
+    result = {"policy": asdict(policy), **evaluate(options, policy, names)}
     emit(options, result, _text(result))
     return DONE
 
@@ -132,11 +132,8 @@ def _result(
     weights: dict[str, Any],
 ) -> dict[str, Any]:
     return {
-        "policy": asdict(read_policy(options.policy)),
         "log": {**log_says, "users": _count(rounds.users), "left_out": dict(rounds.left_out)},
-        "settings": {
-            n: getattr(options, n) for n in ("clip", "switch", "shrink", "folds", "prior", "confidence", "seed")
-        },
+        "settings": {name: getattr(options, name) for name in _SETTINGS},
         "weights": weights,
         "estimates": [asdict(estimate) for estimate in found],
         "warnings": weights.pop("warnings", []),

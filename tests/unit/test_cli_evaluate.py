@@ -259,7 +259,7 @@ def test_open_bandit_file_without_propensities_is_refused(run: Run, tmp_path: Pa
     path.write_text(path.read_text().replace("propensity_score", "other"))
     code, _, err = run(path, 'policy = "uniform"')
     assert code == 2 and "column 'propensity_score' is missing: without propensities only dm" in err
-    path.write_text(path.read_text().splitlines()[0])
+    path.write_text(path.read_text().splitlines()[0] + "\n")
     assert "has no rows" in run(path, 'policy = "uniform"')[2]
     path.write_text("")
     assert "is not a CSV file" in run(path, 'policy = "uniform"')[2]
