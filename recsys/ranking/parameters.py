@@ -61,10 +61,23 @@ class ParameterStore:
         self._dense = b""
         self._chain: list[segments.SegmentFile] = []
         self._lock = threading.Lock()
+        self._whole = threading.Lock()
+        self._changes = 0
+        """Odd while a delta is being applied."""
         self.missing = 0
         self.found = 0
 
     def lookup(self, blocks: Sequence[Block]) -> Reply:
+        """Rows of exactly the version that the reply names: look again when a delta came in between, then wait for it."""
+        before = self._changes
+        if not before % 2:
+            reply = self._look(blocks)
+            if self._changes == before:
+                return reply
+        with self._whole:
+            return self._look(blocks)
+
+    def _look(self, blocks: Sequence[Block]) -> Reply:
         state = self.state
         values = []
         for block in blocks:
@@ -87,6 +100,15 @@ class ParameterStore:
             )
         if delta.version < self.state.version:
             return False
+        with self._whole:
+            self._changes += 1
+            try:
+                self._apply(delta)
+            finally:
+                self._changes += 1
+        return True
+
+    def _apply(self, delta: Delta) -> None:
         for rows in delta.rows:
             table = self.tables[rows.layout]
             if len(rows.removed_keys):
@@ -112,7 +134,6 @@ class ParameterStore:
                 covers_ms=max(delta.covers_ms, self.state.covers_ms),
                 dense_version=delta.dense_version or self.state.dense_version,
             )
-        return True
 
     def save(self, folder: Path, position: int) -> None:
         """Snapshot values, dense weights and the position in `parameters`: written aside, fsync'd, renamed. Not beside `apply`."""

@@ -282,8 +282,9 @@ class Pipeline:
             else ""
             for c in choices
         )
-        state = self._scorer.state
-        model_version = f"{state.version.epoch}.{state.version.step}.{self._scorer.dense_version}"
+        scorer = self._scorer
+        state, dense_version = scorer.used if work.predictions is not None else (scorer.state, scorer.dense_version)
+        model_version = f"{state.version.epoch}.{state.version.step}.{dense_version}"
         generation = self._generations.name if self._generations else ""
         impression = Impression(
             request_id=request.request_id,

@@ -53,6 +53,7 @@ class Scorer:
         self._replies = 0
         self._refreshing = threading.Lock()
         self.state = ParameterState()
+        self._used = threading.local()
         self.available = True
         self.value = Value(config)
 
@@ -83,6 +84,7 @@ class Scorer:
     ) -> tuple[npt.NDArray[np.intp], Float32]:
         """As `rank`, of a request laid out whose rows were looked up: deep [U, d + tasks …] and wide [U', tasks]."""
         dim, networks, kept = self._config.model.dim, self._networks, np.arange(len(lay.item))
+        self._used.dense_version = networks.dense_version
         with torch.inference_mode():
             if len(kept) > most:
                 sums = wide_sums(self._schema, lay, *rows, dim)
@@ -94,6 +96,11 @@ class Scorer:
                 networks.ranker.eval().predict(ranker_inputs(self._schema, lay, *rows, dim)).numpy()
             )
         return kept, probabilities
+
+    @property
+    def used(self) -> tuple[ParameterState, int]:
+        """What this thread's last `rank` was made with: rows as of this state, dense weights of this version."""
+        return getattr(self._used, "state", self.state), getattr(self._used, "dense_version", self.dense_version)
 
     @property
     def towers(self) -> TwoTower:
@@ -138,6 +145,7 @@ class Scorer:
             self.available = False
             return [torch.from_numpy(self._known[b.layout].lookup(b.slots, b.keys)[0]) for b in blocks]
         self.available, self.state = True, reply.state
+        self._used.state = reply.state
         # A reply says no width where there is no row.
         found = [
             v if len(b.keys) else self._known[b.layout].lookup(b.slots, b.keys)[0]

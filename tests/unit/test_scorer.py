@@ -1,19 +1,24 @@
 """Scoring: the light first stage, and that it changes no score of what it keeps."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from recsys.config import Config, parse
+from recsys.events.deltas import Delta, RowDelta, Version
 from recsys.features.build import Features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
-from recsys.ranking.parameters import ParameterStore
+from recsys.model.plan import Block
+from recsys.ranking.parameters import ParameterStore, Reply
 from recsys.ranking.pipeline import Pipeline, Work
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.state.memory import MemoryState
+from recsys.table.base import Layout, Segment, SlotPolicy
 from recsys.testing.world import World
 
 
@@ -63,3 +68,39 @@ def test_a_list_is_the_same_however_many_the_network_scores(full: int) -> None:
     expected = reference.recommend(Request(request_id="r", user_id="u", n=30, candidates=ids), 1000)
     assert [item.item_id for item in answer.items] == [item.item_id for item in expected.items]
     assert len(answer.items) == 30
+
+
+def test_a_reply_names_the_version_that_its_rows_are_of_when_a_delta_comes_in_between() -> None:
+    """The first look is overtaken by a delta: what is answered is the second, whole."""
+    layout = Layout(name="deep", segments=(Segment(name="deep", dim=1),), slots={0: SlotPolicy()}, capacity=1000)
+    one = np.zeros(1, np.int32), np.array([5])
+
+    class Overtaken(ParameterStore):
+        looks = 0
+
+        def _look(self, blocks: Sequence[Block]) -> Reply:
+            reply = super()._look(blocks)
+            self.looks += 1
+            if self.looks == 1:
+                self.apply(delta(2))
+            return reply
+
+    def delta(step: int) -> Delta:
+        nothing = np.zeros(0, np.int32), np.zeros(0, np.int64)
+        rows = RowDelta(
+            layout="deep",
+            slots=one[0],
+            keys=one[1],
+            values=np.full((1, 1), step, np.float32),
+            last_seen_ms=np.zeros(1, np.int64),
+            removed_slots=nothing[0],
+            removed_keys=nothing[1],
+            default_slots=nothing[0],
+            default_values=np.zeros((0, 1), np.float32),
+        )
+        return Delta(version=Version(epoch=1, step=step), covers_ms=step, schema="s", rows=(rows,))
+
+    store = Overtaken([layout], "s")
+    store.apply(delta(1))
+    reply = store.lookup([Block(layout="deep", slots=one[0], keys=one[1])])
+    assert (reply.state.version.step, reply.values[0].tolist()) == (2, [[2.0]])
