@@ -117,9 +117,8 @@ class CpuTable:
         return out, found
 
     def _read(self, slots: Int32, keys: Int64, out: Float32, found: Bool, stream: bool) -> None:
-        at, _ = self._index.find(slots, keys)
-        kernels.gather(self._store.values, at, out, stream)
-        np.greater_equal(at[1], 0, out=found)
+        batch = slots, keys, np.empty((3, len(keys)), np.int32)
+        kernels.read(self._index.arrays, self._store.values, batch, out, found, stream)
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         slots, keys = self._pairs(slots, keys)

@@ -222,6 +222,16 @@ def gather(values: Array, at: Int32, out: Float32, stream: bool) -> None:
 
 
 @kernel
+def read(index: Index, values: Array, batch: Any, out: Float32, found: Array, stream: bool) -> None:
+    """`find`, `gather` and which keys were there [N], in one call. `batch`: slots, keys, room for `at`."""
+    slots, keys, at = batch
+    find(index, slots, keys, at, (0, 0))
+    gather(values, at, out, stream)
+    for n in range(at.shape[1]):
+        found[n] = at[1, n] >= 0
+
+
+@kernel
 def insert(index: Index, store: Store, slots: Int32, keys: Int64, at: Int32, todo: Int32, marks: Any) -> int:
     """Fill `at` for the keys numbered in `todo`, with rows made where missing, from freed rows first; how many are new.
     `at` is as `find` left it, and the index has had room since before: `grow`. `marks`: least stamp, code of the change,
