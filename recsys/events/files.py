@@ -95,6 +95,19 @@ def merged(paths: Path | str | Sequence[Path | str]) -> Iterator[Event]:
     return chain(items, (first,), events)
 
 
+def fields_of(paths: Path | str | Sequence[Path | str]) -> tuple[set[str], set[str]]:
+    """Names of the item attributes, and of the context fields of impressions and feedback, in the first batch of each file."""
+    attributes: set[str] = set()
+    context: set[str] = set()
+    for file in _files(paths):
+        for message in next(_batch_lists(file), []):
+            if file.kind == "item":
+                attributes |= message.attributes.keys()
+            elif message.context:
+                context |= message.context.keys()
+    return attributes, context
+
+
 def count_rows(paths: Path | str | Sequence[Path | str]) -> dict[str, int]:
     """Rows of each kind, without reading them (JSON lines are counted): for a progress bar."""
     counts = dict.fromkeys(NAMES, 0)

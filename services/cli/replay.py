@@ -92,12 +92,30 @@ def _set(loaded: config.Config, setting: str) -> config.Config:
     return config.parse(raw)
 
 
+def check_fields(loaded: config.Config, events: list[Path]) -> None:
+    """Refuse a configuration that itself names fields which the events do not have: nothing would ever be learned of them."""
+    attributes, context = files.fields_of(events)
+    for option, section, wanted, found in (
+        ("catalogue.attributes", loaded.catalogue, loaded.catalogue.attributes, attributes),
+        ("features.context", loaded.features, loaded.features.context, context),
+    ):
+        if option.split(".")[1] not in section.model_fields_set:
+            continue
+        if missing := [name for name in wanted if name not in found]:
+            where = ", ".join(map(str, events))
+            raise BadInput(
+                f"{option} names {missing[0]!r}, but {where} has {sorted(found)}: take it out, or choose other events",
+                field=missing[0],
+            )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Replay with progress on stderr; the report on stdout."""
     if arguments.threads < 1:
         raise BadInput(f"--threads {arguments.threads} must be 1 or more", field="threads")
     torch.set_num_threads(arguments.threads)
     loaded = config_of(arguments)
+    check_fields(config.load(arguments.config), arguments.events)
     chosen = options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"])
     events = files.merged(arguments.events)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
