@@ -24,13 +24,13 @@ ROUNDS, ROUND_KEYS = 21, 131_072
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def measure(folder: str, rows: int, dim: int) -> dict[str, float] | None:
+def measure(folder: Path | None, rows: int, dim: int) -> dict[str, float] | None:
     """Keys a second of each side and medians of the rounds' ratios, by batch; None where TBE cannot be had.
 
     The environment is made in `folder` unless it is there; without one in a temporary folder. It is several GB.
     """
     with tempfile.TemporaryDirectory(prefix="recsys-fbgemm-") as temporary:
-        place = Path(folder or temporary)
+        place = folder or Path(temporary)
         python = place / "bin" / "python"
         try:
             if not python.exists():

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -37,7 +38,7 @@ Batches = list[tuple[Int64, Int64]]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="1M rows, 3 growths, no FBGEMM: for developing")
-    parser.add_argument("--fbgemm", default="", help="folder of FBGEMM's environment, kept; default: a temporary one")
+    parser.add_argument("--fbgemm", type=Path, help="folder of FBGEMM's environment, kept; default: a temporary one")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
