@@ -26,10 +26,11 @@ def run(options: argparse.Namespace) -> int:
     path: Path = options.snapshot
     manifest_path = path / "manifest.json" if path.is_dir() else path
     if not manifest_path.is_file():
-        found = (
-            sorted(p.parent.relative_to(path).as_posix() for p in path.rglob("manifest.json")) if path.is_dir() else []
+        below = (
+            [p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/manifest.json")] if path.is_dir() else []
         )
-        hint = f"; below it there is {', '.join(found)}" if found else ""
+        named = ", ".join(sorted(p.relative_to(path).as_posix() for p in below)[:5])
+        hint = f"; below it there is {named}" if named else ""
         raise BadInput(
             f"{manifest_path} does not exist: name a folder with a manifest.json, such as DATA/trainer{hint}"
         )

@@ -93,6 +93,8 @@ def gauges(runner: Runner, published: list[int]) -> None:
     for layout, table in runner.trainer.tables.items():
         metrics.TABLE_ROWS.labels(layout).set(len(table))
         metrics.TABLE_BYTES.labels(layout).set(table.memory_bytes())
+    for task in runner.trainer.schema.tasks:
+        metrics.SKIPPED_BATCHES.labels(task)  # 0 from the start: an alert on its rate needs the series
     for reading in runner.trainer.learner.readings():
         show_reading(reading)
     metrics.OPEN_IMPRESSIONS.set(len(runner.trainer.joiner))

@@ -20,6 +20,8 @@ DAY_MS = 86_400_000
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
     """Two files: 300 rows of slot 0, a day later 40 of them again and 20 of slot 3, of which 5 go."""
+    folder = tmp_path / "data" / "trainer"
+    folder.mkdir(parents=True)
     slots = {0: SlotPolicy(), 3: SlotPolicy(), 4: SlotPolicy(admission=9)}
     tables = Tables([Layout(name="deep", segments=(Segment(name="deep", dim=4),), slots=slots)])
     table, chain = tables["deep"], []
@@ -33,10 +35,10 @@ def snapshot(tmp_path: Path) -> Path:
             table.lookup_train(np.full(1, 4, np.int32), np.arange(1), now_ms=8000 + DAY_MS)
             table.remove(np.full(5, 3, np.int32), np.arange(5))
         delta, versions = segments.take(tables, "checkpoint")
-        chain = segments.extend(tmp_path, chain, f"segment-{n}", delta)
+        chain = segments.extend(folder, chain, f"segment-{n}", delta)
         segments.acknowledge(tables, "checkpoint", versions)
-    (tmp_path / "manifest.json").write_bytes(orjson.dumps({"schema": "x", "step": 7, "segments": chain}))
-    return tmp_path
+    (folder / "manifest.json").write_bytes(orjson.dumps({"schema": "x", "step": 7, "segments": chain}))
+    return folder
 
 
 def test_inspect_tells_rows_load_bytes_slots_and_ages(snapshot: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,8 +55,8 @@ def test_inspect_tells_rows_load_bytes_slots_and_ages(snapshot: Path, capsys: py
 
 
 def test_inspect_names_what_is_wrong(snapshot: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["table", "inspect", str(snapshot.parent)]) == 2
-    assert f"below it there is {snapshot.name}" in capsys.readouterr().err
+    assert main(["table", "inspect", str(snapshot.parents[1])]) == 2
+    assert "below it there is data/trainer" in capsys.readouterr().err
     path = snapshot / "segment-0.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     assert main(["table", "inspect", str(snapshot), "--json"]) == 2
