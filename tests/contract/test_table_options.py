@@ -235,7 +235,7 @@ def test_the_filters_false_admissions_are_as_stated(make: type[Table]) -> None:
     most; the mean over the call is (1 - exp(-1.25))⁴ = .259, give or take .02 (one standard deviation)."""
     table = make(filtered(4000))
     for start in (0, 500):
-        table.lookup_train(*keyed(*range(start, start + 500)), now_ms=0, admit=start == 0 or True)
+        table.lookup_train(*keyed(*range(start, start + 500)), now_ms=0)
     before = len(table)
     table.lookup_train(*keyed(*range(10_000, 10_500)), now_ms=0)
     assert 0.1 < (len(table) - before) / 500 < 0.42
