@@ -9,24 +9,16 @@ each counter and each of its up to three slots: 0 (none), 1 (shared column) or 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
+from recsys.compiled import compiled
 from recsys.types import Bool, Float32, Int32, Int64
 
 MAX_SLOTS, MAX_VALUES = 3, 64
 """Slots of a counter; keys of one item in it, which bounds the room that a kernel needs."""
 NONE, SHARED, ITEM = range(3)
-
-
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for the cache is writable: compile in each process
-        return numba.njit(nogil=True)(function)
 
 
 class Columns(NamedTuple):
@@ -59,7 +51,7 @@ class Ratios(NamedTuple):
     smoothing: float
 
 
-@kernel
+@compiled
 def mix(x: Any) -> Any:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -67,7 +59,7 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-@kernel
+@compiled
 def keys_of(columns: Any, spec: Any, counter: Any, item: Any, room: Any) -> int:
     """Write the keys of one item in one counter to room[0]; how many: 0 where a slot has no value."""
     now, num = 0, 1
@@ -94,7 +86,7 @@ def keys_of(columns: Any, spec: Any, counter: Any, item: Any, room: Any) -> int:
     return num
 
 
-@kernel
+@compiled
 def find(table: Any, key: Any) -> int:
     """The place of a key: the one that holds its row, or the empty one where it would be put."""
     last = np.uint64(len(table.places) - 1)
@@ -104,14 +96,14 @@ def find(table: Any, key: Any) -> int:
     return int(place)
 
 
-@kernel
+@compiled
 def index(table: Any, size: Any) -> None:
     """Put the first `size` rows into an empty index."""
     for row in range(size):
         table.places[find(table, table.keys[row])] = row + 1
 
 
-@kernel
+@compiled
 def add(table: Any, size: Any, columns: Any, spec: Any, amounts: Any, weights: Any) -> int:
     """Add amounts [W] times the weight of each half-life [H] for every item; rows in use after. The caller made room."""
     room = np.empty((2, MAX_VALUES), np.int64)
@@ -133,7 +125,7 @@ def add(table: Any, size: Any, columns: Any, spec: Any, amounts: Any, weights: A
     return size
 
 
-@kernel
+@compiled
 def read(table: Any, columns: Any, spec: Any, decays: Any, out: Any) -> None:
     """Decayed counts [K, C, H, W]; those of several values of a slot are added up."""
     room = np.empty((2, MAX_VALUES), np.int64)
@@ -155,7 +147,7 @@ def read(table: Any, columns: Any, spec: Any, decays: Any, out: Any) -> None:
                         out[item, counter, h, w] += table.sums[row, h, w] * decays[h]
 
 
-@kernel
+@compiled
 def numbers(counts: Any, layout: Any, out: Any) -> None:
     """Counts [K, C, H, W] to numbers [K, N]: log(1 + whole), or how much a rate differs from its parent's, in logits.
 

@@ -20,6 +20,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, overload
 
+from recsys.compiled import compiled as compile_
+
 Array = np.ndarray[Any, Any]
 compiled = threading.Event()
 """Set once every kernel can be called without waiting for a compiler."""
@@ -34,10 +36,7 @@ _EXP2 = tuple(
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Sums may be reordered to use wide registers; infinities and NaN keep their meaning."""
     flags = {"reassoc", "contract", "arcp", "nsz", "afn"}
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=flags, error_model="numpy")(function)
-    except RuntimeError:  # nowhere to keep the cache
-        return numba.njit(nogil=True, fastmath=flags, error_model="numpy")(function)
+    return compile_(function, fastmath=flags, error_model="numpy")
 
 
 @intrinsic

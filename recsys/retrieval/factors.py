@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from recsys.compiled import compiled
 from recsys.keys import mix
-from recsys.retrieval.transitions import kernel
 from recsys.types import Float32, Int32, Int64
 
 DIM, NEGATIVES, RECENT = 32, 24, 4096
@@ -24,7 +24,7 @@ RATE, START = 0.1, 0.1
 _SCALE = 0.1
 
 
-@kernel
+@compiled
 def _learn(vectors: Any, squares: Any, outs: Any, out_squares: Any, query: Any, items: Any, rate: Any) -> float:
     """One step; the first of `items` followed. Its probability before."""
     dim, count = vectors.shape[1], len(items)

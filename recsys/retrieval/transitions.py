@@ -6,12 +6,12 @@ Legend: S context slots (the item before and the place in the session among them
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
+from recsys.compiled import compiled
 from recsys.retrieval.trending import mapped
 from recsys.types import Float32, Int32, Int64
 
@@ -24,14 +24,7 @@ _LEAST = 0.05
 """Added to a weight before its logarithm: a twentieth of one transition."""
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for the cache is writable: compile in each process
-        return numba.njit(nogil=True)(function)
-
-
-@kernel
+@compiled
 def _place(table: Any, target: Any) -> int:
     place = (target * 0x9E3779B1) % _PLACES
     while table[place] >= 0 and table[place] != target:
@@ -47,7 +40,7 @@ class Ring(NamedTuple):
     contexts: Int64
 
 
-@kernel
+@compiled
 def _walk(ring: Any, count: Any, newest: Any, length: Any, context: Any, out: Any) -> Any:
     """Walk a source's transitions, newest first: the table of targets, and their features in `out` [places, F]."""
     links, targets, contexts = ring.links, ring.targets, ring.contexts
@@ -74,7 +67,7 @@ def _walk(ring: Any, count: Any, newest: Any, length: Any, context: Any, out: An
     return table
 
 
-@kernel
+@compiled
 def _gather(table: Any, sums: Any, rows: Any, out: Any) -> None:
     for candidate in range(len(rows)):
         place = _place(table, rows[candidate])

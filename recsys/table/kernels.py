@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numba
 import numpy as np
 
+from recsys.compiled import compiled
 from recsys.table.intrinsics import copy_line, decode, encode, fence, prefetch, search_line, stream_line
 from recsys.types import Float32, Int32, Int64
 
@@ -73,19 +73,12 @@ class Store(NamedTuple):
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     # `_nrt=False`: no counting of references. A kernel that takes a row of an array per key is twice as slow with it;
     # without it none can allocate, so callers give all room.
-    return _compiled(function, _nrt=False)
+    return compiled(function, _nrt=False)
 
 
 def part(function: Callable[..., Any]) -> Callable[..., Any]:
     """Of a kernel. Always compiled into its caller: a call passes each array as seven numbers, 20 ns a key."""
-    return _compiled(function, _nrt=False, forceinline=True)
-
-
-def _compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache is writable: compile in each process
-        return numba.njit(nogil=True, **options)(function)
+    return compiled(function, _nrt=False, forceinline=True)
 
 
 @part
