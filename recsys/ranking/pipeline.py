@@ -16,6 +16,7 @@ from recsys.features.build import Features, UserFeatures, encode, item_features,
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking import slate
+from recsys.ranking.filters import described
 from recsys.ranking.generation import Generations
 from recsys.ranking.reasons import Reasons
 from recsys.ranking.request import Answer, AsOf, Request
@@ -23,7 +24,7 @@ from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.retrieval.mix import mix
 from recsys.state.base import StateStore
-from recsys.types import Float32, HistoryEvent, Impression, Int32, Int64, ShownItem, UserState
+from recsys.types import Bool, Float32, HistoryEvent, Impression, Int32, Int64, ShownItem, UserState
 
 Found = tuple[str, Int32, Float32]
 MIX_LIMIT = 500
@@ -40,6 +41,8 @@ class Work:
     degraded: list[str] = field(default_factory=list)
     state: UserState = UserState()
     history_rows: list[int] = field(default_factory=list)
+    allowed: Bool | None = None
+    """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
     rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     names: tuple[str, ...] = ()
     masks: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -133,28 +136,32 @@ class Pipeline:
         """Every source's candidates, mixed, without what rules forbid."""
         if self._needs_user:
             work.user = self.user_of(work)
+        if work.request.filters:
+            work.allowed = self._catalogue.matching(work.request.filters)
         if work.request.candidates is not None:
             rows = self._catalogue.rows(list(dict.fromkeys(work.request.candidates)))
             found = [("caller", rows[rows >= 0], np.zeros(int((rows >= 0).sum()), np.float32))]
         else:
             found = [(name, *self._source(name, quota, work)) for name, quota in self._quotas.items() if quota]
         forbidden = self.forbidden(work)
-        allowed = self._allowed(found, forbidden)
+        allowed = self._allowed(found, forbidden, work.allowed)
         work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         if len(work.rows) < work.request.n and work.request.candidates is None:
             # Nothing is known yet, or all that is known was excluded: the newest items fill the list.
-            allowed.append(
-                ("newest", *self._newest(work.request.n - len(work.rows), {*forbidden, *work.rows.tolist()}))
-            )
+            taken = {*forbidden, *work.rows.tolist()}
+            allowed.append(("newest", *self._newest(work.request.n - len(work.rows), taken, work.allowed)))
             work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         work.names, work.masks = tuple(name for name, _, _ in allowed), masks
 
-    def _allowed(self, found: Sequence[Found], forbidden: set[int]) -> list[Found]:
-        """Each source's rows that are alive and not forbidden."""
+    def _allowed(self, found: Sequence[Found], forbidden: set[int], passing: Bool | None) -> list[Found]:
+        """Each source's rows that are alive, pass the filters and are not forbidden."""
         if not found:
             return []
         every = np.concatenate([rows for _, rows, _ in found])
         keep = self._catalogue.alive[every]
+        if passing is not None:
+            keep &= every < len(passing)
+            keep[keep] = passing[every[keep]]
         if forbidden:
             keep &= ~np.isin(every, np.fromiter(forbidden, np.int32, len(forbidden)))
         kept = np.split(keep, np.cumsum([len(rows) for _, rows, _ in found])[:-1])
@@ -209,9 +216,10 @@ class Pipeline:
                 return sources.covisits.candidates(work.history_rows, quota, now_ms)
             return sources.followed.query(self._followed(work), quota)
 
-    def _newest(self, count: int, taken: set[int]) -> tuple[Int32, Float32]:
-        """The `count` items that came last into the catalogue and are not `taken`."""
-        newest = np.flatnonzero(self._catalogue.alive)[::-1][: count + len(taken)]
+    def _newest(self, count: int, taken: set[int], passing: Bool | None) -> tuple[Int32, Float32]:
+        """The `count` items that came last into the catalogue, pass the filters and are not `taken`."""
+        alive = self._catalogue.alive if passing is None else passing
+        newest = np.flatnonzero(alive)[::-1][: count + len(taken)]
         rows = newest[~np.isin(newest, list(taken))][:count] if taken else newest
         return rows.astype(np.int32), np.zeros(len(rows), np.float32)
 
@@ -314,7 +322,17 @@ class Pipeline:
                 positions={"epoch": state.version.epoch, "step": state.version.step}, time_ms=state.covers_ms
             ),
             impression=impression,
+            note=self._note(work) if len(items) < request.n else "",
         )
+
+    def _note(self, work: Work) -> str:
+        """Why a list is short."""
+        if not self._catalogue.num_alive:
+            return "the catalogue is empty: PUT items to /v1/items"
+        if work.allowed is not None and not work.allowed.any():
+            return f"no item passes the filters ({described(work.request.filters)})"
+        of = "candidates" if work.request.candidates is not None else "items"
+        return f"no other {of} pass the filters and rules of this request"
 
     def _predictions(self, work: Work, candidate: int) -> dict[str, float]:
         if work.predictions is None:
