@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,9 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.scorer import Scorer
-from recsys.retrieval.index import ItemIndex, Searcher
-from recsys.types import Float32, Int32
+from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.searcher import Searcher
+from recsys.types import Bool, Float32, Int32
 
 CHUNK = 2000
 """Items whose vectors are computed at once: half doubles the look-ups, double holds a scoring core for longer."""
@@ -117,13 +119,15 @@ class Generations:
             rows = rows[self._catalogue.alive[rows]]
             current.searcher.put(*self._usable(rows, self._vectors(rows, current.towers)))
 
-    def search(self, user: UserFeatures, k: int) -> tuple[Int32, Float32] | None:
-        """The k items nearest to the user in the generation in use; None when there is none, or nothing is known of the user."""
+    def search(
+        self, user: UserFeatures, k: int, exclude: Collection[int] = (), allowed: Bool | None = None
+    ) -> tuple[Int32, Float32] | None:
+        """The k allowed items nearest to the user in the generation in use; None when there is none, or nothing is known of the user."""
         current = self._current
         if current is None:
             return None
         vector = self._scorer.user_vector(user, current.towers)
         if vector is None or not np.isfinite(vector).all():
             return None
-        rows, scores = current.searcher.search(vector, k)
+        rows, scores = current.searcher.search(vector, k, exclude, allowed)
         return rows.astype(np.int32), scores.astype(np.float32)
