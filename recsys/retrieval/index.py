@@ -71,7 +71,7 @@ class ItemIndex:
             self._vectors = faiss.rev_swig_ptr(index.get_xb(), size).reshape(-1, index.d) if size else None
 
     def _map_lists(self) -> None:
-        """Where each position's half-precision vector lies: lists follow each other in the file, each its vectors and then its ids."""
+        """Where each position's half-precision vector, less its list's centroid, lies in the file: list by list, each before its ids."""
         lists: Any = faiss.downcast_InvertedLists(self._index.invlists)
         parts = [lists.lists.at(i) for i in range(self._index.nlist)]
         sizes = np.array([part.size for part in parts], np.int64)
@@ -86,7 +86,10 @@ class ItemIndex:
 
     @classmethod
     def build(cls, rows: Int32, vectors: Float32) -> ItemIndex:
-        """Index distinct rows [N] and vectors [N, D]: exact up to 50,000, else half-precision inverted lists, 2 √N of them."""
+        """Index distinct rows [N] and vectors [N, D]: exact up to 50,000, else inverted lists, 2 √N of them.
+
+        A list keeps its vectors in half precision, less its centroid: towers that are hardly trained place all items close together.
+        """
         rows = np.array(rows, np.int32)
         vectors = unit(vectors, rows)
         if len(np.unique(rows)) != len(rows):
@@ -133,10 +136,12 @@ class ItemIndex:
         positions = np.flatnonzero(wanted)
         if not len(positions) or self._vectors is None or k == 0:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        places = positions
         if self._inverted:
-            places = positions * self.dim + self._offsets[np.searchsorted(self._starts, positions, "right") - 1]
-        scores = self._vectors[places].astype(np.float32) @ vector
+            lists = np.searchsorted(self._starts, positions, "right") - 1
+            places = positions * self.dim + self._offsets[lists]
+            scores = self._vectors[places].astype(np.float32) @ vector + (self._centroids @ vector)[lists]
+        else:
+            scores = self._vectors[positions] @ vector
         if len(scores) > k:
             best = np.argpartition(scores, len(scores) - k)[-k:]
             positions, scores = positions[best], scores[best]
@@ -206,14 +211,22 @@ def _inverted(vectors: Float32) -> tuple[Any, Int64]:
     """Inverted lists over vectors [N, D], and which vector each position holds [N]: positions run through list after list."""
     count, dim = vectors.shape
     lists = int(2 * np.sqrt(count))
+    means = faiss.Clustering(dim, lists)
+    means.niter, means.spherical = 10, True
+    means.min_points_per_centroid, means.max_points_per_centroid = 1, 2 * _TRAIN_PER_LIST
+    centroids: Any = faiss.IndexFlatIP(dim)
+    means.train(vectors[:: max(1, count // (_TRAIN_PER_LIST * lists))], centroids)
+    used, nearest = np.unique(centroids.search(vectors, 1)[1][:, 0], return_inverse=True)
+    # Items that look the same leave lists empty, whose centroids would be probed in vain.
+    middle, centroids = centroids.reconstruct_n(0, lists)[used], faiss.IndexFlatIP(dim)
+    centroids.add(middle)
     half = faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, lists, half, faiss.METRIC_INNER_PRODUCT, False)
-    index.cp.niter = 10
-    index.cp.min_points_per_centroid = 1
-    index.train(vectors[:: max(1, count // (_TRAIN_PER_LIST * lists))])
-    nearest = index.quantizer.search(vectors, 1)[1][:, 0]
+    index = faiss.IndexIVFScalarQuantizer(centroids, dim, len(used), half, faiss.METRIC_INNER_PRODUCT, True)
+    index.own_fields = False  # Python owns the centroids
+    index.referenced_objects = [centroids]
     order = np.argsort(nearest, kind="stable")
     ordered, where = np.ascontiguousarray(vectors[order]), np.ascontiguousarray(nearest[order])
+    index.train(ordered[:1])
     index.add_core(count, faiss.swig_ptr(ordered), None, faiss.swig_ptr(where))
     return index, order
 
