@@ -221,7 +221,7 @@ def _inverted(vectors: Float32) -> tuple[Any, Int64]:
     middle, centroids = centroids.reconstruct_n(0, lists)[used], faiss.IndexFlatIP(dim)
     centroids.add(middle)
     half = faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(centroids, dim, len(used), half, faiss.METRIC_INNER_PRODUCT, True)
+    index: Any = faiss.IndexIVFScalarQuantizer(centroids, dim, len(used), half, faiss.METRIC_INNER_PRODUCT, True)
     index.own_fields = False  # Python owns the centroids
     index.referenced_objects = [centroids]
     order = np.argsort(nearest, kind="stable")
