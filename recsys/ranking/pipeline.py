@@ -47,6 +47,8 @@ class Work:
     """Position → catalogue row of items with a place of their own."""
     allowed: Bool | None = None
     """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
+    forbidden: set[int] = field(default_factory=set)
+    """Rows that rules leave out of this answer, whatever they are."""
     rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     names: tuple[str, ...] = ()
     masks: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -145,29 +147,29 @@ class Pipeline:
             work.user = self.user_of(work)
         if filters := self.rules.filters + work.request.filters:
             work.allowed = self._catalogue.matching(filters)
+        work.forbidden = self.forbidden(work)
         if work.request.candidates is not None:
             rows = self._catalogue.rows(list(dict.fromkeys(work.request.candidates)))
             found = [("caller", rows[rows >= 0], np.zeros(int((rows >= 0).sum()), np.float32))]
         else:
             found = [(name, *self._source(name, quota, work)) for name, quota in self._quotas.items() if quota]
-        forbidden = self.forbidden(work)
-        allowed = self._allowed(found, forbidden, work.allowed)
+        allowed = self._allowed(found, work)
         work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         if len(work.rows) < work.request.n and work.request.candidates is None:
             # Nothing is known yet, or all that is known was excluded: the newest items fill the list.
-            taken = {*forbidden, *work.rows.tolist()}
+            taken = {*work.forbidden, *work.rows.tolist()}
             allowed.append(("newest", *self._newest(work.request.n - len(work.rows), taken, work.allowed)))
             work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         work.names, work.masks = tuple(name for name, _, _ in allowed), masks
-        self._add_pinned(work, forbidden)
+        self._add_pinned(work)
 
-    def _add_pinned(self, work: Work, forbidden: set[int]) -> None:
+    def _add_pinned(self, work: Work) -> None:
         """Pinned items that the rules allow become candidates of the source `pinned`; the caller's own list is not added to."""
         pinned = self.rules.pins(work.request)
         if not pinned:
             return
         rows = np.array(list(pinned.values()), np.int32)
-        ((_, rows, _),) = self._allowed([("pinned", rows, np.zeros(len(rows), np.float32))], forbidden, work.allowed)
+        ((_, rows, _),) = self._allowed([("pinned", rows, np.zeros(len(rows), np.float32))], work)
         if work.request.candidates is not None:
             rows = rows[np.isin(rows, work.rows)]
         work.pinned = {position: row for position, row in pinned.items() if row in rows}
@@ -178,10 +180,11 @@ class Pipeline:
         bits = np.isin(work.rows, rows).astype(np.int64) << (len(work.names) - 1)
         work.masks = np.concatenate([work.masks, np.zeros(len(more), np.int64)]) | bits
 
-    def _allowed(self, found: Sequence[Found], forbidden: set[int], passing: Bool | None) -> list[Found]:
-        """Each source's rows that are alive, pass the filters and are not forbidden."""
+    def _allowed(self, found: Sequence[Found], work: Work) -> list[Found]:
+        """Each source's rows that are alive, pass the filters and are not forbidden, up to its quota."""
         if not found:
             return []
+        passing, forbidden = work.allowed, work.forbidden
         every = np.concatenate([rows for _, rows, _ in found])
         keep = self._catalogue.alive[every]
         if passing is not None:
@@ -190,7 +193,8 @@ class Pipeline:
         if forbidden:
             keep &= ~np.isin(every, np.fromiter(forbidden, np.int32, len(forbidden)))
         kept = np.split(keep, np.cumsum([len(rows) for _, rows, _ in found])[:-1])
-        return [(name, rows[k], scores[k]) for (name, rows, scores), k in zip(found, kept, strict=True)]
+        quotas = [self._quotas.get(name) for name, _, _ in found]
+        return [(n, rows[k][:q], scores[k][:q]) for (n, rows, scores), k, q in zip(found, kept, quotas, strict=True)]
 
     def user_of(self, work: Work) -> UserFeatures:
         """The shared block of the request's features."""
@@ -227,20 +231,22 @@ class Pipeline:
         return events[::-1]
 
     def _source(self, name: str, quota: int, work: Work) -> tuple[Int32, Float32]:
-        sources, now_ms = self._sources, work.now_ms
+        """A source's best candidates among the allowed ones; with room for those that are forbidden."""
+        sources, now_ms, allowed = self._sources, work.now_ms, work.allowed
         if name == "nearest":
             return self._nearest(quota, work)
+        quota += len(work.forbidden)
         with sources.lock:
             if name == "following":
                 if sources.following is None or work.user is None:
                     return np.zeros(0, np.int32), np.zeros(0, np.float32)
                 shared = work.user.shared_keys, work.user.shared_mask
-                return sources.following.candidates(work.history_rows, shared, quota)
+                return sources.following.candidates(work.history_rows, shared, quota, allowed)
             if name == "trending":
-                return sources.trending.top(quota, now_ms)
+                return sources.trending.top(quota, now_ms, allowed)
             if name == "covisited":
-                return sources.covisits.candidates(work.history_rows, quota, now_ms)
-            return sources.followed.query(self._followed(work), quota)
+                return sources.covisits.candidates(work.history_rows, quota, now_ms, allowed)
+            return sources.followed.query(self._followed(work), quota, allowed)
 
     def _newest(self, count: int, taken: set[int], passing: Bool | None) -> tuple[Int32, Float32]:
         """The `count` items that came last into the catalogue, pass the filters and are not `taken`."""
@@ -253,7 +259,7 @@ class Pipeline:
         empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
         if self._generations is None or work.user is None or work.late("nearest"):
             return empty
-        found = self._generations.search(work.user, quota)
+        found = self._generations.search(work.user, quota, work.forbidden, work.allowed)
         return empty if found is None else found
 
     def _followed(self, work: Work) -> list[tuple[int, int, float]]:
