@@ -59,7 +59,7 @@ class Cap:
             counts = np.maximum(counts, np.bincount(self._codes[window].ravel(), minlength=self._num + 1))
         full = counts >= self._most
         full[-1] = False
-        blocked: Bool = full[self._codes].any(1)
+        blocked: Bool = np.logical_or.reduce(full[self._codes], axis=1)
         return blocked
 
     def _windows(self, position: int) -> list[list[int]]:
