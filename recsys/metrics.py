@@ -81,6 +81,10 @@ LOOKUP_SECONDS = _histogram(
 LOOKUP_KEYS = _counter("recsys_lookup_keys_total", "Keys asked of the parameter service.")
 CATALOGUE_ITEMS = _gauge("recsys_catalogue_items", "Items that can be shown.")
 GENERATION_ITEMS = _gauge("recsys_generation_items", "Items in the retrieval index in use.")
+GENERATION_RECALL = _gauge(
+    "recsys_generation_recall_ratio", "Recall@100 of the retrieval index in use, measured when it was built."
+)
+GENERATION_FAILURES = _counter("recsys_generation_failures_total", "Builds of a retrieval generation that failed.")
 GENERATION_AGE_SECONDS = _gauge("recsys_generation_age_seconds", "Since the retrieval generation in use was built.")
 
 # Embedding table (trainer and parameter)

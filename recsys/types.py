@@ -86,6 +86,8 @@ class Impression:
     activation: str = "shown"
     schema: str = ""
     features: bytes = b""
+    bandit: bytes = b""
+    """What the bandit knew as served: see `recsys.bandit.served`."""
     policy: str = ""
     model_version: str = ""
     generation: str = ""

@@ -30,6 +30,7 @@ DRIVERS = {
         "load_tests/table_gpu.py",
         # These set the number of threads before anything else runs.
         "services/trainer/main.py",
+        "services/ranking/builder.py",
         "services/ranking/main.py",
         "services/cli/replay.py",
     ),

@@ -58,7 +58,7 @@ class ServingCopy:
         if direct and trainer:
             self.scorer.adopt(trainer.learner.model, trainer.towers.model if trainer.towers else None)
         wanted = trainer is not None and bool(config.retrieval.sources.get("nearest"))
-        self.generations = Generations(config, schema, catalogue, self.scorer) if wanted else None
+        self.generations = Generations(config, catalogue, self.scorer) if wanted else None
         self._rebuild_ms = int(config.retrieval.rebuild_s * 1000)
         self._built_ms: int | None = None
 

@@ -47,6 +47,7 @@ LAYOUT: dict[str, dict[str, Any]] = {
         "activation": _TEXT,
         "schema": _TEXT,
         "features": pa.binary(),
+        "bandit": pa.binary(),
         "policy": _TEXT,
         "model_version": _TEXT,
         "generation": _TEXT,
@@ -227,6 +228,10 @@ def _read_feedback(columns: _Columns) -> list[Feedback]:
     ]
 
 
+def _bytes(columns: _Columns, name: str) -> Iterable[Any]:
+    return _objects(columns[name]) if columns.has(name) else repeat(b"")
+
+
 def _read_impressions(columns: _Columns) -> list[Impression]:
     rows = zip(
         columns.ids("request_id", required=True),
@@ -237,14 +242,15 @@ def _read_impressions(columns: _Columns) -> list[Impression]:
         columns.ids("session_id"),
         columns.distinct("activation", _activation, "shown"),
         columns.texts("schema", fields.MAX_NAME_CHARS),
-        _objects(columns["features"]) if columns.has("features") else repeat(b""),
+        _bytes(columns, "features"),
+        _bytes(columns, "bandit"),
         columns.texts("policy", fields.MAX_ID_BYTES),
         columns.texts("model_version", fields.MAX_ID_BYTES),
         columns.texts("generation", fields.MAX_ID_BYTES),
         strict=False,
     )
     impressions: list[Impression] = []
-    for r, u, t, i, c, s, a, h, f, p, m, g in rows:
+    for r, u, t, i, c, s, a, h, f, b, p, m, g in rows:
         if f and not h:
             error = fields.bad("schema", h, "must name the slot list that `features` was written with")
             raise RowError(error, len(impressions))
@@ -259,6 +265,7 @@ def _read_impressions(columns: _Columns) -> list[Impression]:
                 activation=a,
                 schema=h,
                 features=f or b"",
+                bandit=b or b"",
                 policy=p,
                 model_version=m,
                 generation=g,

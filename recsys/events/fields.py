@@ -193,8 +193,8 @@ def parse_sources(value: Any, field: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def parse_features(value: Any) -> bytes:
-    """Base64 of the keys and numbers as served."""
+def parse_base64(value: Any, field: str) -> bytes:
+    """Bytes as base64; none where there is nothing."""
     if value is None:
         return b""
     try:
@@ -202,7 +202,7 @@ def parse_features(value: Any) -> bytes:
             return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
         pass
-    raise bad("features", value, "must be a base64 string")
+    raise bad(field, value, "must be a base64 string")
 
 
 def optional_text(value: Any, field: str, limit: int) -> str:

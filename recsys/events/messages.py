@@ -23,8 +23,8 @@ from recsys.events.fields import (
     bad,
     optional_text,
     parse_attributes,
+    parse_base64,
     parse_context,
-    parse_features,
     parse_id,
     parse_number,
     parse_pool,
@@ -62,7 +62,7 @@ ACTIVATIONS = ("shown", "deferred")
 FEEDBACK_FIELDS = frozenset(
     ("version", "event_id", "user_id", "item_id", "type", "time_ms", "session_id", "request_id", "value", "context")
 )
-_OPAQUE_FIELDS = ("schema", "features", "policy", "model_version", "generation")
+_OPAQUE_FIELDS = ("schema", "features", "bandit", "policy", "model_version", "generation")
 IMPRESSION_FIELDS = frozenset(
     ("version", "request_id", "user_id", "time_ms", "items", "context", "session_id", "activation", *_OPAQUE_FIELDS)
 )
@@ -110,7 +110,7 @@ def parse_impression(message: bytes | Mapping[str, Any]) -> Impression:
     m = _object(message, IMPRESSION_FIELDS)
     get = m.get
     session, context, schema = get("session_id"), get("context"), optional_text(get("schema"), "schema", MAX_NAME_CHARS)
-    features = parse_features(get("features"))
+    features = parse_base64(get("features"), "features")
     if features and not schema:
         raise bad("schema", schema, "must name the slot list that `features` was written with")
     activation = get("activation")
@@ -126,6 +126,7 @@ def parse_impression(message: bytes | Mapping[str, Any]) -> Impression:
         activation=activation or "shown",
         schema=schema,
         features=features,
+        bandit=parse_base64(get("bandit"), "bandit"),
         policy=optional_text(get("policy"), "policy", MAX_ID_BYTES),
         model_version=optional_text(get("model_version"), "model_version", MAX_ID_BYTES),
         generation=optional_text(get("generation"), "generation", MAX_ID_BYTES),
@@ -185,9 +186,10 @@ def dump_impression(impression: Impression) -> bytes:
         "time_ms": i.time_ms,
         "items": [_filled(item, SHOWN_FIELDS) for item in i.items],
     }
-    message |= _filled(i, IMPRESSION_FIELDS - message.keys() - {"features"})
-    if i.features:
-        message["features"] = base64.b64encode(i.features).decode()
+    message |= _filled(i, IMPRESSION_FIELDS - message.keys() - {"features", "bandit"})
+    for name in ("features", "bandit"):
+        if data := getattr(i, name):
+            message[name] = base64.b64encode(data).decode()
     return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS)
 
 

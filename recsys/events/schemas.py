@@ -145,6 +145,7 @@ IMPRESSION: Schema = _message(
         "activation": _or_null({"enum": list(ACTIVATIONS)}),
         "schema": _or_null(_text(MAX_NAME_CHARS)),
         "features": _or_null(_BASE64),
+        "bandit": _or_null(_BASE64),
         "policy": _or_null(_text(MAX_ID_BYTES)),
         "model_version": _or_null(_text(MAX_ID_BYTES)),
         "generation": _or_null(_text(MAX_ID_BYTES)),

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
+from recsys.features.filters import Changes, Columns, Filters, Masks, passing
 from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.types import Bool, Int32, Int64, Item
@@ -33,7 +35,11 @@ class Catalogue:
         self._attributes = [name for name, _ in schema.item_fields[1:]]
         self.labels: dict[tuple[str, int], str] = {}
         """(attribute, key) -> the value as it was written, for reasons."""
+        self.numbers: dict[str, npt.NDArray[np.float64]] = {}
+        """Attribute -> its values [rows] where it was ever a number, NaN where it is none."""
         self.deleted = 0
+        self._changes = Changes()
+        self._masks = Masks(self._changes, self._passing, lambda: (len(self.ids), len(self.alive)))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,6 +77,24 @@ class Catalogue:
             deleted=not self.alive[row],
         )
 
+    def matching(self, filters: Filters) -> Bool:
+        """Which rows [rows or more] are alive and pass the filters: to be read only, and beside it the catalogue may grow.
+
+        The first time costs 1 to 20 ms a million rows and clause; then only rows that changed are looked at again.
+        """
+        return self._masks.of(filters)
+
+    def _passing(self, filters: Filters, where: slice | Int32) -> Bool:
+        passed = self.alive[where].copy()
+        for clause in filters:
+            columns, numbers = self._columns[clause.attribute], self.numbers.get(clause.attribute)
+            keys, mask = self.keys[where], self.mask[where]
+            passed &= passing(
+                clause,
+                Columns(keys[:, columns], mask[:, columns], None if numbers is None else numbers[where]),
+            )
+        return passed
+
     def apply(self, item: Item) -> int:
         """Upsert or delete; returns the row."""
         row = self._rows.get(item.item_id)
@@ -79,6 +103,7 @@ class Catalogue:
                 return -1
             self.deleted += int(self.alive[row])
             self.alive[row] = False
+            self._changes.add(row)
             return row
         if row is None:
             row = len(self.ids)
@@ -90,18 +115,23 @@ class Catalogue:
             self.documents.append(orjson.dumps(dict(item.attributes)))
             self.alive[row] = True
             self._rows[item.item_id] = row
+            self._changes.add(row)
             return row
         self._fill(row, item)
         self.titles[row] = item.title
         self.documents[row] = orjson.dumps(dict(item.attributes))
         self.deleted -= int(not self.alive[row])
         self.alive[row] = True
+        self._changes.add(row)
         return row
 
     def _grow(self) -> None:
         size = 2 * len(self.alive)
         self.keys, self.mask = _grown(self.keys, size), _grown(self.mask, size)
         self.alive = _grown(self.alive, size)
+        for name, numbers in self.numbers.items():
+            self.numbers[name] = _grown(numbers, size)
+            self.numbers[name][len(numbers) :] = np.nan
 
     def _fill(self, row: int, item: Item) -> None:
         keys = np.zeros(self.keys.shape[1], np.int64)
@@ -109,6 +139,7 @@ class Catalogue:
         keys[0], mask[0] = key_of(item.item_id), True
         for name in self._attributes:
             value = item.attributes.get(name)
+            self._number(row, name, value)
             if value is None:
                 continue
             where = self._columns[name]
@@ -118,6 +149,13 @@ class Catalogue:
                 keys[column], mask[column] = key, True
                 self.labels.setdefault((name, key), str(text))
         self.keys[row], self.mask[row] = keys, mask
+
+    def _number(self, row: int, name: str, value: Any) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and name not in self.numbers:
+            self.numbers[name] = np.full(len(self.alive), np.nan)
+        if name in self.numbers:
+            self.numbers[name][row] = value if is_number else np.nan
 
 
 def _grown(array: Any, size: int) -> Any:

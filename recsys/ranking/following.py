@@ -64,11 +64,13 @@ class Following:
         logits = self._factors.score(self._query(before, context), rows) if before else np.zeros(len(rows), np.float32)
         return np.concatenate([of_last, of_second[:, : len(RANK_HALF_LIVES) + 1], logits[:, None]], 1)
 
-    def candidates(self, before: Sequence[int], shared: Shared, k: int) -> tuple[Int32, Float32]:
-        """The k items that followed the last one most, shared context first."""
+    def candidates(
+        self, before: Sequence[int], shared: Shared, k: int, allowed: Bool | None = None
+    ) -> tuple[Int32, Float32]:
+        """The k (allowed) items that followed the last one most, shared context first."""
         if not before:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        return self._transitions.candidates(before[0], self._context(before, shared), k)
+        return self._transitions.candidates(before[0], self._context(before, shared), k, allowed)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Everything, as arrays."""

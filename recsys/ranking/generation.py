@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,19 +12,52 @@ import numpy as np
 from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
-from recsys.features.schema import Schema
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.scorer import Scorer
-from recsys.retrieval.index import ItemIndex, Searcher
-from recsys.types import Float32, Int32
+from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.searcher import Searcher
+from recsys.types import Bool, Float32, Int32, Int64
 
 CHUNK = 2000
 """Items whose vectors are computed at once: half doubles the look-ups, double holds a scoring core for longer."""
 NEW_SHARE = 0.01
 """New items that call for the next generation, as a share of the catalogue."""
-
 LOADING_S = 5.0
 """While a catalogue is being loaded generations follow each other this fast: its items fill the exact buffer, which is searched one by one."""
+TOUCHED_S = 10.0
+"""Items that were acted upon are placed anew this often: half doubles the look-ups, double lets them lie where they were for longer."""
+
+ItemVectors = Callable[[Int64, Bool, TwoTower], Float32]
+"""Item columns [n, I] and their mask to vectors [n, tower_dim]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a generation is built from: towers that no longer change, and the columns of the items alive."""
+
+    name: str
+    towers: TwoTower
+    rows: Int32
+    keys: Int64
+    mask: Bool
+    num_rows: int
+    """Rows of the catalogue then, deleted ones too."""
+
+
+def build_index(job: Job, item_vectors: ItemVectors) -> ItemIndex:
+    """Every item's vector, and the index over them; without items whose vector has no direction."""
+    vectors = np.empty((len(job.rows), job.towers.spec.tower_dim), np.float32)
+    for start in range(0, len(job.rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        vectors[part] = item_vectors(job.keys[part], job.mask[part], job.towers)
+    return ItemIndex.build(*usable(job.rows, vectors))
+
+
+def usable(rows: Int32, vectors: Float32) -> tuple[Int32, Float32]:
+    """Without items whose vector has no direction."""
+    norms = np.linalg.norm(vectors, axis=1)
+    kept = np.isfinite(norms) & (norms > 0)
+    return (rows, vectors) if kept.all() else (rows[kept], vectors[kept])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +67,24 @@ class _Generation:
     searcher: Searcher
     built_s: float
     num_items: int
+    recall: float
 
 
 class Generations:
-    """The generation in use. `build` and `refresh` belong to one thread; `changed` and `search` may run beside it."""
+    """The generation in use. `begin`, `finish`, `build` and `refresh` belong to one thread; all else may run beside it."""
 
-    def __init__(self, config: Config, schema: Schema, catalogue: Catalogue, scorer: Scorer) -> None:
-        self._schema, self._catalogue, self._scorer = schema, catalogue, scorer
+    def __init__(self, config: Config, catalogue: Catalogue, scorer: Scorer, prefix: str = "g") -> None:
+        self._catalogue, self._scorer = catalogue, scorer
         self._rebuild_s, self._buffer = config.retrieval.rebuild_s, config.retrieval.exact_buffer
         self._wanted = bool(config.retrieval.sources.get("nearest")) and config.training.two_tower
         self._current: _Generation | None = None
         self._changed: set[int] = set()
+        self._since: set[int] | None = None
+        """Rows changed since the job under way began; None: there is none."""
+        self._touched: set[int] = set()
+        self._touched_s = 0.0
         self._lock = threading.Lock()
-        self._count = 0
+        self._prefix, self._count = prefix, 0
 
     @property
     def name(self) -> str:
@@ -54,6 +93,16 @@ class Generations:
     @property
     def num_items(self) -> int:
         return self._current.num_items if self._current else 0
+
+    @property
+    def num_buffered(self) -> int:
+        """Items compared exactly beside the index."""
+        return self._current.searcher.num_buffered if self._current else 0
+
+    @property
+    def recall(self) -> float:
+        """The recall@100 that the index in use had when it was built; 0 before the first."""
+        return self._current.recall if self._current else 0.0
 
     def age_s(self, now_s: float) -> float:
         """Seconds since the generation in use was built; 0 before the first."""
@@ -71,59 +120,93 @@ class Generations:
         wait_s = LOADING_S if outgrown else self._rebuild_s / 10 if grown else self._rebuild_s
         return now_s - current.built_s >= wait_s
 
-    def build(self, now_s: float) -> None:
-        """Build the next generation beside the one in use, then swap."""
-        towers = copy.deepcopy(self._scorer.towers).eval()
-        rows = np.flatnonzero(self._catalogue.alive[: len(self._catalogue)]).astype(np.int32)
+    def begin(self) -> Job:
+        """What the next generation is to be built from; from now on `finish` knows what changed meanwhile."""
         with self._lock:
-            self._changed.clear()
-        vectors = [self._vectors(rows[start : start + CHUNK], towers) for start in range(0, len(rows), CHUNK)]
-        kept, unit = self._usable(rows, np.concatenate(vectors)) if vectors else (rows, np.zeros((0, 1), np.float32))
-        self._count += 1
-        index = ItemIndex.build(kept, unit)
-        self._current = _Generation(
-            f"g{self._count}", towers, Searcher(index, self._buffer), now_s, len(self._catalogue)
+            self._since = set()
+            self._count += 1
+        size = len(self._catalogue)
+        rows = np.flatnonzero(self._catalogue.alive[:size]).astype(np.int32)
+        every = slice(0, size) if len(rows) == size else rows
+        return Job(
+            name=f"{self._prefix}{self._count}",
+            towers=copy.deepcopy(self._scorer.towers).eval(),
+            rows=rows,
+            keys=self._catalogue.keys[every],
+            mask=self._catalogue.mask[every],
+            num_rows=size,
         )
 
-    def _vectors(self, rows: Int32, towers: TwoTower) -> Float32:
-        return self._scorer.item_vectors(self._catalogue.keys[rows], self._catalogue.mask[rows], towers)
+    def finish(self, job: Job, index: ItemIndex, now_s: float) -> None:
+        """Put what changed since `begin` beside the index, then use it with the job's towers from the next search on."""
+        searcher = Searcher(index, self._buffer)
+        with self._lock:
+            since, self._since = self._since or set(), set()
+        self._put(searcher, since, job.towers)
+        with self._lock:
+            missed, self._since = self._since, None
+            self._changed = missed  # the next `refresh` brings them
+            for row in (since | missed) - set(self._living(since | missed)):
+                searcher.delete(row)
+            self._current = _Generation(job.name, job.towers, searcher, now_s, job.num_rows, index.recall)
 
-    @staticmethod
-    def _usable(rows: Int32, vectors: Float32) -> tuple[Int32, Float32]:
-        """Without items whose vector has no direction."""
-        norms = np.linalg.norm(vectors, axis=1)
-        usable = np.isfinite(norms) & (norms > 0)
-        return rows[usable], vectors[usable]
+    def build(self, now_s: float) -> None:
+        """Build the next generation here and now, then swap: in a replay. Live, a process of its own does it."""
+        job = self.begin()
+        self.finish(job, build_index(job, self._scorer.item_vectors), now_s)
+
+    def _living(self, rows: Iterable[int]) -> list[int]:
+        return [row for row in sorted(rows) if self._catalogue.alive[row]]
+
+    def _put(self, searcher: Searcher, rows: Iterable[int], towers: TwoTower) -> None:
+        living = self._living(rows)
+        for start in range(0, len(living), CHUNK):
+            part = np.array(living[start : start + CHUNK], np.int32)
+            vectors = self._scorer.item_vectors(self._catalogue.keys[part], self._catalogue.mask[part], towers)
+            searcher.put(*usable(part, vectors))
+            for row in set(part.tolist()) - set(self._living(part.tolist())):
+                searcher.delete(row)  # deleted while its vector was computed
 
     def changed(self, row: int) -> None:
         """An item was upserted or deleted: a delete holds at once, a vector follows with `refresh`."""
-        if row < 0 or self._current is None:
-            return
-        if not self._catalogue.alive[row]:
-            self._current.searcher.delete(row)
+        if row < 0:
             return
         with self._lock:
-            self._changed.add(row)
+            if self._since is not None:
+                self._since.add(row)
+            if self._current is None:
+                return
+            if self._catalogue.alive[row]:
+                self._changed.add(row)
+            else:
+                self._current.searcher.delete(row)
 
-    def refresh(self) -> None:
-        """Vectors of new and changed items into the exact buffer."""
+    def touched(self, row: int) -> None:
+        """An item was acted upon, so that its rows are being trained: it is placed anew before long, unless too many were."""
         with self._lock:
-            changed, self._changed = sorted(self._changed), set()
-        current = self._current
-        if current is None or not changed:
-            return
-        for start in range(0, len(changed), CHUNK):
-            rows = np.array(changed[start : start + CHUNK], np.int32)
-            rows = rows[self._catalogue.alive[rows]]
-            current.searcher.put(*self._usable(rows, self._vectors(rows, current.towers)))
+            if len(self._touched) < self._buffer // 2:
+                self._touched.add(row)
 
-    def search(self, user: UserFeatures, k: int) -> tuple[Int32, Float32] | None:
-        """The k items nearest to the user in the generation in use; None when there is none, or nothing is known of the user."""
+    def refresh(self, now_s: float) -> None:
+        """Vectors of new and changed items into the exact buffer, at times also of touched ones while half of it is free."""
+        with self._lock:
+            current, changed, self._changed = self._current, self._changed, set()
+            if current is not None and now_s - self._touched_s >= TOUCHED_S:
+                room = max(0, self._buffer // 2 - current.searcher.num_buffered - len(changed))
+                changed.update(sorted(self._touched)[:room])
+                self._touched, self._touched_s = set(), now_s
+        if current is not None and changed:
+            self._put(current.searcher, changed, current.towers)
+
+    def search(
+        self, user: UserFeatures, k: int, exclude: Collection[int] = (), allowed: Bool | None = None
+    ) -> tuple[Int32, Float32] | None:
+        """The k allowed items nearest to the user in the generation in use; None when there is none, or nothing is known of the user."""
         current = self._current
         if current is None:
             return None
         vector = self._scorer.user_vector(user, current.towers)
         if vector is None or not np.isfinite(vector).all():
             return None
-        rows, scores = current.searcher.search(vector, k)
+        rows, scores = current.searcher.search(vector, k, exclude, allowed)
         return rows.astype(np.int32), scores.astype(np.float32)

@@ -16,6 +16,7 @@ from recsys.features.build import Features, UserFeatures, encode, item_features,
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking import slate
+from recsys.ranking.filters import described
 from recsys.ranking.generation import Generations
 from recsys.ranking.reasons import Reasons
 from recsys.ranking.request import Answer, AsOf, Request
@@ -23,7 +24,7 @@ from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.retrieval.mix import mix
 from recsys.state.base import StateStore
-from recsys.types import Float32, HistoryEvent, Impression, Int32, Int64, ShownItem, UserState
+from recsys.types import Bool, Float32, HistoryEvent, Impression, Int32, Int64, ShownItem, UserState
 
 Found = tuple[str, Int32, Float32]
 MIX_LIMIT = 500
@@ -40,6 +41,10 @@ class Work:
     degraded: list[str] = field(default_factory=list)
     state: UserState = UserState()
     history_rows: list[int] = field(default_factory=list)
+    allowed: Bool | None = None
+    """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
+    forbidden: set[int] = field(default_factory=set)
+    """Rows that rules leave out of this answer, whatever they are."""
     rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     names: tuple[str, ...] = ()
     masks: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -133,32 +138,38 @@ class Pipeline:
         """Every source's candidates, mixed, without what rules forbid."""
         if self._needs_user:
             work.user = self.user_of(work)
+        if work.request.filters:
+            work.allowed = self._catalogue.matching(work.request.filters)
+        work.forbidden = self.forbidden(work)
         if work.request.candidates is not None:
             rows = self._catalogue.rows(list(dict.fromkeys(work.request.candidates)))
             found = [("caller", rows[rows >= 0], np.zeros(int((rows >= 0).sum()), np.float32))]
         else:
             found = [(name, *self._source(name, quota, work)) for name, quota in self._quotas.items() if quota]
-        forbidden = self.forbidden(work)
-        allowed = self._allowed(found, forbidden)
+        allowed = self._allowed(found, work)
         work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         if len(work.rows) < work.request.n and work.request.candidates is None:
             # Nothing is known yet, or all that is known was excluded: the newest items fill the list.
-            allowed.append(
-                ("newest", *self._newest(work.request.n - len(work.rows), {*forbidden, *work.rows.tolist()}))
-            )
+            taken = {*work.forbidden, *work.rows.tolist()}
+            allowed.append(("newest", *self._newest(work.request.n - len(work.rows), taken, work.allowed)))
             work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         work.names, work.masks = tuple(name for name, _, _ in allowed), masks
 
-    def _allowed(self, found: Sequence[Found], forbidden: set[int]) -> list[Found]:
-        """Each source's rows that are alive and not forbidden."""
+    def _allowed(self, found: Sequence[Found], work: Work) -> list[Found]:
+        """Each source's rows that are alive, pass the filters and are not forbidden, up to its quota."""
         if not found:
             return []
+        passing, forbidden = work.allowed, work.forbidden
         every = np.concatenate([rows for _, rows, _ in found])
         keep = self._catalogue.alive[every]
+        if passing is not None:
+            keep &= every < len(passing)
+            keep[keep] = passing[every[keep]]
         if forbidden:
             keep &= ~np.isin(every, np.fromiter(forbidden, np.int32, len(forbidden)))
         kept = np.split(keep, np.cumsum([len(rows) for _, rows, _ in found])[:-1])
-        return [(name, rows[k], scores[k]) for (name, rows, scores), k in zip(found, kept, strict=True)]
+        quotas = [self._quotas.get(name) for name, _, _ in found]
+        return [(n, rows[k][:q], scores[k][:q]) for (n, rows, scores), k, q in zip(found, kept, quotas, strict=True)]
 
     def user_of(self, work: Work) -> UserFeatures:
         """The shared block of the request's features."""
@@ -194,24 +205,27 @@ class Pipeline:
         return events[::-1]
 
     def _source(self, name: str, quota: int, work: Work) -> tuple[Int32, Float32]:
-        sources, now_ms = self._sources, work.now_ms
+        """A source's best candidates among the allowed ones; with room for those that are forbidden."""
+        sources, now_ms, allowed = self._sources, work.now_ms, work.allowed
         if name == "nearest":
             return self._nearest(quota, work)
+        quota += len(work.forbidden)
         with sources.lock:
             if name == "following":
                 if sources.following is None or work.user is None:
                     return np.zeros(0, np.int32), np.zeros(0, np.float32)
                 shared = work.user.shared_keys, work.user.shared_mask
-                return sources.following.candidates(work.history_rows, shared, quota)
+                return sources.following.candidates(work.history_rows, shared, quota, allowed)
             if name == "trending":
-                return sources.trending.top(quota, now_ms)
+                return sources.trending.top(quota, now_ms, allowed)
             if name == "covisited":
-                return sources.covisits.candidates(work.history_rows, quota, now_ms)
-            return sources.followed.query(self._followed(work), quota)
+                return sources.covisits.candidates(work.history_rows, quota, now_ms, allowed)
+            return sources.followed.query(self._followed(work), quota, allowed)
 
-    def _newest(self, count: int, taken: set[int]) -> tuple[Int32, Float32]:
-        """The `count` items that came last into the catalogue and are not `taken`."""
-        newest = np.flatnonzero(self._catalogue.alive)[::-1][: count + len(taken)]
+    def _newest(self, count: int, taken: set[int], passing: Bool | None) -> tuple[Int32, Float32]:
+        """The `count` items that came last into the catalogue, pass the filters and are not `taken`."""
+        alive = self._catalogue.alive if passing is None else passing
+        newest = np.flatnonzero(alive)[::-1][: count + len(taken)]
         rows = newest[~np.isin(newest, list(taken))][:count] if taken else newest
         return rows.astype(np.int32), np.zeros(len(rows), np.float32)
 
@@ -219,7 +233,7 @@ class Pipeline:
         empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
         if self._generations is None or work.user is None or work.late("nearest"):
             return empty
-        found = self._generations.search(work.user, quota)
+        found = self._generations.search(work.user, quota, work.forbidden, work.allowed)
         return empty if found is None else found
 
     def _followed(self, work: Work) -> list[tuple[int, int, float]]:
@@ -314,7 +328,17 @@ class Pipeline:
                 positions={"epoch": state.version.epoch, "step": state.version.step}, time_ms=state.covers_ms
             ),
             impression=impression,
+            note=self._note(work) if len(items) < request.n else "",
         )
+
+    def _note(self, work: Work) -> str:
+        """Why a list is short."""
+        if not self._catalogue.num_alive:
+            return "the catalogue is empty: PUT items to /v1/items"
+        if work.allowed is not None and not work.allowed.any():
+            return f"no item passes the filters ({described(work.request.filters)})"
+        of = "candidates" if work.request.candidates is not None else "items"
+        return f"no other {of} pass the filters and rules of this request"
 
     def _predictions(self, work: Work, candidate: int) -> dict[str, float]:
         if work.predictions is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from recsys.features.filters import Filters
 from recsys.types import Impression, ShownItem
 
 
@@ -20,6 +21,7 @@ class Request:
     context: Mapping[str, Any] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     candidates: tuple[str, ...] | None = None
+    filters: Filters = ()
     activation: str = "shown"
 
 
@@ -44,3 +46,5 @@ class Answer:
     generation: str
     parameters: AsOf
     impression: Impression
+    note: str = ""
+    """Why there are fewer items than asked for; empty when there are not."""

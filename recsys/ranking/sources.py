@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class Sources:
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
         self._seen = Recent()
+        self.on_counted: Callable[[int], None] = lambda row: None
+        """Called with the row of each counted feedback."""
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
@@ -76,6 +78,7 @@ class Sources:
             before = self.session_rows(history, event) if counted else []
             self.counting.happened(feedback, row, bool(before), now_ms)
             if counted:
+                self.on_counted(row)
                 self.trending.add(row, now_ms)
                 self.followed.note(row, 1.0)
                 self.covisits.add(row, before, now_ms)

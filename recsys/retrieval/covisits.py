@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from recsys.decay import ForwardDecay
-from recsys.retrieval.trending import mapped
-from recsys.types import Float32, Int32
+from recsys.retrieval.trending import among, mapped
+from recsys.types import Bool, Float32, Int32
 
 _MAX_EXPONENT = 400
 """Half-lives of an item's own clock after which its sums are rescaled; with the time's 512 it stays below float64's 1,023."""
@@ -116,14 +116,19 @@ class CoVisits:
         if not kept:
             del self._items[source]
 
-    def candidates(self, history_rows: Sequence[int], k: int, now_ms: int) -> tuple[Int32, Float32]:
-        """The k best by Σ discount × count over the history (newest first), best first, ties by row; counts as of `now_ms`.
+    def candidates(
+        self, history_rows: Sequence[int], k: int, now_ms: int, allowed: Bool | None = None
+    ) -> tuple[Int32, Float32]:
+        """The k best (allowed) by Σ discount × count over the history (newest first), best first, ties by row; counts as of `now_ms`.
 
         Rows of the history can be among them. Time is proportional to len(history_rows) × neighbours.
         """
         blend, decay = self._blend(history_rows, now_ms)
         found = np.fromiter(blend.keys(), np.int32, len(blend))
         totals = np.fromiter(blend.values(), np.float64, len(blend))
+        if allowed is not None:
+            kept = among(found, allowed)
+            found, totals = found[kept], totals[kept]
         best = np.lexsort((found, -totals))[:k]
         return found[best], (totals[best] * decay).astype(np.float32)
 

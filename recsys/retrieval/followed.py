@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.decay import ForwardDecay
-from recsys.types import Float32, Int32
+from recsys.retrieval.trending import among
+from recsys.types import Bool, Float32, Int32
 
 _POPULAR = 200
 """Items kept of a value by popularity: half hides good ones of broad values, double costs query time and memory."""
@@ -125,8 +126,10 @@ class Followed:
             value.ranked = rows, 1.0 / np.sqrt(1.0 + np.concatenate([places, new_places]))
         return value.ranked
 
-    def query(self, keys: Iterable[tuple[int, int, float]], k: int) -> tuple[Int32, Float32]:
-        """The k best rows for weighted values (attribute index, key, weight), best first, ties by row.
+    def query(
+        self, keys: Iterable[tuple[int, int, float]], k: int, allowed: Bool | None = None
+    ) -> tuple[Int32, Float32]:
+        """The k best (allowed) rows for weighted values (attribute index, key, weight), best first, ties by row.
 
         A row's score is Σ weight / √place over the values it has: heavy values give most, none takes everything, and who has
         several of them leads.
@@ -137,5 +140,8 @@ class Followed:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         rows, where = np.unique(np.concatenate([rows for rows, _, _ in found]), return_inverse=True)
         scores = np.bincount(where, np.concatenate([weight * worth for _, worth, weight in found]))
+        if allowed is not None:
+            kept = among(rows, allowed)
+            rows, scores = rows[kept], scores[kept]
         best = np.argsort(-scores, kind="stable")[:k]
         return rows[best], scores[best].astype(np.float32)

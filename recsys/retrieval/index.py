@@ -1,35 +1,42 @@
-"""Nearest items of a user vector: a FAISS index of one generation, and an exact buffer of what changed since.
+"""Nearest items of a vector: one immutable FAISS index, a file that several processes can map.
 
-D width of a vector, N items in the index, B rows in the buffer. Vectors are brought to unit length here: scores are cosines.
+D width of a vector, N items in the index; a position counts the index's items, list after list. Vectors are brought to unit
+length here: scores are cosines.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import struct
-import threading
+import tempfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from recsys.errors import SnapshotCorrupt
 from recsys.files import replace
-from recsys.types import Float32, Int32
+from recsys.types import Bool, Float32, Int32, Int64, UInt8
 
 faiss.omp_set_num_threads(1)  # two thread pools in one process fight for the same cores
 
-_FLAT_LIMIT = 50_000
-"""Up to here every vector is compared: 50,000 × 32 takes 0.9 ms on one core, and nothing is missed."""
-_PROBES = 48
-"""Lists searched of 4 √N. On a clustered million × 32, top 100: 32 misses 6.9% in 0.28 ms, 48 5.2% in 0.37, 96 2.4% in 0.64."""
+FLAT_LIMIT = 50_000
+"""Up to here every vector is compared: docs/retrieval.md has the measurements behind the choice of type."""
+_PROBES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384)
+"""Lists that a search may look into; 384 of 2,000 take 1.3 ms on a million × 32, the most that fits the budget of a request."""
+_RECALL = 0.98
+"""The first number of probes that reaches this at building is used: at .95 users, who are no items, would fall below .95."""
+_SAMPLE, _TOP, _NOISE = 128, 100, 0.1
+"""Recall is measured on this many items moved by this much noise, of the top so many."""
 _TRAIN_PER_LIST = 40
 """Vectors a list that k-means sees: fewer make worse lists, more make building slower."""
-_MAGIC = b"recsys-index-1"
+_EXACT_LIMIT = 20_000
+"""Up to here a filter's items are compared one by one, about 1.5 ms; beyond it enough of them lie in the lists near the user."""
+_MAGIC = b"recsys-index-2"
 _CHUNK = 2**22
 
 
@@ -51,29 +58,52 @@ def unit(vectors: Float32, rows: Int32) -> Float32:
 class ItemIndex:
     """An immutable index over item vectors. Safe for any number of readers."""
 
-    def __init__(self, index: Any, rows: Int32) -> None:
-        self._index = index
-        self.rows = rows
-        """The row at each position [N]."""
+    def __init__(self, index: Any, rows: Int32, recall: float, built: tempfile.TemporaryDirectory[str] | None) -> None:
+        self._index, self.rows, self.recall = index, rows, recall
+        """The row at each position [N]; the recall@100 that was measured when it was built."""
+        self._built = built
+        """Where the lists of an index just built lie: in memory FAISS would not let them be looked into."""
+        self._inverted = isinstance(index, faiss.IndexIVF)
+        if self._inverted:
+            self._map_lists()
+        else:
+            size = index.ntotal * index.d
+            self._vectors = faiss.rev_swig_ptr(index.get_xb(), size).reshape(-1, index.d) if size else None
+
+    def _map_lists(self) -> None:
+        """Where each position's half-precision vector, less its list's centroid, lies in the file: list by list, each before its ids."""
+        lists: Any = faiss.downcast_InvertedLists(self._index.invlists)
+        parts = [lists.lists.at(i) for i in range(self._index.nlist)]
+        sizes = np.array([part.size for part in parts], np.int64)
+        self._starts: Int64 = np.concatenate([[0], np.cumsum(sizes)])
+        self._offsets = np.array([part.offset for part in parts], np.int64)
+        odd = int(self._offsets.min()) % 2
+        memory = faiss.rev_swig_ptr(lists.ptr, lists.totsize)
+        halves = np.frombuffer(memory, np.float16, (lists.totsize - odd) // 2, odd)
+        self._offsets = (self._offsets - odd) // 2 - self._starts[:-1] * self.dim
+        self._vectors = sliding_window_view(halves, self.dim)
+        self._centroids = faiss.downcast_index(self._index.quantizer).reconstruct_n(0, self._index.nlist)
 
     @classmethod
     def build(cls, rows: Int32, vectors: Float32) -> ItemIndex:
-        """Index distinct rows [N] and vectors [N, D]: exact up to 50,000, else inverted lists (4 √N of them)."""
+        """Index distinct rows [N] and vectors [N, D]: exact up to 50,000, else inverted lists, 2 √N of them.
+
+        A list keeps its vectors in half precision, less its centroid: towers that are hardly trained place all items close together.
+        """
         rows = np.array(rows, np.int32)
         vectors = unit(vectors, rows)
         if len(np.unique(rows)) != len(rows):
             raise ValueError("rows to index must be distinct")
-        dim = vectors.shape[1]
-        index: Any = faiss.IndexFlatIP(dim)
-        if len(rows) > _FLAT_LIMIT:
-            lists = int(4 * np.sqrt(len(rows)))
-            index = faiss.IndexIVFFlat(index, dim, lists, faiss.METRIC_INNER_PRODUCT)
-            index.cp.niter = 10
-            index.cp.min_points_per_centroid = 1
-            index.train(vectors[:: max(1, len(rows) // (_TRAIN_PER_LIST * lists))])
-            index.nprobe = min(_PROBES, lists)
-        index.add(vectors)
-        return cls(index, rows)
+        if len(rows) <= FLAT_LIMIT:
+            flat: Any = faiss.IndexFlatIP(vectors.shape[1])
+            flat.add(vectors)
+            return cls(flat, rows, 1.0, None)
+        index, order = _inverted(vectors)
+        recall = _choose_probes(index, vectors, order)
+        folder = tempfile.TemporaryDirectory(prefix="recsys-index-")
+        path = str(Path(folder.name) / "index")
+        faiss.write_index(index, path)
+        return cls(faiss.read_index(path, faiss.IO_FLAG_MMAP), rows[order], recall, folder)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,28 +112,75 @@ class ItemIndex:
     def dim(self) -> int:
         return int(self._index.d)
 
-    def search(self, vector: Float32, k: int, searchable: Any) -> tuple[Int32, Float32]:
-        """The k best positions for a unit vector [D] among those whose bit is set in `searchable` (uint8, little bit order)."""
-        k = min(k, len(self.rows))
+    def search(self, vector: Float32, k: int, searchable: UInt8) -> tuple[Int32, Float32]:
+        """The k best positions for a unit vector [D] among those whose bit is set in `searchable` (little bit order)."""
+        k = min(k, len(self))
         if k == 0:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        selector = faiss.IDSelectorBitmap(len(self.rows), faiss.swig_ptr(searchable))
-        inverted = isinstance(self._index, faiss.IndexIVF)
-        parameters: Any = faiss.SearchParametersIVF() if inverted else faiss.SearchParameters()
-        parameters.sel = selector
-        if inverted:
+        parameters: Any = faiss.SearchParametersIVF() if self._inverted else faiss.SearchParameters()
+        selector = parameters.sel = faiss.IDSelectorBitmap(len(self), faiss.swig_ptr(searchable))
+        if self._inverted:
             parameters.nprobe = self._index.nprobe
         scores, positions = self._index.search(vector[None, :], k, params=parameters)
+        del selector  # held until here: FAISS keeps a pointer only
         found = positions[0] >= 0
         return positions[0][found].astype(np.int32), scores[0][found]
 
+    def search_among(self, vector: Float32, k: int, wanted: Bool) -> tuple[Int32, Float32]:
+        """The k best of the `wanted` positions [N]: all of them are compared when they are few, else those of enough lists.
+
+        Lists without wanted items are passed over, so that a filter far from the user is answered as well as one near them.
+        """
+        if self._inverted and np.count_nonzero(wanted) > _EXACT_LIMIT:
+            return self._search_lists(vector, k, wanted)
+        positions = np.flatnonzero(wanted)
+        if not len(positions) or self._vectors is None or k == 0:
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        if self._inverted:
+            lists = np.searchsorted(self._starts, positions, "right") - 1
+            places = positions * self.dim + self._offsets[lists]
+            scores = self._vectors[places].astype(np.float32) @ vector + (self._centroids @ vector)[lists]
+        else:
+            scores = self._vectors[positions] @ vector
+        if len(scores) > k:
+            best = np.argpartition(scores, len(scores) - k)[-k:]
+            positions, scores = positions[best], scores[best]
+        return positions.astype(np.int32), scores
+
+    def _search_lists(self, vector: Float32, k: int, wanted: Bool) -> tuple[Int32, Float32]:
+        """Look into the nearest lists that hold as many wanted items as an unfiltered search compares."""
+        sizes = np.diff(self._starts)
+        filled = np.flatnonzero(sizes)
+        counts = np.zeros(len(sizes), np.int64)
+        counts[filled] = np.add.reduceat(wanted, self._starts[:-1][filled], dtype=np.int32)
+        near = self._centroids @ vector
+        lists = np.argsort(-near, kind="stable")
+        lists = lists[counts[lists] > 0]
+        enough = int(np.searchsorted(np.cumsum(counts[lists]), self._index.nprobe * len(self) / len(sizes)))
+        lists = np.ascontiguousarray(lists[: max(enough + 1, self._index.nprobe)])
+        distances = near[lists]
+        bits = np.packbits(wanted, bitorder="little")
+        selector = faiss.IDSelectorBitmap(len(self), faiss.swig_ptr(bits))
+        parameters: Any = faiss.SearchParametersIVF()
+        parameters.nprobe, parameters.sel = len(lists), selector
+        scores, positions = np.empty(k, np.float32), np.empty(k, np.int64)
+        pointers = [faiss.swig_ptr(array) for array in (lists, distances, scores, positions)]
+        query = faiss.swig_ptr(vector)
+        self._index.search_preassigned_c(1, query, k, *pointers, False, parameters)
+        found = positions >= 0
+        return positions[found].astype(np.int32), scores[found]
+
     def save(self, path: Path) -> None:
-        """Write one file: index, rows, checksum; durable and complete, or not there."""
+        """Write one file of what was built: index, rows, recall, checksum; durable and complete, or not there."""
         temporary = path.with_name(path.name + ".tmp")
-        faiss.write_index(self._index, str(temporary))
+        if self._built is not None:
+            shutil.copyfile(Path(self._built.name) / "index", temporary)
+        else:
+            assert not self._inverted, "an index that was loaded is in its file already"
+            faiss.write_index(self._index, str(temporary))
         with temporary.open("r+b") as file:
             file.seek(0, os.SEEK_END)
-            file.write(self.rows.astype("<i4").tobytes() + struct.pack("<Q", len(self.rows)))
+            file.write(self.rows.astype("<i4").tobytes() + struct.pack("<dQ", self.recall, len(self)))
             file.flush()
             file.seek(0)
             checksum = _checksum(file, temporary.stat().st_size)
@@ -113,20 +190,63 @@ class ItemIndex:
 
     @classmethod
     def load(cls, path: Path) -> ItemIndex:
-        """Read what `save` wrote. SnapshotCorrupt when it was cut short or flipped."""
+        """Map what `save` wrote; the file may be deleted then. SnapshotCorrupt when it was cut short or flipped."""
         corrupt = SnapshotCorrupt(f"{path}: not a complete index file; delete it, the builder makes a new one")
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END) - 4 - len(_MAGIC)
             file.seek(max(size, 0))
             footer = file.read()
             file.seek(0)
-            if size < 8 or footer[4:] != _MAGIC or _checksum(file, size) != int.from_bytes(footer[:4], "little"):
+            if size < 16 or footer[4:] != _MAGIC or _checksum(file, size) != int.from_bytes(footer[:4], "little"):
                 raise corrupt
-            file.seek(size - 8)
-            (num_rows,) = struct.unpack("<Q", file.read(8))
-            file.seek(size - 8 - 4 * num_rows)
+            file.seek(size - 16)
+            recall, num_rows = struct.unpack("<dQ", file.read(16))
+            file.seek(size - 16 - 4 * num_rows)
             rows = np.frombuffer(file.read(4 * num_rows), "<i4").astype(np.int32)
-        return cls(faiss.read_index(str(path)), rows)  # reads from the front and stops where the index ends
+        # FAISS reads from the front and stops where the index ends.
+        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP), rows, recall, None)
+
+
+def _inverted(vectors: Float32) -> tuple[Any, Int64]:
+    """Inverted lists over vectors [N, D], and which vector each position holds [N]: positions run through list after list."""
+    count, dim = vectors.shape
+    lists = int(2 * np.sqrt(count))
+    means = faiss.Clustering(dim, lists)
+    means.niter, means.spherical = 10, True
+    means.min_points_per_centroid, means.max_points_per_centroid = 1, 2 * _TRAIN_PER_LIST
+    centroids: Any = faiss.IndexFlatIP(dim)
+    means.train(vectors[:: max(1, count // (_TRAIN_PER_LIST * lists))], centroids)
+    used, nearest = np.unique(centroids.search(vectors, 1)[1][:, 0], return_inverse=True)
+    # Items that look the same leave lists empty, whose centroids would be probed in vain.
+    middle, centroids = centroids.reconstruct_n(0, lists)[used], faiss.IndexFlatIP(dim)
+    centroids.add(middle)
+    half = faiss.ScalarQuantizer.QT_fp16
+    index: Any = faiss.IndexIVFScalarQuantizer(centroids, dim, len(used), half, faiss.METRIC_INNER_PRODUCT, True)
+    index.own_fields = False  # Python owns the centroids
+    index.referenced_objects = [centroids]
+    order = np.argsort(nearest, kind="stable")
+    ordered, where = np.ascontiguousarray(vectors[order]), np.ascontiguousarray(nearest[order])
+    index.train(ordered[:1])
+    index.add_core(count, faiss.swig_ptr(ordered), None, faiss.swig_ptr(where))
+    return index, order
+
+
+def _choose_probes(index: Any, vectors: Float32, order: Int64) -> float:
+    """Set the least number of probes that finds nearly all of what comparing everything finds; returns the recall."""
+    generator = np.random.default_rng(0)
+    queries = vectors[generator.choice(len(vectors), _SAMPLE, replace=False)]
+    queries = queries + _NOISE * generator.standard_normal(queries.shape, np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    least = faiss.knn(queries, vectors, _TOP, metric=faiss.METRIC_INNER_PRODUCT)[0][:, -1:]
+    recall = 0.0
+    for probes in _PROBES:
+        index.nprobe = min(probes, index.nlist)
+        found = index.search(queries, _TOP)[1]
+        scores = np.einsum("qkd,qd->qk", vectors[order[found]], queries)
+        recall = float(((scores >= least - 1e-6) & (found >= 0)).mean())
+        if recall >= _RECALL or probes >= index.nlist:
+            break
+    return recall
 
 
 def _checksum(file: BinaryIO, size: int) -> int:
@@ -135,115 +255,3 @@ def _checksum(file: BinaryIO, size: int) -> int:
         checksum = zlib.crc32(chunk, checksum)
         size -= len(chunk)
     return checksum
-
-
-class Searcher:
-    """One generation's index, and what changed since: new, changed and recently touched rows are compared exactly.
-
-    One writer beside many readers. What was put is found by the next search; what was deleted is not. Beyond `limit` the
-    rows longest untouched leave the buffer: the index serves its own version of them, and `dropped` counts those it lacks.
-    """
-
-    def __init__(self, index: ItemIndex, limit: int = 50_000) -> None:
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
-        self._index = index
-        self._limit = limit
-        self._positions = np.full(int(index.rows.max(initial=-1)) + 1, -1, np.int32)
-        self._positions[index.rows] = np.arange(len(index), dtype=np.int32)
-        self._searchable = np.packbits(np.ones(len(index), np.bool_), bitorder="little")
-        self._slots: OrderedDict[int, int] = OrderedDict()
-        self._buffer_rows = np.full(16, -1, np.int32)
-        self._buffer = np.zeros((16, index.dim), np.float32)
-        self._free: list[int] = []
-        self._lock = threading.Lock()
-        self.dropped = 0
-        """Rows that left the full buffer and are not in the index: build a new generation."""
-
-    @property
-    def num_buffered(self) -> int:
-        return len(self._slots)
-
-    def put(self, rows: Int32, vectors: Float32) -> None:
-        """Insert or replace vectors [n, D]; a deleted row lives again."""
-        vectors = unit(vectors, rows)
-        if vectors.shape[1] != self._index.dim:
-            raise ValueError(
-                f"vectors are {vectors.shape[1]} wide, the index {self._index.dim}: one generation, one tower"
-            )
-        with self._lock:
-            for row, vector in zip(np.asarray(rows).tolist(), vectors, strict=True):
-                self._mask(row, searchable=False)
-                slot = self._slots.pop(row, -1)
-                if slot < 0:
-                    slot = self._slot()
-                self._slots[row] = slot
-                self._buffer[slot] = vector
-                self._buffer_rows[slot] = row
-
-    def _slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        used = len(self._slots)
-        if used >= self._limit:
-            row, slot = self._slots.popitem(last=False)
-            self.dropped += not self._mask(row, searchable=True)
-            return slot
-        if used == len(self._buffer_rows):
-            self._buffer_rows = np.concatenate([self._buffer_rows, np.full(used, -1, np.int32)])
-            self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
-        return used
-
-    def _mask(self, row: int, *, searchable: bool) -> bool:
-        """Show or hide the index's version of a row; False when it has none."""
-        position = int(self._positions[row]) if row < len(self._positions) else -1
-        if position < 0:
-            return False
-        bit = np.uint8(1 << (position & 7))
-        if searchable:
-            self._searchable[position >> 3] |= bit
-        else:
-            self._searchable[position >> 3] &= ~bit
-        return True
-
-    def delete(self, row: int) -> None:
-        """Take `row` out of every later search, until it is put again."""
-        with self._lock:
-            self._mask(row, searchable=False)
-            slot = self._slots.pop(row, -1)
-            if slot >= 0:
-                self._buffer_rows[slot] = -1
-                self._free.append(slot)
-
-    def search(self, vector: Float32, k: int, exclude: Collection[int] = ()) -> tuple[Int32, Float32]:
-        """The k best rows for a user vector [D] and their cosines, best first, ties by row; `exclude` never among them.
-
-        Fewer when there are no more; none for an all-zero vector (an untrained user). ValueError for NaN or another width.
-        """
-        vector = np.asarray(vector, np.float32)
-        norm = float(np.linalg.norm(vector))
-        if vector.shape != (self._index.dim,) or not np.isfinite(norm):
-            raise ValueError(
-                f"user vector has shape {vector.shape} and norm {norm}: give {self._index.dim} finite numbers"
-            )
-        if norm == 0.0 or k <= 0:
-            return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        vector = vector / np.float32(norm)
-        wanted = k + len(exclude)
-        positions, scores = self._index.search(vector, wanted, self._searchable)
-        with self._lock:
-            # A row may have moved between index and buffer since: look again.
-            shown = (self._searchable[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 1
-            used = len(self._slots) + len(self._free)
-            near = self._buffer[:used] @ vector
-            buffered = self._buffer_rows[:used].copy()
-        rows = np.concatenate([self._index.rows[positions[shown]], buffered[buffered >= 0]])
-        scores = np.concatenate([scores[shown], near[buffered >= 0]])
-        if exclude:
-            kept = ~np.isin(rows, np.fromiter(exclude, np.int32, len(exclude)))
-            rows, scores = rows[kept], scores[kept]
-        if len(rows) > 4 * k:
-            kept = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
-            rows, scores = rows[kept], scores[kept]
-        best = np.lexsort((rows, -scores))[:k]
-        return rows[best], scores[best]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys.compiled import compiled
-from recsys.retrieval.trending import mapped
-from recsys.types import Float32, Int32, Int64
+from recsys.retrieval.trending import among, mapped
+from recsys.types import Bool, Float32, Int32, Int64
 
 _PLACES = 2048
 """Places of the table of one reading, at least twice its targets."""
@@ -121,10 +121,10 @@ class Transitions:
             _gather(*self._sums(source, context), rows.astype(np.int64), out)
         return np.log(out + _LEAST).astype(np.float32)
 
-    def candidates(self, source: int, context: Int64, k: int) -> tuple[Int32, Float32]:
-        """The k best after `source` by the weight that counts shared context, best first, ties by row."""
+    def candidates(self, source: int, context: Int64, k: int, allowed: Bool | None = None) -> tuple[Int32, Float32]:
+        """The k best (allowed) after `source` by the weight that counts shared context, best first, ties by row."""
         table, sums = self._sums(source, context)
-        places = np.flatnonzero(table >= 0)
+        places = among(table, allowed)
         rows, scores = table[places].astype(np.int32), sums[places, len(RANK_HALF_LIVES)]
         best = np.lexsort((rows, -scores))[:k]
         return rows[best], scores[best].astype(np.float32)

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from recsys.decay import ForwardDecay
-from recsys.types import Float32, Int32
+from recsys.types import Bool, Float32, Int32, Int64
 
 _NOTHING = 2.0**-300
 """A stored sum below this is dropped at a rescale: more than a hundred half-lives old, whatever its size was."""
@@ -72,12 +73,17 @@ class Trending:
         self._bar, self._bar_row = float(self._sums[kept[-1]]), int(kept[-1])
         self._above = array("i", np.sort(kept).tobytes())
 
-    def top(self, k: int, now_ms: int) -> tuple[Int32, Float32]:
-        """The k ≤ `top` largest, best first, ties by row: rows [k] and their counts decayed to `now_ms`."""
-        if k > self._top:
-            raise ValueError(f"k is {k}, but only the top {self._top} are kept: construct Trending with a larger top")
+    def top(self, k: int, now_ms: int, allowed: Bool | None = None) -> tuple[Int32, Float32]:
+        """The k largest, best first, ties by row: rows [k] and their counts decayed to `now_ms`.
+
+        Without `allowed` they are at hand up to `top`; with it (or beyond) every row that ever was counted is looked at.
+        """
         with self._lock:
-            rows = np.array(self._above, np.int32)
+            if allowed is None and k <= self._top:
+                rows = np.array(self._above, np.int32)
+            else:
+                every = np.flatnonzero(self._sums >= _NOTHING)
+                rows = every[among(every, allowed)].astype(np.int32)
             sums = self._sums[rows]
             decay = self._decay.decay(now_ms)
         best = np.argsort(-sums, kind="stable")[:k]  # rows ascend, so stable means ties by row
@@ -114,6 +120,15 @@ class Trending:
             origin_ms, shift, self.last_ms = state["clock"].tolist()
             self._decay.restore(origin_ms, shift)
             self._resize(sums)
+
+
+def among(rows: Int32 | Int64, allowed: Bool | None) -> npt.NDArray[np.intp]:
+    """Which places of `rows` hold an allowed one; below 0 or beyond the mask's end there is none."""
+    kept = rows >= 0
+    if allowed is not None:
+        kept &= rows < len(allowed)
+        kept[kept] = allowed[rows[kept]]
+    return np.flatnonzero(kept)
 
 
 def mapped(rows: Int32, row_map: Int32 | None) -> tuple[Int32, Any]:

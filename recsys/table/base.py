@@ -161,6 +161,10 @@ class Table(Protocol):
         """Forget, for this cursor, what was touched up to `version`."""
         ...
 
+    def release(self, cursor: str) -> None:
+        """Forget the cursor, and what was kept for it; its next `touched` gives every row, as its first did."""
+        ...
+
     def export(self, slots: Int32, keys: Int64) -> Rows:
         """Whole rows of live keys, state included. KeyError names a key that is not there."""
         ...

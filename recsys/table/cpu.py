@@ -206,6 +206,10 @@ class CpuTable:
         with self._writer:
             self._cursors.acknowledge(cursor, version)
 
+    def release(self, cursor: str) -> None:
+        with self._writer:
+            self._cursors.release(cursor)
+
     def export(self, slots: Int32, keys: Int64) -> Rows:
         slots, keys = self._pairs(slots, keys)
         values, state = self._new_values(len(keys)), np.empty((len(keys), len(self._store.fresh)), np.float32)

@@ -117,6 +117,10 @@ class CudaTable:
         with self._lock:
             self._cursors.acknowledge(cursor, version)
 
+    def release(self, cursor: str) -> None:
+        with self._lock:
+            self._cursors.release(cursor)
+
     def export(self, slots: Int32, keys: Int64) -> Rows:
         with self._lock:
             rows = self.rows.index.find(*self._pairs(slots, keys))

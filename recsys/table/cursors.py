@@ -42,7 +42,7 @@ class Cursors:
         """One code for all that every cursor acknowledged. If that does not free half of them, also one for each two
         neighbours: what was acknowledged of the older then comes again, with the newer.
         """
-        oldest = min(after for after, _ in self._acknowledged.values())
+        oldest = min((after for after, _ in self._acknowledged.values()), default=self.now)
         first = max(bisect_right(self._versions, oldest) - 1, 0)
         kept = self._versions[first:]
         codes = np.maximum(np.arange(_CODES + 1) - first, 1)
@@ -72,8 +72,17 @@ class Cursors:
             raise ValueError(f"cursor {cursor!r} was never given version {version}")
         rows_after, removed_after = self._acknowledged[cursor]
         self._acknowledged[cursor] = (max(rows_after, version), max(removed_after, version))
-        needed = min(after for _, after in self._acknowledged.values())
+        self._trim()
+
+    def _trim(self) -> None:
+        """Drop the tombstones that every cursor has."""
+        needed = min((after for _, after in self._acknowledged.values()), default=self.now)
         self._removed = [part for part in self._removed if part[0] > needed]
+
+    def release(self, cursor: str) -> None:
+        """Forget a cursor; no version that was given to it counts any more."""
+        self._acknowledged.pop(cursor, None)
+        self._trim()
 
     def removed(self, slots: Int32, keys: Int64) -> None:
         """Keep tombstones for the cursors that exist; one born later starts from the rows alone."""

@@ -219,6 +219,10 @@ class ReferenceTable:
             rows_after, removed_after = self._cursors[cursor]
             self._cursors[cursor] = (max(rows_after, version), max(removed_after, version))
 
+    def release(self, cursor: str) -> None:
+        with self._lock:
+            self._cursors.pop(cursor, None)
+
     def export(self, slots: Int32, keys: Int64) -> Rows:
         with self._lock:
             rows = []

@@ -15,6 +15,21 @@ from services.ranking.parse import Refused
 from services.ranking.problems import problem
 
 _ID = {"oneOf": [{"type": "string", "minLength": 1, "maxLength": 256}, {"type": "integer"}]}
+_VALUE = {"type": ["string", "number", "boolean"]}
+_VALUES = {"anyOf": [_VALUE, {"type": "array", "items": _VALUE, "minItems": 1, "maxItems": 1000}]}
+_BOUND = {"type": "number"}
+_CONDITION: dict[str, Any] = {
+    "description": "one of these values; or an object of conditions, all of which hold",
+    "anyOf": [
+        *_VALUES["anyOf"],
+        {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": False,
+            "properties": {"any": _VALUES, "all": _VALUES, "none": _VALUES, "min": _BOUND, "max": _BOUND},
+        },
+    ],
+}
 RECOMMEND_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["user_id"],
@@ -26,9 +41,13 @@ RECOMMEND_SCHEMA: dict[str, Any] = {
         "context": {"type": "object"},
         "exclude": {"type": "array", "items": _ID, "maxItems": 1000},
         "candidates": {"type": "array", "items": _ID, "maxItems": 1000},
+        "filters": {"type": "object", "additionalProperties": _CONDITION},
         "activation": {"enum": ["shown", "deferred"], "default": "shown"},
     },
-    "examples": [{"user_id": "u1", "n": 10}],
+    "examples": [
+        {"user_id": "u1", "n": 10},
+        {"user_id": "u1", "filters": {"category": ["lamps", "boots"], "tags": {"none": ["sold out"]}}},
+    ],
 }
 
 
@@ -85,6 +104,7 @@ def dump(answer: Answer, contains: Mapping[str, AsOf], catalogue: Catalogue) -> 
             "generation": answer.generation,
             "policy": answer.policy,
             "degraded": answer.degraded,
+            "note": answer.note,
         }
     )
 

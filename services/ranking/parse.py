@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import orjson
 
 from recsys.errors import BadInput
 from recsys.events import messages
+from recsys.ranking.filters import parse_filters
 from recsys.ranking.request import Request
 from recsys.types import Feedback, Item
 
@@ -18,7 +19,7 @@ MAX_N = 100
 MAX_EVENTS = 10_000
 MAX_LIST = 1000
 T = TypeVar("T")
-_RECOMMEND = ("user_id", "n", "context", "exclude", "candidates", "activation", "session_id")
+_RECOMMEND = ("user_id", "n", "context", "exclude", "candidates", "filters", "activation", "session_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,8 @@ def body_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def recommend(body: bytes, request_id: str) -> Request:
-    """Body of POST /v1/recommend."""
+def recommend(body: bytes, request_id: str, attributes: Sequence[str]) -> Request:
+    """Body of POST /v1/recommend; filters may name these attributes of the catalogue."""
     raw = body_object(body)
     if unknown := set(raw) - set(_RECOMMEND):
         name = sorted(unknown)[0]
@@ -88,6 +89,7 @@ def recommend(body: bytes, request_id: str) -> Request:
         context={} if context is None else messages.parse_context(context, "context"),
         exclude=_ids(raw.get("exclude"), "exclude") or (),
         candidates=_ids(raw.get("candidates"), "candidates"),
+        filters=parse_filters(raw.get("filters"), attributes),
         activation=activation,
     )
 

@@ -36,6 +36,7 @@ from recsys.streams.base import EventLog
 from recsys.types import Feedback, Record, UserState
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import Stop, logger
+from services.ranking.builder import Builder
 from services.ranking.parse import Refused
 
 POLL_S = 0.005
@@ -56,7 +57,9 @@ class RankingService:
         self._parameters = GrpcParameters(config.parameter_address, self.schema.hash)
         self.sources = Sources(config, self.schema, Catalogue(self.schema))
         self.scorer = Scorer(config, self.schema, self._parameters)
-        self.generations = Generations(config, self.schema, self.sources.catalogue, self.scorer)
+        self.generations = Generations(config, self.sources.catalogue, self.scorer, f"g{clock.now_ms():x}-")
+        self.sources.on_counted = self.generations.touched
+        self._builder = Builder(config, config.data_dir / "ranking" / "generations")
         self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.scorer, self.generations)
         self.consumer = StateConsumer(config, log, clock, self.store, self.sources, self._on_bad)
         self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
@@ -220,12 +223,22 @@ class RankingService:
         return False
 
     def _build_generation(self) -> bool:
-        if self.generations.due(time.monotonic()):
-            self.generations.build(time.monotonic())
-            logger.info("retrieval generation %s over %d items", self.generations.name, self.generations.num_items)
-        self.generations.refresh()
-        metrics.GENERATION_AGE_SECONDS.set(self.generations.age_s(time.monotonic()))
-        metrics.GENERATION_ITEMS.set(self.generations.num_items)
+        generations, now_s = self.generations, time.monotonic()
+        if self._builder.idle:
+            if generations.due(now_s):
+                self._builder.start(generations.begin())
+        elif built := self._builder.poll():
+            generations.finish(*built, now_s)
+            logger.info(
+                "retrieval generation %s over %d items, recall@100 %.3f",
+                generations.name,
+                generations.num_items,
+                generations.recall,
+            )
+        generations.refresh(now_s)
+        metrics.GENERATION_AGE_SECONDS.set(generations.age_s(now_s))
+        metrics.GENERATION_ITEMS.set(generations.num_items)
+        metrics.GENERATION_RECALL.set(generations.recall)
         return False
 
     def _save(self) -> bool:
@@ -245,6 +258,7 @@ class RankingService:
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=5)
+        self._builder.close()
         try:
             self._save()
         except LogError as error:

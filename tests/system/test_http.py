@@ -30,6 +30,7 @@ def test_answer_has_exactly_the_promised_fields(running: Embedded) -> None:
         "generation",
         "policy",
         "degraded",
+        "note",
     }
     assert raw.headers["x-request-id"] == answer["request_id"]
     assert answer["as_of"].keys() == {"user_state", "counters", "parameters"}

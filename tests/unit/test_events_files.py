@@ -32,6 +32,7 @@ IMPRESSIONS = [
         activation="deferred",
         schema="abc",
         features=b"\x00\xff",
+        bandit=b"\xff\x01",
         policy="p",
         model_version="m",
         generation="g",

@@ -93,6 +93,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
             "policy": texts,
             "model_version": texts,
             "generation": texts,
+            "bandit": st.binary(max_size=9).map(lambda b: base64.b64encode(b).decode()),
         },
     ).flatmap(
         lambda m: st.binary(max_size=9).map(

@@ -84,9 +84,23 @@ def test_trending_score_halves_with_each_half_life_and_order_stays() -> None:
     assert trending.top(3, START_MS + 9999 * HOUR_MS)[0].tolist() == [7, 5]
 
 
+def test_a_filter_does_not_starve_trending_or_covisits() -> None:
+    trending, covisits = Trending(half_life_s=3600.0, top=5), CoVisits(3600.0, neighbours=100)
+    for row in range(60):
+        for _ in range(70 - row):
+            trending.add(row, START_MS)
+        covisits.add(row, [60], START_MS)
+    allowed = np.zeros(50, np.bool_)
+    allowed[3::7] = True
+    assert trending.top(4, START_MS, allowed)[0].tolist() == [3, 10, 17, 24]
+    assert trending.top(9, START_MS)[0].tolist() == list(range(9))
+    assert covisits.candidates([60], 3, START_MS, allowed)[0].tolist() == [45, 38, 31]  # the latest weigh most
+    nothing = np.zeros(0, np.bool_)
+    assert trending.top(4, START_MS, nothing)[0].tolist() == []
+    assert covisits.candidates([60], 3, START_MS, nothing)[0].tolist() == []
+
+
 def test_trending_says_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match="top 3"):
-        Trending(half_life_s=1.0, top=3).top(4, 0)
     with pytest.raises(ValueError, match="half_life_s"):
         Trending(half_life_s=0.0)
     assert Trending(half_life_s=1.0).top(5, 0)[0].tolist() == []

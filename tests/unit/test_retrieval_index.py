@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from recsys.errors import SnapshotCorrupt
-from recsys.retrieval.index import ItemIndex, Searcher
+from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.searcher import Searcher
 from recsys.types import Float32, Int32
 
 
@@ -145,3 +146,38 @@ def test_large_index_finds_nearly_all_and_is_deterministic(tmp_path: Path) -> No
         assert expected[0] not in found
         hits += len(set(found) & set(expected[1:]))
     assert hits >= 0.95 * 20 * 49
+
+
+@pytest.mark.parametrize("size", [3000, 60_000])
+def test_filters_and_exclusions_do_not_starve_the_result(size: int) -> None:
+    vectors = clustered(size, 8, 5)
+    rows = np.random.default_rng(0).permutation(size + 50).astype(np.int32)[:size]
+    searcher = Searcher(ItemIndex.build(rows, vectors))
+    searcher.put(np.array([size + 50], np.int32), vectors[:1] + 0.01)
+    rows, vectors = np.append(rows, np.int32(size + 50)), np.concatenate([vectors, vectors[:1] + np.float32(0.01)])
+    kind = (vectors @ np.random.default_rng(1).normal(size=(8, 20))).argmax(1)
+    generator = np.random.default_rng(2)
+    for share in (0.01, 0.1, 0.6, "kind"):
+        passes = kind == 3 if share == "kind" else generator.random(len(rows)) < share
+        allowed = np.zeros(size + 51, np.bool_)
+        allowed[rows[passes]] = True
+        hits = total = 0
+        for user in clustered(20, 8, 6):
+            among = exact(rows[passes], vectors[passes], user, 60)
+            excluded = set(among[::3])
+            found = searcher.search(user, 40, excluded, allowed)[0].tolist()
+            assert len(found) == min(40, passes.sum() - len(excluded))
+            assert allowed[found].all() and not excluded & set(found)
+            expected = [row for row in among if row not in excluded][: len(found)]
+            hits, total = hits + len(set(found) & set(expected)), total + len(expected)
+        assert hits >= 0.95 * total
+
+
+def test_a_filter_that_matches_nothing_finds_nothing(small: tuple[Int32, Float32]) -> None:
+    searcher = Searcher(ItemIndex.build(*small))
+    searcher.put(np.array([7000], np.int32), small[1][:1])
+    for allowed in (np.zeros(8000, np.bool_), np.zeros(0, np.bool_)):
+        assert searcher.search(small[1][0], 5, (), allowed)[0].tolist() == []
+    only = np.zeros(8000, np.bool_)
+    only[[7000, int(small[0][3])]] = True
+    assert sorted(searcher.search(small[1][0], 5, {7000, -1, 99_999}, only)[0].tolist()) == [int(small[0][3])]

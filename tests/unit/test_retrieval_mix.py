@@ -43,6 +43,15 @@ def test_followed_weights_share_the_places_and_shared_items_lead() -> None:
     assert rows_of(followed, (0, NEWS, 1.0), (0, SPORT, 1.0), k=1) == [20]
 
 
+def test_followed_gives_allowed_items_only() -> None:
+    followed = Followed()
+    for row in range(30):
+        followed.upsert(row, [[NEWS]])
+    allowed = np.zeros(20, np.bool_)
+    allowed[[2, 9, 19]] = True
+    assert followed.query([(0, NEWS, 1.0)], 2, allowed)[0].tolist() == [19, 9]
+
+
 def test_followed_attributes_do_not_mix() -> None:
     followed = Followed()
     followed.upsert(1, [[NEWS], [SPORT]])
