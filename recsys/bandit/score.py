@@ -8,8 +8,11 @@ that the cluster had in the request. Over an item's active edges
     width            √(Σ w²/d)
     UCB              mean + α width
 
-An edge without impressions (d = 0) makes its item fresh: an explicit tier before all others, in random order, and never an
-infinity within a sum; such an edge counts in no sum above.
+An edge without impressions (d = 0) counts in no sum above, and makes its item fresh: an explicit tier before all others, in
+random order, never an infinity within a sum. Where clusters overlap and an item has many edges, "any edge" explores all of
+them before anything else; `fresh_above` calls an item fresh only when more than this share of its active weight is unseen.
+A `prior`, impressions of weight 1 without reward that every edge begins with and keeps, makes no edge unseen and no item fresh:
+its width is finite and its mean leans to 0. LinUCB's A = I + … is a prior of 1.
 
 Legend: D dimensions, C clusters, K active clusters, E edges of the active clusters, M items among them.
 """
@@ -39,7 +42,21 @@ class Edges(NamedTuple):
     n: Float32
     b: Float32
     scale: float = 1.0
-    """What stored sums are multiplied by to be as of now (forward decay); ratios of sums need none, so only the width sees it."""
+    """What stored sums are multiplied by to be as of now (forward decay). Without a prior only the width sees it."""
+
+
+class Rule(NamedTuple):
+    """How sums become scores."""
+
+    published: bool = False
+    """The published mean instead of the normalised one."""
+    fresh_above: float = 0.0
+    """An item whose unseen edges carry more than this share of its active weight is fresh; 0: any unseen edge."""
+    prior: float = 0.0
+    """Impressions of weight 1, without reward, in every edge."""
+
+
+NORMALISED = Rule()
 
 
 class Scores(NamedTuple):
@@ -72,11 +89,12 @@ def cluster_weights(vector: Float32, centroids: Float32, k: int, temperature: fl
 
 
 @compiled
-def _score(weights: Any, edges: Any, published: Any, places: Any, out: Any) -> int:
+def _score(weights: Any, edges: Any, rule: Any, places: Any, out: Any) -> int:
     """Fill `out` item by item in the order of first appearance; how many. `places` is a power of two of zeros, more than E."""
     last = np.uint64(len(places) - 1)
     count = 0
     shares = np.zeros(len(edges.d), np.float64)
+    unseen = np.zeros(len(edges.d), np.float64)
     means = np.zeros(len(edges.d), np.float64)
     variances = np.zeros(len(edges.d), np.float64)
     for edge in range(len(edges.d)):
@@ -89,32 +107,33 @@ def _score(weights: Any, edges: Any, published: Any, places: Any, out: Any) -> i
             place = (place + np.uint64(1)) & last
         if places[place] == 0:
             out.items[count] = item
-            out.fresh[count] = False
             count += 1
             places[place] = count
         at = places[place] - 1
-        d = np.float64(edges.d[edge])
+        d = edges.scale * edges.d[edge] + rule.prior
         if not d > 0.0:
-            out.fresh[at] = True
+            unseen[at] += weight
             continue
         shares[at] += weight
-        means[at] += weight * edges.b[edge] / (d if published else edges.n[edge])
-        variances[at] += weight * weight / (d * edges.scale)
+        n = d if rule.published else edges.scale * edges.n[edge] + rule.prior
+        means[at] += weight * edges.scale * edges.b[edge] / n
+        variances[at] += weight * weight / d
     for at in range(count):
-        mean = means[at] if published or shares[at] == 0.0 else means[at] / shares[at]
+        mean = means[at] if rule.published or shares[at] == 0.0 else means[at] / shares[at]
         out.mean[at] = mean
         out.width[at] = np.sqrt(variances[at])
+        out.fresh[at] = unseen[at] > rule.fresh_above * (shares[at] + unseen[at])
     return count
 
 
-def score(weights: Float32, edges: Edges, published: bool = False) -> Scores:
+def score(weights: Float32, edges: Edges, rule: Rule = NORMALISED) -> Scores:
     """Score the items of these edges under the weights [K] of their clusters. An edge of weight 0 is not active."""
     size = len(edges.item)
     places = np.zeros(1 << (2 * size).bit_length(), np.int32)
     items, fresh = np.empty(size, np.int64), np.empty(size, np.bool_)
     mean, width = np.empty((2, size), np.float32)
     out = Scores(items, mean, width, fresh)
-    count = _score(weights, edges._replace(scale=float(edges.scale)), published, places, out)
+    count = _score(weights, edges._replace(scale=float(edges.scale)), rule, places, out)
     return Scores(items[:count], mean[:count], width[:count], fresh[:count])
 
 

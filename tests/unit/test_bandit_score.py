@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.bandit.score import Edges, Scores, best, choose, cluster_weights, score
+from recsys.bandit.score import Edges, Rule, Scores, best, choose, cluster_weights, score
 from recsys.errors import BadInput
 
 
@@ -50,7 +50,7 @@ def test_scores_are_those_of_a_float64_oracle(published: bool, seed: int, active
     weights, edges = some_edges(seed, active)
     weights[0] = 0 if active > 1 else 1
     edges = edges._replace(scale=scale)
-    found, wanted = score(weights, edges, published), oracle(weights, edges, published)
+    found, wanted = score(weights, edges, Rule(published)), oracle(weights, edges, published)
     assert len(found.items) == len(wanted) and set(found.items.tolist()) == set(wanted)
     for row, item in enumerate(found.items.tolist()):
         mean, width, fresh = wanted[item]
@@ -73,7 +73,7 @@ def test_published_mean_grows_with_the_number_of_edges_and_the_normalised_does_n
     shown, mu = 1000, 0.1
     w = weights[cluster]
     edges = Edges(cluster, item, shown * w**2, shown * w, shown * w * np.float32(mu))
-    assert score(weights, edges, published=True).mean == pytest.approx([mu, 2 * mu, 3 * mu], rel=1e-5)
+    assert score(weights, edges, Rule(published=True)).mean == pytest.approx([mu, 2 * mu, 3 * mu], rel=1e-5)
     assert score(weights, edges).mean == pytest.approx([mu, mu, mu], rel=1e-5)
 
 
