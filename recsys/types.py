@@ -110,6 +110,8 @@ class UserState:
 
     history: tuple[HistoryEvent, ...] = ()
     seen: tuple[str, ...] = ()
+    shown: tuple[tuple[int, int], ...] = ()
+    """Of each seen item: log time when it was last shown, milliseconds (0: not known), and how often it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,4 +121,6 @@ class UserUpdate:
     user_id: str
     events: tuple[HistoryEvent, ...] = ()
     seen: tuple[str, ...] = ()
+    seen_ms: int = 0
+    """Log time when they were seen."""
     forget: bool = False

@@ -16,6 +16,7 @@ from recsys.config.sections import (
     TrainerConfig,
     TrainingConfig,
 )
+from recsys.config.slate import SlateConfig
 from recsys.config.tasks import Section, TaskConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RankingConfig",
     "RetrievalConfig",
     "Section",
+    "SlateConfig",
     "StateConfig",
     "TableConfig",
     "TaskConfig",

@@ -16,10 +16,19 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from recsys.config.sections import Config, CounterConfig
+from recsys.config.slate import BoostConfig, CapConfig, PinConfig
 from recsys.config.tasks import TaskConfig
 from recsys.errors import ConfigError
 
 PREFIX = "RECSYS_"
+_LISTED: dict[str, Any] = {
+    "tasks": TaskConfig,
+    "counters": CounterConfig,
+    "boosts": BoostConfig,
+    "caps": CapConfig,
+    "pins": PinConfig,
+}
+"""What the entries of a list of tables are."""
 
 
 def load(path: Path | str | None = None, environ: Mapping[str, str] | None = None) -> Config:
@@ -88,8 +97,7 @@ def _known(path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():
             continue
-        listed: dict[str, Any] = {"tasks": TaskConfig, "counters": CounterConfig}
-        annotation = listed.get(part) or model.model_fields[part].annotation
+        annotation = _LISTED.get(part) or model.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

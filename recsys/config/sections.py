@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from recsys.config.formula import formula
+from recsys.config.slate import SlateConfig
 from recsys.config.tasks import LATE, NEVER, Section, TaskConfig, check, expanded, quantities
 
 MAX_SOCKET_PATH = 100
@@ -252,14 +253,6 @@ class RankingConfig(Section):
     min, max; 0 and below rank last. Empty: their sum weighted by `tasks.weight`."""
     full_candidates: int = Field(200, ge=1)
     """Candidates that the whole network scores, the best by its wide part; double costs twice the scoring."""
-    draw_position: int = Field(5, ge=0)
-    """This position (from 1) is drawn at random from the best `draw_pool`; 0: none."""
-    draw_pool: int = Field(20, ge=2, le=50)
-    """Candidates a drawn position is drawn from."""
-    draw_temperature: float = Field(0.5, gt=0)
-    """Softmax temperature of the draw, in units of the score's logit."""
-    draw_floor: float = Field(0.005, ge=0, lt=0.02)
-    """Smallest probability of each candidate of the pool."""
     exclude: Literal["session", "history", "none"] = "history"
     """Items not shown again: those clicked in this session, all in the history, or none."""
     deadline_ms: float = Field(200.0, gt=0)
@@ -314,6 +307,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     ranking: RankingConfig = RankingConfig()
+    slate: SlateConfig = SlateConfig()
     parameter: ParameterConfig = ParameterConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -355,6 +349,8 @@ class Config(Section):
         unknown = set(self.retrieval.sources) - {"covisited", "followed", "following", "nearest", "trending"}
         if unknown:
             raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
+        sources = {*self.retrieval.sources, "caller", "newest"}
+        self.slate.check(attributes, sources, self.state.seen_len)
         return self
 
     def _counters_agree(self) -> None:

@@ -127,7 +127,7 @@ def _why_not_drawn(item: ShownItem) -> str:
     return (
         f"{state}, which says nothing about any other choice. Still valid: dm, which trusts its model of the reward "
         "(--estimators dm --position N), or an A/B test or interleaving. To weigh, log a drawn position with its pool "
-        "(ranking.draw_position)"
+        "(slate.draw_positions)"
     )
 
 

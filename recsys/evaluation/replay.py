@@ -189,6 +189,13 @@ class Replay:
             self._train(now_ms)
 
     def _count_impression(self, impression: Impression, now_ms: int) -> None:
+        if self.pipeline.rules.uses_seen:
+            seen = tuple(item.item_id for item in impression.items)
+            update = UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=now_ms)
+            if self.options.freeze_user:
+                self._when_visible(now_ms, lambda: self.store.apply((update,), {}))
+            else:
+                self.store.apply((update,), {})
         self.sources.counting.shown_live(impression, now_ms)
         self._when_visible(now_ms, lambda: _ignore(self.sources.impression(impression, now_ms)))
 

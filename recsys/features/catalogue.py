@@ -39,7 +39,7 @@ class Catalogue:
         """Attribute -> its values [rows] where it was ever a number, NaN where it is none."""
         self.deleted = 0
         self._changes = Changes()
-        self._masks = Masks(self._changes, self._passing, lambda: (len(self.ids), len(self.alive)))
+        self._masks = Masks(self._changes, self.passing, lambda: (len(self.ids), len(self.alive)))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,7 +84,8 @@ class Catalogue:
         """
         return self._masks.of(filters)
 
-    def _passing(self, filters: Filters, where: slice | Int32) -> Bool:
+    def passing(self, filters: Filters, where: slice | Int32) -> Bool:
+        """Which of these rows are alive and pass the filters, looked up one by one."""
         passed = self.alive[where].copy()
         for clause in filters:
             columns, numbers = self._columns[clause.attribute], self.numbers.get(clause.attribute)

@@ -1,4 +1,4 @@
-"""Filters of a request: read, and told."""
+"""Filters, boosts and pins of a request: read, and told."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from recsys.events.fields import MAX_VALUES, bad, parse_number
+from recsys.config import Config
+from recsys.events.fields import MAX_VALUES, bad, parse_id, parse_number, parse_position
 from recsys.features.filters import Clause, Filters
+from recsys.ranking.request import Boost
 
 _CONDITIONS = ("any", "all", "none", "min", "max")
+MAX_RULES = 20
+"""Boosts, and pins, of one request."""
 
 
 def parse_filters(raw: Any, attributes: Iterable[str], field: str = "filters") -> Filters:
@@ -58,6 +62,53 @@ def _values(raw: Any, field: str) -> tuple[str, ...]:
         if not isinstance(value, str | int | float):
             raise bad(field, value, "must be a string, a number or a boolean")
     return tuple(sorted({value if isinstance(value, str) else str(value) for value in values}))
+
+
+def parse_boosts(raw: Any, config: Config, field: str = "boosts") -> tuple[Boost, ...]:
+    """A list of {filters, sources, times, plus}."""
+    sources = [name for name, quota in config.retrieval.sources.items() if quota] + ["caller", "newest"]
+    boosts = []
+    for number, one in enumerate(_rules(raw, field, '[{"filters": {"category": "news"}, "times": 2}]')):
+        here = f"{field}[{number}]"
+        _known(one, ("filters", "sources", "times", "plus"), here)
+        names = one.get("sources", [])
+        if not isinstance(names, list) or not set(map(str, names)) <= set(sources):
+            raise bad(f"{here}.sources", names, f"must be a list of some of {', '.join(sources)}")
+        filters = parse_filters(one.get("filters"), config.catalogue.attributes, f"{here}.filters")
+        if not filters and not names:
+            raise bad(here, one, "name filters or sources, or the boost is for every item alike")
+        times = parse_number(one.get("times", 1.0), f"{here}.times", 0.0)
+        plus = parse_number(one.get("plus", 0.0), f"{here}.plus")
+        boosts.append(Boost(filters=filters, sources=tuple(names), times=times, plus=plus))
+    return tuple(boosts)
+
+
+def parse_pins(raw: Any, field: str = "pins") -> dict[int, str]:
+    """A list of {position, item_id}, each of both once."""
+    pins: dict[int, str] = {}
+    for number, one in enumerate(_rules(raw, field, '[{"position": 1, "item_id": "a1"}]')):
+        here = f"{field}[{number}]"
+        _known(one, ("position", "item_id"), here)
+        position = parse_position(one.get("position"), f"{here}.position")
+        item_id = parse_id(one.get("item_id"), f"{here}.item_id")
+        if position in pins or item_id in pins.values():
+            raise bad(here, item_id, f"position {position} and each item can be pinned once")
+        pins[position] = item_id
+    return pins
+
+
+def _rules(raw: Any, field: str, example: str) -> list[Mapping[str, Any]]:
+    rules = [] if raw is None else raw
+    if not isinstance(rules, list) or len(rules) > MAX_RULES or not all(isinstance(one, Mapping) for one in rules):
+        raise bad(field, raw, f"must be a list of at most {MAX_RULES} objects, such as {example}")
+    return rules
+
+
+def _known(raw: Mapping[str, Any], names: tuple[str, ...], field: str) -> None:
+    for name in raw:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise bad(field, name, f"is not a known field, did you mean {near!r}?")
 
 
 def described(filters: Filters) -> str:

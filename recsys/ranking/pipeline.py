@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys import metrics
-from recsys.config import Config
+from recsys.config import Config, SlateConfig
 from recsys.errors import StateUnavailable
 from recsys.features.build import Features, UserFeatures, encode, item_features, user_features
 from recsys.features.catalogue import Catalogue
@@ -20,6 +21,7 @@ from recsys.ranking.filters import described
 from recsys.ranking.generation import Generations
 from recsys.ranking.reasons import Reasons
 from recsys.ranking.request import Answer, AsOf, Request
+from recsys.ranking.rules import RuleBook
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.retrieval.mix import mix
@@ -41,6 +43,8 @@ class Work:
     degraded: list[str] = field(default_factory=list)
     state: UserState = UserState()
     history_rows: list[int] = field(default_factory=list)
+    pinned: dict[int, int] = field(default_factory=dict)
+    """Position → catalogue row of items with a place of their own."""
     allowed: Bool | None = None
     """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
     forbidden: set[int] = field(default_factory=set)
@@ -74,6 +78,15 @@ class Work:
         return True
 
 
+def policy_name(config: Config) -> str:
+    """What chose an answer, for its log: scorer, drawn positions, and a digest of the slate's options where they are not the default."""
+    places = config.slate.draw_positions
+    drawn = places if isinstance(places, str) else ",".join(map(str, places))
+    plain = SlateConfig(draw_positions=places)
+    rules = hashlib.blake2b(config.slate.model_dump_json().encode(), digest_size=4).hexdigest()
+    return config.ranking.scorer + (f"-draw{drawn}" if drawn else "") + (f"-{rules}" if config.slate != plain else "")
+
+
 class Pipeline:
     """Answers requests over one catalogue. Thread-safe as far as its parts are."""
 
@@ -93,14 +106,8 @@ class Pipeline:
         self._quotas = config.retrieval.sources
         self._use_model = config.ranking.scorer == "model"
         self._needs_user = self._use_model or bool(self._quotas.get("followed") or self._quotas.get("nearest"))
-        ranking = config.ranking
-        self._draw = slate.Draw(
-            position=ranking.draw_position,
-            pool=ranking.draw_pool,
-            temperature=ranking.draw_temperature,
-            floor=ranking.draw_floor,
-        )
-        self.policy = f"{ranking.scorer}-draw{ranking.draw_position}" if ranking.draw_position else ranking.scorer
+        self.rules = RuleBook(config, sources.catalogue)
+        self.policy = policy_name(config)
 
     def recommend(self, request: Request, now_ms: int) -> Answer:
         """The answer as of log time `now_ms`. Nothing missing is fatal: the answer says `degraded` and why."""
@@ -138,8 +145,8 @@ class Pipeline:
         """Every source's candidates, mixed, without what rules forbid."""
         if self._needs_user:
             work.user = self.user_of(work)
-        if work.request.filters:
-            work.allowed = self._catalogue.matching(work.request.filters)
+        if filters := self.rules.filters + work.request.filters:
+            work.allowed = self._catalogue.matching(filters)
         work.forbidden = self.forbidden(work)
         if work.request.candidates is not None:
             rows = self._catalogue.rows(list(dict.fromkeys(work.request.candidates)))
@@ -154,6 +161,24 @@ class Pipeline:
             allowed.append(("newest", *self._newest(work.request.n - len(work.rows), taken, work.allowed)))
             work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         work.names, work.masks = tuple(name for name, _, _ in allowed), masks
+        self._add_pinned(work)
+
+    def _add_pinned(self, work: Work) -> None:
+        """Pinned items that the rules allow become candidates of the source `pinned`; the caller's own list is not added to."""
+        pinned = self.rules.pins(work.request)
+        if not pinned:
+            return
+        rows = np.array(list(pinned.values()), np.int32)
+        ((_, rows, _),) = self._allowed([("pinned", rows, np.zeros(len(rows), np.float32))], work)
+        if work.request.candidates is not None:
+            rows = rows[np.isin(rows, work.rows)]
+        work.pinned = {position: row for position, row in pinned.items() if row in rows}
+        more = rows[~np.isin(rows, work.rows)]
+        work.rows = np.concatenate([work.rows, more])
+        work.source_scores = np.concatenate([work.source_scores, np.zeros(len(more), np.float32)])
+        work.names = (*work.names, "pinned")
+        bits = np.isin(work.rows, rows).astype(np.int64) << (len(work.names) - 1)
+        work.masks = np.concatenate([work.masks, np.zeros(len(more), np.int64)]) | bits
 
     def _allowed(self, found: Sequence[Found], work: Work) -> list[Found]:
         """Each source's rows that are alive, pass the filters and are not forbidden, up to its quota."""
@@ -189,6 +214,7 @@ class Pipeline:
             items |= {event.item_id for event in work.state.history}
         elif rule == "session":
             items |= {event.item_id for event in self._session(work)}
+        items |= self.rules.seen(work.state, work.now_ms)
         return {row for row in map(self._catalogue.row, items) if row is not None}
 
     def _session(self, work: Work) -> list[HistoryEvent]:
@@ -263,8 +289,9 @@ class Pipeline:
         work.scores = work.source_scores.astype(np.float64)
         if work.features is None or not len(work.rows) or work.late("score"):
             return
-        most = max(self._config.ranking.full_candidates, work.request.n + self._draw.pool)
-        kept, work.predictions = self._scorer.rank(work.features, most)
+        most = max(self._config.ranking.full_candidates, work.request.n + self._config.slate.draw_pool)
+        pinned = np.flatnonzero(np.isin(work.rows, list(work.pinned.values())))
+        kept, work.predictions = self._scorer.rank(work.features, most, pinned)
         if len(kept) < len(work.rows):
             work.keep(kept)
         work.scores = self._scorer.value(work.predictions)
@@ -274,8 +301,7 @@ class Pipeline:
     def answer(self, work: Work) -> Answer:
         """Fill the slate and write down what was shown and why."""
         request = work.request
-        logits = np.log(np.maximum(work.scores, 1e-9)) if work.predictions is not None else work.scores
-        choices = slate.fill(logits, request.n, request.request_id, self._draw)
+        choices = self._choices(work)
         ids = self._catalogue.ids
         items = tuple(
             ShownItem(
@@ -331,12 +357,20 @@ class Pipeline:
             note=self._note(work) if len(items) < request.n else "",
         )
 
+    def _choices(self, work: Work) -> list[slate.Choice]:
+        """The slate's candidates, in order."""
+        book, request = self.rules, work.request
+        scores = book.scores(work.scores, request, work.rows, work.names, work.masks)
+        worth = book.worth(scores, work.rows, work.state, work.now_ms)
+        rules = book.rules(work.rows, work.pinned)
+        return slate.fill(worth, request.n, request.request_id, self._config.slate, rules)
+
     def _note(self, work: Work) -> str:
         """Why a list is short."""
         if not self._catalogue.num_alive:
             return "the catalogue is empty: PUT items to /v1/items"
         if work.allowed is not None and not work.allowed.any():
-            return f"no item passes the filters ({described(work.request.filters)})"
+            return f"no item passes the filters ({described(self.rules.filters + work.request.filters)})"
         of = "candidates" if work.request.candidates is not None else "items"
         return f"no other {of} pass the filters and rules of this request"
 

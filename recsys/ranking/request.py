@@ -11,6 +11,16 @@ from recsys.types import Impression, ShownItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Boost:
+    """The score of items that pass the filters and were brought by one of the sources (empty: any) is changed to score · times + plus."""
+
+    filters: Filters = ()
+    sources: tuple[str, ...] = ()
+    times: float = 1.0
+    plus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One question. `candidates`: rank only these."""
 
@@ -22,6 +32,9 @@ class Request:
     exclude: tuple[str, ...] = ()
     candidates: tuple[str, ...] | None = None
     filters: Filters = ()
+    boosts: tuple[Boost, ...] = ()
+    pins: Mapping[int, str] = field(default_factory=dict)
+    """Position → item."""
     activation: str = "shown"
 
 

@@ -33,6 +33,8 @@ KNOWN_ROWS = 200_000
 REMEMBER_EVERY = 8
 """Replies whose rows are kept: popular rows come in every reply; keeping all of them costs a millisecond a request."""
 
+NONE = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class _Networks:
@@ -73,14 +75,15 @@ class Scorer:
         counts = np.cumsum([len(f.item_keys) for f in batch])[:-1]
         return list(np.split(probabilities, counts))
 
-    def rank(self, features: Features, most: int) -> tuple[npt.NDArray[np.intp], Float32]:
-        """The whole network's probabilities [k, T] of the `most` items that the wide part values most, and which they are [k]."""
+    def rank(self, features: Features, most: int, always: Int64 = NONE) -> tuple[npt.NDArray[np.intp], Float32]:
+        """The whole network's probabilities [k, T] of the `most` items that the wide part values most, `always` among them,
+        and which they are [k]."""
         lay = plan(self._schema, [features])
         deep, wide = self._rows([lay.deep, lay.wide])
-        return self.score_rows(lay, (deep, wide), most)
+        return self.score_rows(lay, (deep, wide), most, always)
 
     def score_rows(
-        self, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int
+        self, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64 = NONE
     ) -> tuple[npt.NDArray[np.intp], Float32]:
         """As `rank`, of a request laid out whose rows were looked up: deep [U, d + tasks …] and wide [U', tasks]."""
         dim, networks, kept = self._config.model.dim, self._networks, np.arange(len(lay.item))
@@ -90,6 +93,7 @@ class Scorer:
                 sums = wide_sums(self._schema, lay, *rows, dim)
                 logits = networks.ranker.wide_logits(torch.from_numpy(lay.numbers), sums)
                 light = self.value(networks.ranker.probabilities(logits).numpy())
+                light[always] = np.inf
                 kept = np.sort(np.argsort(-light, kind="stable")[:most])
                 lay = lay.keep(kept)
             probabilities: Float32 = (

@@ -95,7 +95,8 @@ class StateConsumer:
                 self._sources.impression(impression, record.time_ms)
             if impression.activation == "deferred":
                 return None
-            return UserUpdate(user_id=impression.user_id, seen=tuple(item.item_id for item in impression.items))
+            seen = tuple(item.item_id for item in impression.items)
+            return UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=record.time_ms)
         feedback = messages.parse_feedback(record.value, internal=True)
         return self.feedback(feedback, record.time_ms, histories, counted=counted)
 
@@ -123,7 +124,9 @@ class StateConsumer:
             histories[user_id] = _with(history, event) if kept else history
         if kept:
             return UserUpdate(user_id=user_id, events=(event,))
-        return UserUpdate(user_id=user_id, seen=(feedback.item_id,)) if feedback.type == "view" else None
+        if feedback.type == "view":
+            return UserUpdate(user_id=user_id, seen=(feedback.item_id,), seen_ms=now_ms)
+        return None
 
 
 def _with(history: tuple[HistoryEvent, ...], event: HistoryEvent) -> tuple[HistoryEvent, ...]:

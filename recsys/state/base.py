@@ -19,7 +19,7 @@ class StateStore(Protocol):
 
         Idempotent: history is a set ordered by (time_ms, event_id), so applying a record again, or in another order,
         gives the same state. Keeps the newest `history_len` events of each type and the last `seen_len` distinct seen items
-        (seeing an item again makes it the newest).
+        (seeing an item again makes it the newest), with when they were last shown, and how often: seen again within a minute is once.
         """
         ...
 

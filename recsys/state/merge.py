@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 import orjson
 
 from recsys.types import HistoryEvent, UserState, UserUpdate
+
+Seen = dict[str, tuple[int, int]]
+"""Item id → (log time when it was last shown, ms; how often it was), oldest first."""
+SHOWING_MS = 60_000
+"""An item seen again so soon was shown once: an impression and the view of it, a page loaded again, a record applied again."""
 
 
 class UserEntry:
@@ -15,22 +21,23 @@ class UserEntry:
 
     __slots__ = ("counts", "history", "seen")
 
-    def __init__(self, history: Iterable[HistoryEvent] = (), seen: Iterable[str] = ()) -> None:
+    def __init__(self, history: Iterable[HistoryEvent] = (), seen: Mapping[str, tuple[int, int]] | None = None) -> None:
         self.history = list(history)
         self.counts: dict[str, int] = {}
         for event in self.history:
             self.counts[event.type] = self.counts.get(event.type, 0) + 1
-        self.seen = dict.fromkeys(seen)
+        self.seen: Seen = dict(seen or {})
 
     def apply(self, update: UserUpdate, history_len: int, seen_len: int) -> None:
         if update.forget:
             self.history, self.counts, self.seen = [], {}, {}
         for event in update.events:
             self._add(event, history_len)
-        seen = self.seen
+        seen, now_ms = self.seen, update.seen_ms
         for item_id in update.seen:
-            seen.pop(item_id, None)
-            seen[item_id] = None
+            last_ms, count = seen.pop(item_id, (-SHOWING_MS, 0))
+            again = now_ms >= last_ms + SHOWING_MS
+            seen[item_id] = max(last_ms, now_ms), count + again
             if len(seen) > seen_len:
                 del seen[next(iter(seen))]
 
@@ -51,7 +58,7 @@ class UserEntry:
             del history[next(i for i, old in enumerate(history) if old.type == event.type)]
 
     def state(self) -> UserState:
-        return UserState(history=tuple(self.history), seen=tuple(self.seen))
+        return state_of(self.history, self.seen)
 
 
 def _identity(event: HistoryEvent) -> tuple[int, str]:
@@ -69,9 +76,23 @@ def unpack_history(data: bytes | None) -> list[HistoryEvent]:
     ]
 
 
-def pack_seen(seen: Iterable[str]) -> bytes:
-    return orjson.dumps(list(seen))
+def pack_seen(seen: Seen) -> bytes:
+    """Ids, times as differences (most are 0: one answer's items share theirs), counts; nothing for nobody."""
+    if not seen:
+        return b"[]"
+    times = [time_ms for time_ms, _ in seen.values()]
+    steps = [after - before for before, after in zip([0, *times], times, strict=False)]
+    return orjson.dumps([list(seen), steps, [count for _, count in seen.values()]])
 
 
-def unpack_seen(data: bytes | None) -> list[str]:
-    return orjson.loads(data or b"[]")
+def unpack_seen(data: bytes | None) -> Seen:
+    """As packed; of a plain list of ids, as earlier versions wrote it, no time is known and each was shown once."""
+    found = orjson.loads(data or b"[]")
+    if not found or isinstance(found[0], str):
+        return dict.fromkeys(found, (0, 1))
+    ids, steps, counts = found
+    return dict(zip(ids, zip(accumulate(steps), counts, strict=True), strict=True))
+
+
+def state_of(history: Iterable[HistoryEvent], seen: Seen) -> UserState:
+    return UserState(history=tuple(history), seen=tuple(seen), shown=tuple(seen.values()))

@@ -9,7 +9,7 @@ from typing import Any
 import redis
 
 from recsys.errors import ConfigError, StateUnavailable
-from recsys.state.merge import UserEntry, pack_history, pack_seen, unpack_history, unpack_seen
+from recsys.state.merge import UserEntry, pack_history, pack_seen, state_of, unpack_history, unpack_seen
 from recsys.types import UserState, UserUpdate
 
 _TIMEOUT_S = 0.5
@@ -77,7 +77,7 @@ class RedisState:
     def get(self, user_id: str) -> UserState:
         with self._mapped():
             history, seen = self._client.mget(self._keys(user_id))
-        return UserState(history=tuple(unpack_history(history)), seen=tuple(unpack_seen(seen)))
+        return state_of(unpack_history(history), unpack_seen(seen))
 
     def positions(self) -> dict[str, int]:
         with self._mapped():

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from recsys.errors import StateUnavailable
-from recsys.state.merge import UserEntry, pack_history, pack_seen, unpack_history, unpack_seen
+from recsys.state.merge import UserEntry, pack_history, pack_seen, state_of, unpack_history, unpack_seen
 from recsys.types import UserState, UserUpdate
 
 # History and seen lie apart because a click changes 5 KB of one and an impression 10 KB of the other.
@@ -95,7 +95,7 @@ class SqliteState:
     def get(self, user_id: str) -> UserState:
         with self._read_lock, self._mapped():
             history, seen = self._reading.execute(_GET, (user_id,)).fetchone()
-        return UserState(history=tuple(unpack_history(history)), seen=tuple(unpack_seen(seen)))
+        return state_of(unpack_history(history), unpack_seen(seen))
 
     def positions(self) -> dict[str, int]:
         with self._read_lock, self._mapped():

@@ -30,6 +30,24 @@ _CONDITION: dict[str, Any] = {
         },
     ],
 }
+_FILTERS = {"type": "object", "additionalProperties": _CONDITION}
+_BOOST = {
+    "type": "object",
+    "description": "the score of items that pass the filters, and were brought by one of the sources, is score * times + plus",
+    "additionalProperties": False,
+    "properties": {
+        "filters": _FILTERS,
+        "sources": {"type": "array", "items": {"type": "string"}},
+        "times": {"type": "number", "minimum": 0, "default": 1},
+        "plus": {"type": "number", "default": 0},
+    },
+}
+_PIN = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["position", "item_id"],
+    "properties": {"position": {"type": "integer", "minimum": 1}, "item_id": _ID},
+}
 RECOMMEND_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["user_id"],
@@ -41,7 +59,9 @@ RECOMMEND_SCHEMA: dict[str, Any] = {
         "context": {"type": "object"},
         "exclude": {"type": "array", "items": _ID, "maxItems": 1000},
         "candidates": {"type": "array", "items": _ID, "maxItems": 1000},
-        "filters": {"type": "object", "additionalProperties": _CONDITION},
+        "filters": _FILTERS,
+        "boosts": {"type": "array", "items": _BOOST, "maxItems": 20},
+        "pins": {"type": "array", "items": _PIN, "maxItems": 20},
         "activation": {"enum": ["shown", "deferred"], "default": "shown"},
     },
     "examples": [

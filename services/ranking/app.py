@@ -122,7 +122,7 @@ def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, re
     )
     async def recommend(request: Request) -> Response:
         started = time.perf_counter()
-        asked = parse.recommend(await read(request), uuid.uuid4().hex, service.config.catalogue.attributes)
+        asked = parse.recommend(await read(request), uuid.uuid4().hex, service.config)
         answer, contains = await scoring.run(lambda: service.recommend(asked))
         metrics.RECOMMEND_SECONDS.observe(time.perf_counter() - started)
         return Response(

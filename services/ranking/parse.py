@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
 
+from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
-from recsys.ranking.filters import parse_filters
+from recsys.ranking.filters import parse_boosts, parse_filters, parse_pins
 from recsys.ranking.request import Request
 from recsys.types import Feedback, Item
 
@@ -19,7 +20,18 @@ MAX_N = 100
 MAX_EVENTS = 10_000
 MAX_LIST = 1000
 T = TypeVar("T")
-_RECOMMEND = ("user_id", "n", "context", "exclude", "candidates", "filters", "activation", "session_id")
+_RECOMMEND = (
+    "user_id",
+    "n",
+    "context",
+    "exclude",
+    "candidates",
+    "filters",
+    "boosts",
+    "pins",
+    "activation",
+    "session_id",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +78,8 @@ def body_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def recommend(body: bytes, request_id: str, attributes: Sequence[str]) -> Request:
-    """Body of POST /v1/recommend; filters may name these attributes of the catalogue."""
+def recommend(body: bytes, request_id: str, config: Config) -> Request:
+    """Body of POST /v1/recommend; the configuration says which attributes and sources there are to name."""
     raw = body_object(body)
     if unknown := set(raw) - set(_RECOMMEND):
         name = sorted(unknown)[0]
@@ -89,7 +101,9 @@ def recommend(body: bytes, request_id: str, attributes: Sequence[str]) -> Reques
         context={} if context is None else messages.parse_context(context, "context"),
         exclude=_ids(raw.get("exclude"), "exclude") or (),
         candidates=_ids(raw.get("candidates"), "candidates"),
-        filters=parse_filters(raw.get("filters"), attributes),
+        filters=parse_filters(raw.get("filters"), config.catalogue.attributes),
+        boosts=parse_boosts(raw.get("boosts"), config),
+        pins=parse_pins(raw.get("pins")),
         activation=activation,
     )
 

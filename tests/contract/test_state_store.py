@@ -94,6 +94,25 @@ def test_seen_keeps_the_last_distinct_and_seeing_again_renews(open_new: Open) ->
     assert store.get("u").seen == ("c", "a", "d", "e")
 
 
+def test_seen_items_are_counted_once_a_minute(open_new: Open) -> None:
+    store = open_new()
+    for seconds in (0, 59, 60, 200, 150, 260):
+        store.apply([UserUpdate(user_id="u", seen=("a", "b") if seconds < 100 else ("a",), seen_ms=seconds * 1000)], {})
+    assert store.get("u").seen == ("b", "a")
+    assert store.get("u").shown == ((60_000, 1), (260_000, 3))
+
+
+def test_seen_items_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    store = SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        connection.execute("INSERT INTO seen VALUES ('u', ?)", (b'["a","b"]',))
+    connection.close()
+    assert store.get("u") == UserState(seen=("a", "b"), shown=((0, 1), (0, 1)))
+    store.apply([UserUpdate(user_id="u", seen=("a",), seen_ms=100_000)], {})
+    assert store.get("u") == UserState(seen=("b", "a"), shown=((0, 1), (100_000, 2)))
+    store.close()
+
+
 def test_forget_deletes_what_came_before_and_later_updates_apply(open_new: Open) -> None:
     store = open_new()
     store.apply([click("u", 1, 2), UserUpdate(user_id="u", seen=("a",)), click("other", 1)], {"feedback/0": 3})
@@ -196,6 +215,7 @@ def test_any_order_with_duplicates_gives_the_history_of_the_sorted_stream(
             user_id=st.sampled_from(["u", "v"]),
             events=st.lists(_events, max_size=3).map(tuple),
             seen=st.lists(st.sampled_from("abcdefgh"), max_size=6).map(tuple),
+            seen_ms=st.integers(0, 300_000),
             forget=st.booleans(),
         ),
         max_size=30,

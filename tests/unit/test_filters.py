@@ -129,7 +129,7 @@ def test_equal_filters_are_equal_values() -> None:
 )
 def test_a_wrong_filter_names_field_value_and_remedy(wrong: Any, field: str, says: str) -> None:
     with pytest.raises(BadInput) as refused:
-        recommend(json.dumps({"user_id": "u", "filters": wrong}).encode(), "r", ATTRIBUTES)
+        recommend(json.dumps({"user_id": "u", "filters": wrong}).encode(), "r", CONFIG)
     assert refused.value.field == field
     assert says in str(refused.value)
 

@@ -27,7 +27,7 @@ POSITION, REQUESTS = 2, 1500
 def test_estimators_of_the_drawn_position_find_the_true_value() -> None:
     """Target: always the pool's best-liked item. Each 99% interval holds the truth; a right estimator fails once in 100 worlds."""
     config = parse(
-        {"ranking": {"draw_position": POSITION, "draw_pool": 6, "draw_temperature": 5.0, "draw_floor": 0.019}}
+        {"slate": {"draw_positions": [POSITION], "draw_pool": 6, "draw_temperature": 5.0, "draw_floor": 0.019}}
     )
     schema, world = Schema.of(config), World(seed=3, num_users=30, num_items=80, bias=-0.5)
     sources = Sources(config, schema, Catalogue(schema))

@@ -1,6 +1,6 @@
 """Scoring: the light first stage, and that it changes no score of what it keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -22,9 +22,10 @@ from recsys.table.base import Layout, Segment, SlotPolicy
 from recsys.testing.world import World
 
 
-def world(**ranking: object) -> tuple[Config, Pipeline, Scorer, tuple[str, ...]]:
+def world(slate: Mapping[str, object] = {}, **ranking: object) -> tuple[Config, Pipeline, Scorer, tuple[str, ...]]:
     """Sixty items, and rows whose wide weights differ from item to item."""
-    config = parse({"model": {"dim": 4, "expert_hidden": [8, 4], "attention": [8]}, "ranking": ranking})
+    model = {"dim": 4, "expert_hidden": [8, 4], "attention": [8]}
+    config = parse({"model": model, "ranking": ranking, "slate": slate})
     schema = Schema.of(config)
     store, sources = ParameterStore(layouts(config, schema), schema.hash), Sources(config, schema, Catalogue(schema))
     items = World(seed=1, num_users=3, num_items=60).items()
@@ -62,9 +63,9 @@ def test_the_light_stage_keeps_the_best_by_the_wide_part_and_scores_them_alike()
 @pytest.mark.parametrize("full", [1, 200])
 def test_a_list_is_the_same_however_many_the_network_scores(full: int) -> None:
     """With an untrained network; and never are fewer scored than are shown or drawn from."""
-    _, pipeline, _, ids = world(full_candidates=full, draw_pool=2)
+    _, pipeline, _, ids = world({"draw_pool": 2}, full_candidates=full)
     answer = pipeline.recommend(Request(request_id="r", user_id="u", n=30, candidates=ids), 1000)
-    _, reference, _, _ = world(full_candidates=60, draw_pool=2)
+    _, reference, _, _ = world({"draw_pool": 2}, full_candidates=60)
     expected = reference.recommend(Request(request_id="r", user_id="u", n=30, candidates=ids), 1000)
     assert [item.item_id for item in answer.items] == [item.item_id for item in expected.items]
     assert len(answer.items) == 30
