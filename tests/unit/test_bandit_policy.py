@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,9 +86,9 @@ def test_every_policy_answers_requests_without_candidates(name: str) -> None:
         requests,
         starts=np.zeros(SMALL.rate + 1, np.int64),
         items=none,
-        candidate=none.astype(np.int32),
-        column=none.astype(np.int32),
-        edge=none.astype(np.int32),
+        candidate=none,
+        column=none,
+        edge=none,
         scores=floats,
         hidden=np.zeros((0, SMALL.hidden), np.float32),
     )
@@ -162,7 +161,9 @@ def test_sums_do_not_depend_on_order_batches_or_workers(seed: int, workers: int,
 
     def as_of_now(several: list[EdgeSums]) -> Any:
         """The sums of all workers, decayed to one instant."""
-        return np.sum([s.scale(now_ms) * s.sums for s in several], 0)
+        everything = np.arange(edges)
+        read = (s.at(everything, everything, everything, now_ms) for s in several)
+        return np.sum([np.float64(e.scale) * np.array([e.d, e.n, e.b]) for e in read], 0)
 
     straight = EdgeSums(edges, half_life_s)
     order = np.argsort(columns[4], kind="stable")
@@ -170,7 +171,7 @@ def test_sums_do_not_depend_on_order_batches_or_workers(seed: int, workers: int,
     shares = [EdgeSums(edges, half_life_s) for _ in range(workers)]
     for event in rng.permutation(num):
         shares[rng.integers(workers)].add(*(column[event : event + 1] for column in columns))
-    np.testing.assert_allclose(as_of_now(shares), as_of_now([straight]), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(as_of_now(shares), as_of_now([straight]), rtol=1e-5, atol=1e-9)
 
 
 def test_impression_and_late_reward_are_one_event_in_two_parts() -> None:
@@ -193,7 +194,7 @@ def test_impression_and_late_reward_are_one_event_in_two_parts() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50), st.floats(1, 1e5))
 def test_inverse_gap_weighting_is_its_closed_form(values: list[float], gamma: float) -> None:
     ordered = np.sort(np.array(values))[::-1]
-    chances = inverse_gap(ordered[None], np.array([len(values)]), gamma)[0]
+    chances = inverse_gap(ordered, gamma)
     others = [1 / (len(values) + gamma * (ordered[0] - value)) for value in ordered[1:]]
     np.testing.assert_allclose(chances[1:], others)
     assert chances[0] == pytest.approx(1 - sum(others))
@@ -201,18 +202,14 @@ def test_inverse_gap_weighting_is_its_closed_form(values: list[float], gamma: fl
 
 
 def test_inverse_gap_of_three_by_hand() -> None:
-    two_pools = np.array([[0.5, 0.4, 0.1], [0.5, 0.4, 0.0]])
-    chances = inverse_gap(two_pools, np.array([3, 2]), 10.0)
-    np.testing.assert_allclose(chances, [[1 - 1 / 4 - 1 / 7, 1 / 4, 1 / 7], [1 - 1 / 3, 1 / 3, 0]])
+    np.testing.assert_allclose(inverse_gap(np.array([0.5, 0.4, 0.1]), 10.0), [1 - 1 / 4 - 1 / 7, 1 / 4, 1 / 7])
 
 
 @given(st.integers(1, 50), st.floats(0, 1))
 def test_floor_is_kept_and_probabilities_sum_to_one(size: int, floor: float) -> None:
-    values, sizes = np.tile(np.linspace(1, 0, size + 3), (2, 1)), np.array([size, size + 3])
-    for rule in (even, only_best, partial(mostly_best, epsilon=0.1), partial(inverse_gap, gamma=100.0)):
-        short, full = floored(rule(values, sizes), sizes, floor)
-        assert not short[size:].any() and full.sum() == pytest.approx(1)
-        chances = short[:size]
+    values = np.linspace(1, 0, size)
+    for rule in (even, only_best, lambda v: mostly_best(v, 0.1), lambda v: inverse_gap(v, 100.0)):
+        chances = floored(rule(values), floor)
         assert chances.sum() == pytest.approx(1) and chances.min() >= min(floor, 1 / size) - 1e-12
 
 
@@ -237,9 +234,9 @@ def test_thompson_takes_the_better_of_two_as_often_as_its_normals_say() -> None:
         weights=np.ones((1, 1), np.float32),
         starts=np.array([0, 2]),
         items=np.array([1, 2]),
-        candidate=np.array([0, 1], np.int32),
-        column=np.zeros(2, np.int32),
-        edge=np.array([0, 1], np.int32),
+        candidate=np.array([0, 1]),
+        column=np.zeros(2, np.int64),
+        edge=np.array([0, 1]),
     )
     policy = make_policy(PolicyOptions(policy="thompson", alpha=1.0, pool=1), SHAPE, np.random.default_rng(0))
     for n, mean in enumerate((0.3, 0.2)):
