@@ -28,7 +28,7 @@ WITHIN_S = 1.0
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[Services]:
     extra = (
-        tasks() + "retrieval.rebuild_s = 2\nbandit.neighbours = 20\nbandit.clusters = 4\nslate.draw_positions = [3]\n"
+        tasks() + "retrieval.rebuild_s = 20\nbandit.neighbours = 20\nbandit.clusters = 4\nslate.draw_positions = [3]\n"
     )
     running = Services(tmp_path, extra)
     try:
@@ -92,11 +92,16 @@ def test_the_bandit_finds_candidates_and_learns_from_what_they_bring(system: Ser
         users_click(system, number)
 
     def explored() -> Any:
-        """An answer with an item of the bandit's, and which."""
-        answer = system.call("POST", "/v1/recommend", {"user_id": f"user-{int(time.time() * 50) % 20}", "n": 20})
-        return next(((answer, i["item_id"]) for i in answer["items"] if "bandit" in i["sources"]), None)
+        """An answer with an item of the bandit's, and which; the first item of any other is clicked: feedback looks alive."""
+        user = f"user-{int(time.time() * 50) % 20}"
+        answer = system.call("POST", "/v1/recommend", {"user_id": user, "n": 20})
+        found = next((item["item_id"] for item in answer["items"] if "bandit" in item["sources"]), None)
+        if found is None:
+            click = {"event_id": answer["request_id"], "user_id": user, "item_id": answer["items"][0]["item_id"]}
+            system.click(click | {"request_id": answer["request_id"], "time_ms": now_ms()})
+        return found and (answer, found)
 
-    answer, item_id = wait_for(explored, "a candidate of the bandit's", 60.0)
+    answer, item_id = wait_for(explored, "a candidate of the bandit's", 120.0)
     impression = logged(system, answer["request_id"])
     served: Served = decode(impression.bandit, len(impression.items))
     assert served.generation == impression.generation == answer["generation"]
@@ -108,7 +113,7 @@ def test_the_bandit_finds_candidates_and_learns_from_what_they_bring(system: Ser
     assert sum(p for _, p in third.pool) == pytest.approx(1.0)
 
     edges, took = Edges(system), []
-    for item, bits in list(zip(shown, served.edges.tolist(), strict=True)):
+    for item, bits in zip(shown, served.edges.tolist(), strict=True):
         if bits and len(took) < 5:
             bit = bits.bit_length() - 1
             weight, place = float(served.weights[bit]), edges.places()[int(served.clusters[bit])]
@@ -118,7 +123,7 @@ def test_the_bandit_finds_candidates_and_learns_from_what_they_bring(system: Ser
             assert edges.of(place, item)[2] - before[2] == pytest.approx(weight, rel=0.01), "decay of minutes aside"
     assert np.median(took) < WITHIN_S
     assert system.metric("recsys_bandit_clusters", "trainer") >= 1
-    wait_for(lambda: system.metric("recsys_bandit_rewards_total", "trainer") == len(took), "the rewards counted")
+    wait_for(lambda: system.metric("recsys_bandit_rewards_total", "trainer") >= len(took), "the rewards counted")
 
 
 def rewarded(system: Services, impression: Impression, item_id: str, arrived: Callable[[], bool]) -> float:
