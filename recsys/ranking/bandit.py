@@ -89,7 +89,7 @@ class Bandit:
         for start in range(0, len(recent), AT_ONCE):
             part = recent[start : start + AT_ONCE]
             vectors = self._scorer.user_vectors([one.user for one in part], towers)
-            for one, vector in zip(part, vectors, strict=True):
+            for one, vector in zip(part, map(_of_interests, vectors), strict=True):
                 if np.isfinite(vector).all():
                     sums[one.cluster] = sums.get(one.cluster, np.float32(0)) + vector
         norms = {cluster: float(np.linalg.norm(vector)) for cluster, vector in sums.items()}
@@ -118,7 +118,9 @@ class Bandit:
         self._published = published
 
     def activate(self, name: str, user: UserFeatures, vector: Float32) -> Active | None:
-        """The clusters nearest to a user's vector in a generation; before any has a centroid, the first one. None: there is none."""
+        """The clusters nearest to a user's vector [D] (of several interests [I, D]: to their mean) in a generation; before any has
+        a centroid, the first one. None: there is none."""
+        vector = _of_interests(vector)
         space = self._spaces.get(name)
         graph = space.graph if space else None
         published = graph.published if graph else self._scorer.clusters
@@ -194,3 +196,9 @@ class Bandit:
             vector=active.vector,
             edges=edges,
         ).encode()
+
+
+def _of_interests(vector: Float32) -> Float32:
+    """One vector [D] for a user: the mean of several interests."""
+    mean: Float32 = vector if vector.ndim == 1 else vector.mean(0)
+    return mean

@@ -75,7 +75,7 @@ class Generation:
 
 
 class Located(NamedTuple):
-    """A user's vector [tower_dim] in a generation."""
+    """A user's vector [tower_dim] in a generation (of several interests [K, tower_dim])."""
 
     generation: Generation
     vector: Float32

@@ -125,12 +125,12 @@ class Scorer:
         return values
 
     def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
-        """The user's vector [tower_dim]; None before anything is known of them."""
+        """The user's vector [tower_dim] (of several interests [K, tower_dim]); None before anything is known of them."""
         known = len(user.history_keys) or user.shared_mask[1:].any()
         return self.user_vectors([user], towers)[0] if known else None
 
     def user_vectors(self, users: Sequence[UserFeatures], towers: TwoTower) -> Float32:
-        """Vectors [n, tower_dim] of users of whom something is known."""
+        """Vectors [n, tower_dim] (or [n, K, tower_dim]) of users of whom something is known."""
         longest = max(1, *(len(user.history_keys) for user in users))
         past_keys = np.zeros((len(users), longest, len(self._schema.history_slots)), np.int64)
         past_mask = np.zeros(past_keys.shape, np.bool_)
@@ -183,7 +183,7 @@ class Scorer:
             except TableFull:
                 self._known = Tables(self._layouts, "cpu")
 
-    def adopt(self, ranker: Ranker, towers: TwoTower | None, told: Callable[[], Published] | None) -> None:
+    def adopt(self, ranker: Ranker, towers: TwoTower | None, told: Callable[[], Published] | None = None) -> None:
         """Score with these very networks, as they learn, and what is told of clusters: an in-process trainer's, in replay."""
         self._networks = _Networks(ranker, towers or self._networks.towers, 1, None)
         self._told = told

@@ -74,7 +74,7 @@ def naive(item: Item, wanted: dict[str, Any]) -> bool:
     return not item.deleted and all(holds(kind, want, item.attributes.get(name)) for name, kind, want in conditions)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(items, asked), max_size=60))
 def test_masks_say_what_filters_mean_whatever_has_changed(story: list[Any]) -> None:
     """Items and filters in any order, so that masks are made, remembered, grown past and caught up with."""
@@ -103,6 +103,15 @@ def test_more_changes_than_are_kept_and_more_filters_than_are_remembered(monkeyp
             mask = catalogue.matching(parse_filters({"category": category}, ATTRIBUTES))
             assert mask.sum() == round_
         assert len(catalogue._masks._known) == 2
+
+
+def test_a_mask_made_before_the_catalogue_was_restored_is_made_anew() -> None:
+    saved, catalogue = Catalogue(Schema.of(CONFIG)), Catalogue(Schema.of(CONFIG))
+    saved.apply(Item(item_id="a", attributes={"category": "news", "price": 3}))
+    wanted = parse_filters({"category": "news", "price": {"min": 2}}, ATTRIBUTES)
+    assert not catalogue.matching(wanted).any()
+    catalogue.restore(saved.state())
+    assert np.flatnonzero(catalogue.matching(wanted)).tolist() == [0]
 
 
 def test_equal_filters_are_equal_values() -> None:
