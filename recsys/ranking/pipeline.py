@@ -120,6 +120,7 @@ class Pipeline:
             work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         work.names, work.masks = tuple(name for name, _, _ in allowed), masks
         self._add_pinned(work)
+        work.candidates = work.rows
 
     def _add_pinned(self, work: Work) -> None:
         """Pinned items that the rules allow become candidates of the source `pinned`; the caller's own list is not added to."""

@@ -31,7 +31,10 @@ class Work:
     """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
     forbidden: set[int] = field(default_factory=set)
     """Rows that rules leave out of this answer, whatever they are."""
+    candidates: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Catalogue rows of all candidates, the best as mixed first."""
     rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Those that are still in it."""
     names: tuple[str, ...] = ()
     masks: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     source_scores: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
