@@ -22,6 +22,8 @@ _CHUNK_ROWS = 65_536
 """Rows of one chunk of collected examples, 1.4 MB a task: half or double changes nothing measurable."""
 _CLOSEST = 1e-7
 """Predictions are kept this far from 0 and 1 in logarithms: float32 cannot tell closer ones from them."""
+_Groups: TypeAlias = tuple[Array, Array, Int64]
+METRICS = ("auc", "normalized_entropy", "gauc", "calibration")
 _ROW = np.dtype([("prediction", np.float64), ("label", np.bool_), ("user", np.int64), ("day", np.int32)])
 
 
@@ -140,25 +142,49 @@ class Progressive:
         return np.concatenate([*chunks[:-1], chunks[-1][: self._used[task]]]) if chunks else np.empty(0, _ROW)
 
 
-def _report(rows: Array) -> dict[str, Any]:
-    p, y = rows["prediction"], rows["label"]
-    areas, examples, first = group_aucs(p, y, group_ids(rows["user"], rows["day"]))
-    values = {
-        "auc": auc(p, y),
-        "normalized_entropy": normalized_entropy(p, y),
-        "gauc": float(np.average(areas, weights=examples)) if len(areas) else math.nan,
-        "calibration": calibration(p, y),
-    }
-    report: dict[str, Any] = {"examples": len(rows)}
-    drawn = Resamples(rows["user"]) if len(rows) else None
-    for name, value in values.items():
-        report[name] = _known(value)
+def differences(first: Array, second: Array) -> dict[str, Any]:
+    """Each metric of two predictions of the same examples, in the same order (rows as `Progressive.rows` has them).
+
+    `difference`: second less first, with the interval of its paired bootstrap: both on the same resamples of users.
+    """
+    if not (np.array_equal(first["label"], second["label"]) and np.array_equal(first["user"], second["user"])):
+        raise ValueError("the rows are not of the same examples: labels or users differ")
+    report: dict[str, Any] = {"examples": len(first), "users": len(np.unique(first["user"]))}
+    drawn = Resamples(first["user"]) if len(first) else None
+    parts = [(rows, _groups(rows)) for rows in (first, second)]
+    for name in METRICS:
+        values = [_value(name, rows, groups) for rows, groups in parts]
+        report[name] = {"a": _known(values[0]), "b": _known(values[1]), "difference": _known(values[1] - values[0])}
         if drawn is not None:
-            report[f"{name}_ci"] = interval(_resampled(name, drawn, rows, (areas, examples, first)))
+            one, other = (_resampled(name, drawn, rows, groups) for rows, groups in parts)
+            report[name]["difference_ci"] = interval(other - one)
     return report
 
 
-def _resampled(name: str, drawn: Resamples, rows: Array, groups: tuple[Array, Array, Int64]) -> Array:
+def _groups(rows: Array) -> _Groups:
+    return group_aucs(rows["prediction"], rows["label"], group_ids(rows["user"], rows["day"]))
+
+
+def _value(name: str, rows: Array, groups: _Groups) -> float:
+    p, y = rows["prediction"], rows["label"]
+    if name == "gauc":
+        areas, examples, _ = groups
+        return float(np.average(areas, weights=examples)) if len(areas) else math.nan
+    return {"auc": auc, "normalized_entropy": normalized_entropy, "calibration": calibration}[name](p, y)
+
+
+def _report(rows: Array) -> dict[str, Any]:
+    groups = _groups(rows)
+    report: dict[str, Any] = {"examples": len(rows)}
+    drawn = Resamples(rows["user"]) if len(rows) else None
+    for name in METRICS:
+        report[name] = _known(_value(name, rows, groups))
+        if drawn is not None:
+            report[f"{name}_ci"] = interval(_resampled(name, drawn, rows, groups))
+    return report
+
+
+def _resampled(name: str, drawn: Resamples, rows: Array, groups: _Groups) -> Array:
     """One metric in every resample."""
     p, y = rows["prediction"], rows["label"]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -96,28 +96,39 @@ class Replay:
         self._untrained = 0
         self._requests = 0
         self.events = 0
+        self._now_ms = 0
         self._examples = 0
         self._has_impressions = False
         self._started = time.perf_counter()
 
     def run(self, events: Iterable[Event], on_progress: Callable[[int, int], None] = lambda *_: None) -> dict[str, Any]:
         """Replay all of them; `on_progress(events, event time)` now and then."""
-        now_ms = 0
-        for now_ms, kind, message in events:
-            if now_ms >= self.options.until_ms:
+        for event in events:
+            if not self.step(*event):
                 break
-            if kind == "item":
-                self.item(message)  # type: ignore[arg-type]
-            else:
-                self._advance(now_ms, kind)
-                if kind == "impression":
-                    self.impression(message, now_ms)  # type: ignore[arg-type]
-                else:
-                    self.feedback(message, now_ms)  # type: ignore[arg-type]
-            self.events += 1
             if self.events % 2000 == 0:
-                on_progress(self.events, now_ms)
-        self._train(now_ms + 1 + int(max(task.window_s for task in self.config.tasks) * 1000))
+                on_progress(self.events, event[0])
+        return self.finish()
+
+    def step(self, now_ms: int, kind: str, message: Item | Impression | Feedback) -> bool:
+        """Replay one event; False: it lies beyond the end, and so do all that follow."""
+        if now_ms >= self.options.until_ms:
+            return False
+        self._now_ms = now_ms
+        if kind == "item":
+            self.item(message)  # type: ignore[arg-type]
+        else:
+            self._advance(now_ms, kind)
+            if kind == "impression":
+                self.impression(message, now_ms)  # type: ignore[arg-type]
+            else:
+                self.feedback(message, now_ms)  # type: ignore[arg-type]
+        self.events += 1
+        return True
+
+    def finish(self) -> dict[str, Any]:
+        """Learn what is left, when every label is final; the report."""
+        self._train(self._now_ms + 1 + int(max(task.window_s for task in self.config.tasks) * 1000))
         return self.result()
 
     def item(self, item: Item) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,13 @@ import numpy.typing as npt
 import orjson
 
 from recsys.features.filters import Changes, Columns, Filters, Masks, passing
+from recsys.features.rows import RowIndex
 from recsys.features.schema import Schema
+from recsys.features.texts import Texts
 from recsys.keys import key_of
 from recsys.types import Bool, Int32, Int64, Item
+
+_TEXTS = ("ids", "titles", "documents")
 
 
 class Catalogue:
@@ -23,14 +27,12 @@ class Catalogue:
 
     def __init__(self, schema: Schema, capacity: int = 1024) -> None:
         self._schema = schema
-        self._rows: dict[str, int] = {}
-        self.ids: list[str] = []
-        self.titles: list[str] = []
-        self.documents: list[bytes] = []
+        self.ids, self.titles, self.documents = Texts(), Texts(), Texts()
         width = len(schema.item_slots)
         self.keys: Int64 = np.zeros((capacity, width), np.int64)
         self.mask: Bool = np.zeros((capacity, width), np.bool_)
         self.alive: Bool = np.zeros(capacity, np.bool_)
+        self._rows = RowIndex(self.keys)
         self._columns = self._column_ranges()
         self._attributes = [name for name, _ in schema.item_fields[1:]]
         self.labels: dict[tuple[str, int], str] = {}
@@ -61,19 +63,23 @@ class Catalogue:
 
     def row(self, item_id: str) -> int | None:
         """The item's row, deleted or not; None when it was never seen."""
-        return self._rows.get(item_id)
+        row = self._rows.find(key_of(item_id))
+        return row if row >= 0 else None
 
     def rows(self, item_ids: Sequence[str]) -> Int32:
         """Rows [n]; -1 where the item was never seen."""
-        get = self._rows.get
-        return np.fromiter((get(i, -1) for i in item_ids), np.int32, len(item_ids))
+        return self.rows_of(np.fromiter(map(key_of, item_ids), np.int64, len(item_ids)))
+
+    def rows_of(self, keys: Int64) -> Int32:
+        """Rows of items by their keys [n]; -1 where the item was never seen."""
+        return self._rows.find_all(keys)
 
     def item(self, row: int) -> Item:
         """The item as it was last written."""
         return Item(
             item_id=self.ids[row],
             title=self.titles[row],
-            attributes=orjson.loads(self.documents[row]),
+            attributes=orjson.loads(self.documents.bytes_of(row)),
             deleted=not self.alive[row],
         )
 
@@ -98,7 +104,7 @@ class Catalogue:
 
     def apply(self, item: Item) -> int:
         """Upsert or delete; returns the row."""
-        row = self._rows.get(item.item_id)
+        row = self.row(item.item_id)
         if item.deleted:
             if row is None:
                 return -1
@@ -115,7 +121,7 @@ class Catalogue:
             self.titles.append(item.title)
             self.documents.append(orjson.dumps(dict(item.attributes)))
             self.alive[row] = True
-            self._rows[item.item_id] = row
+            self._rows.add(self.keys, np.array([row], np.int32))
             self._changes.add(row)
             return row
         self._fill(row, item)
@@ -125,6 +131,33 @@ class Catalogue:
         self.alive[row] = True
         self._changes.add(row)
         return row
+
+    def state(self) -> dict[str, Any]:
+        """Everything as arrays, most of them views: a row that is written meanwhile may be either version of it, or torn."""
+        size = len(self.ids)
+        arrays: dict[str, Any] = {"keys": self.keys[:size], "mask": self.mask[:size], "alive": self.alive[:size]}
+        for name in _TEXTS:
+            arrays[f"{name}.starts"], arrays[f"{name}.buffer"] = getattr(self, name).state(size)
+        for name, numbers in list(self.numbers.items()):
+            arrays[f"number.{name}"] = numbers[:size]
+        labels = [[name, key, text] for (name, key), text in list(self.labels.items())]
+        return arrays | {"labels": np.frombuffer(orjson.dumps(labels), np.uint8)}
+
+    def restore(self, arrays: Mapping[str, Any]) -> None:
+        """Load what `state` returned into an empty catalogue."""
+        assert not len(self), "only an empty catalogue is restored"
+        size = len(arrays["alive"])
+        capacity = max(len(self.alive), size)
+        self.keys, self.mask, self.alive = (_grown(arrays[n], capacity) for n in ("keys", "mask", "alive"))
+        for name in [n.removeprefix("number.") for n in arrays if n.startswith("number.")]:
+            numbers = _grown(arrays[f"number.{name}"], capacity)
+            numbers[size:] = np.nan
+            self.numbers[name] = numbers
+        self.labels = {(name, key): text for name, key, text in orjson.loads(arrays["labels"].tobytes())}
+        self.deleted = size - int(np.count_nonzero(self.alive[:size]))
+        for name in reversed(_TEXTS):  # the ids last: they say how many rows there are
+            getattr(self, name).restore(arrays[f"{name}.starts"], arrays[f"{name}.buffer"])
+        self._rows.add(self.keys, np.arange(size, dtype=np.int32))
 
     def _grow(self) -> None:
         size = 2 * len(self.alive)

@@ -27,14 +27,14 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
     with sources.lock:
         positions = dict(consumer.counter_positions)
         state = sources.state()
-        ids = list(sources.catalogue.ids)
+        keys = sources.catalogue.keys[: len(sources.catalogue), 0].copy()
     arrays: dict[str, Any] = {
         f"{part}.{name}": np.ascontiguousarray(array)
         for part, values in state.items()
         for name, array in values.items()
     }
-    arrays["ids"] = np.frombuffer("".join(i + "\n" for i in ids).encode(), np.uint8)
-    head = {"version": "1", "schema": schema.hash, "positions": orjson.dumps(positions).decode()}
+    arrays["keys"] = keys
+    head = {"version": "2", "schema": schema.hash, "positions": orjson.dumps(positions).decode()}
     entry = write_file(folder / NAME, safetensors.numpy.save(arrays, head))
     write_file(folder / "counters.json", orjson.dumps(entry))
     return positions
@@ -46,19 +46,19 @@ def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
         entry = orjson.loads((folder / "counters.json").read_bytes())
         data = read_file(folder / NAME, entry["checksum"])
         head = metadata(data)
-        if head["schema"] != schema.hash:
-            raise SnapshotCorrupt(f"{folder / NAME} has schema {head['schema']}")
+        if head["schema"] != schema.hash or head["version"] != "2":
+            raise SnapshotCorrupt(f"{folder / NAME} has schema {head['schema']}, version {head['version']}")
         arrays = safetensors.numpy.load(data)
     except FileNotFoundError:
         return False
     except (SnapshotCorrupt, orjson.JSONDecodeError, KeyError) as error:
         logger.error("counters not restored: %s; reading the log from its beginning", error)
         return False
-    ids = arrays.pop("ids").tobytes().decode().split("\n")[:-1]
+    rows = sources.catalogue.rows_of(arrays.pop("keys"))
     state: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         part, field = name.split(".", 1)
         state.setdefault(part, {})[field] = array
-    sources.restore(state, sources.catalogue.rows(ids), now_ms)
+    sources.restore(state, rows, now_ms)
     consumer.counter_positions |= orjson.loads(head["positions"])
     return True

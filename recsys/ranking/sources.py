@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.followed import Followed
 from recsys.retrieval.mix import PRIORS
 from recsys.retrieval.trending import Trending
-from recsys.types import Feedback, HistoryEvent, Impression, Int32, Item
+from recsys.types import Feedback, HistoryEvent, Impression, Int32, Int64, Item
 
 Arrays = dict[str, Any]
 
@@ -61,10 +61,27 @@ class Sources:
                     self.followed.upsert(row, self._attribute_keys(row))
         return row
 
+    def restore_catalogue(self, arrays: Mapping[str, Any]) -> None:
+        """Load a catalogue's arrays, and file its items by their attributes."""
+        with self.lock:
+            catalogue = self.catalogue
+            catalogue.restore(arrays)
+            size = len(catalogue)
+            self.followed.load([self._filed(catalogue.columns(name), size) for name in self._attributes()])
+
+    def _filed(self, where: slice, size: int) -> tuple[Int32, Int64]:
+        """Rows alive and their keys in some columns, one pair each."""
+        present = self.catalogue.mask[:size, where] & self.catalogue.alive[:size, None]
+        rows, columns = np.nonzero(present)
+        return rows.astype(np.int32), self.catalogue.keys[:size, where][rows, columns]
+
+    def _attributes(self) -> list[str]:
+        return [name for name, _ in self._schema.item_fields[1 : self._schema.num_history_fields]]
+
     def _attribute_keys(self, row: int) -> list[list[int]]:
         keys, mask = self.catalogue.keys[row], self.catalogue.mask[row]
-        fields = self._schema.item_fields[1 : self._schema.num_history_fields]
-        return [keys[where][mask[where]].tolist() for where in (self.catalogue.columns(name) for name, _ in fields)]
+        columns = (self.catalogue.columns(name) for name in self._attributes())
+        return [keys[where][mask[where]].tolist() for where in columns]
 
     def feedback(self, feedback: Feedback, history: Sequence[HistoryEvent], event: HistoryEvent, now_ms: int) -> bool:
         """Count one feedback; `history` is the user's, `event` this feedback in it. False for a duplicate."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from recsys.decay import ForwardDecay
 from recsys.retrieval.trending import among
-from recsys.types import Bool, Float32, Int32
+from recsys.types import Bool, Float32, Int32, Int64
 
 _POPULAR = 200
 """Items kept of a value by popularity: half hides good ones of broad values, double costs query time and memory."""
@@ -29,10 +29,10 @@ _Ranked: TypeAlias = tuple[Int32, npt.NDArray[np.float64]]
 class _Value:
     """One attribute value: its items by popularity (the last `_POPULAR` to `2 _POPULAR` noted) and by age, newest first."""
 
-    __slots__ = ("name", "newest", "popular", "ranked", "size")
+    __slots__ = ("name", "newest", "number", "popular", "ranked", "size")
 
-    def __init__(self, name: tuple[int, int]) -> None:
-        self.name = name
+    def __init__(self, name: tuple[int, int], number: int) -> None:
+        self.name, self.number = name, number
         self.popular: dict[int, None] = {}
         self.newest: deque[int] = deque(maxlen=_NEWEST)
         self.ranked: _Ranked | None = None
@@ -48,22 +48,48 @@ class Followed:
 
     def __init__(self) -> None:
         self._values: dict[tuple[int, int], _Value] = {}
-        self._items: dict[int, tuple[_Value, ...]] = {}
+        self._numbered: list[_Value | None] = [None]
+        self._free: list[int] = []
+        self._filed = np.zeros((1024, 4), np.int32)
+        """Numbers of each row's values, 4 bytes each; 0 after the last."""
         self._popularity = np.zeros(1024)
         self._decay = ForwardDecay(_HALF_LIFE_NOTES / 1000)  # its clock counts notes
         self._notes = 0
         self._lock = threading.Lock()
 
+    def _value(self, name: tuple[int, int]) -> _Value:
+        value = self._values.get(name)
+        if value is None:
+            number = self._free.pop() if self._free else len(self._numbered)
+            value = self._values[name] = _Value(name, number)
+            if number == len(self._numbered):
+                self._numbered.append(value)
+            else:
+                self._numbered[number] = value
+        return value
+
+    def _of(self, row: int) -> list[_Value]:
+        """What `row` is filed under."""
+        if row >= len(self._filed):
+            return []
+        found = (self._numbered[number] for number in self._filed[row].tolist())
+        return [value for value in found if value is not None]
+
+    def _file(self, row: int, values: Sequence[_Value]) -> None:
+        rows, width = self._filed.shape
+        if row >= rows or len(values) > width:
+            filed = np.zeros((max(row + 1, 2 * rows) if row >= rows else rows, max(width, len(values))), np.int32)
+            filed[:rows, :width] = self._filed
+            self._filed = filed
+        self._filed[row] = 0
+        self._filed[row, : len(values)] = [value.number for value in values]
+
     def upsert(self, row: int, keys: Sequence[Iterable[int]]) -> None:
         """File `row` under `keys[attribute index]`; what it was filed under before is replaced. Newness counts from the first time."""
         with self._lock:
-            before = self._items.get(row, ())
-            values = tuple(
-                self._values.get((a, key)) or self._values.setdefault((a, key), _Value((a, key)))
-                for a, ks in enumerate(keys)
-                for key in dict.fromkeys(ks)
-            )
-            self._items[row] = values
+            before = self._of(row)
+            values = [self._value((a, key)) for a, ks in enumerate(keys) for key in dict.fromkeys(ks)]
+            self._file(row, values)
             for value in values:
                 if value not in before:
                     value.newest.appendleft(row)
@@ -75,10 +101,35 @@ class Followed:
                 if value not in values:
                     self._leave(value, row)
 
+    def load(self, filed: Sequence[tuple[Int32, Int64]]) -> None:
+        """File many rows at once into an empty index: for each attribute index, rows and keys [n], rows in order of age."""
+        with self._lock:
+            assert not self._values, "only an empty index is loaded"
+            pairs = [np.zeros(0, np.int64)]
+            for attribute, (rows, keys) in enumerate(filed):
+                names, which = np.unique(keys, return_inverse=True)
+                numbers = np.array([self._value((attribute, key)).number for key in names.tolist()], np.int64)
+                pairs.append((rows.astype(np.int64) << 32) | numbers[which] if len(rows) else pairs[0])
+            distinct = np.unique(np.concatenate(pairs))
+            every, of = distinct >> 32, distinct & 0xFFFFFFFF
+            places = np.arange(len(every)) - np.searchsorted(every, every)
+            size = max(1024, int(every.max(initial=-1)) + 1)
+            self._filed = np.zeros((size, max(4, int(places.max(initial=-1)) + 1)), np.int32)
+            self._filed[every, places] = of
+            order = np.argsort(of, kind="stable")
+            ends = np.cumsum(np.bincount(of, minlength=len(self._numbered))).tolist()
+            for value in self._values.values():
+                start, end = ends[value.number - 1], ends[value.number]
+                value.size = end - start
+                value.newest.extend(every[order[max(start, end - _NEWEST) : end]][::-1].tolist())
+
     def delete(self, row: int) -> None:
         """Take `row` out; unknown rows are ignored. Its popularity stays, for when it comes back."""
         with self._lock:
-            for value in self._items.pop(row, ()):
+            values = self._of(row)
+            if values:
+                self._filed[row] = 0
+            for value in values:
                 self._leave(value, row)
 
     def _leave(self, value: _Value, row: int) -> None:
@@ -89,6 +140,8 @@ class Followed:
             value.newest.remove(row)
         if not value.size:
             del self._values[value.name]
+            self._numbered[value.number] = None
+            self._free.append(value.number)
 
     def note(self, row: int, amount: float = 1.0) -> None:
         """Add to the popularity of `row`, whether it is filed yet or not."""
@@ -101,7 +154,7 @@ class Followed:
                 grown[: len(self._popularity)] = self._popularity
                 self._popularity = grown
             self._popularity[row] += amount * self._decay.weight(self._notes)
-            for value in self._items.get(row, ()):
+            for value in self._of(row):
                 self._note(value, row)
 
     def _note(self, value: _Value, row: int) -> None:

@@ -197,31 +197,7 @@ def _offline_commands(commands: Any) -> None:
         "run the whole loop over event files, offline",
         "recsys replay --events globo/ --json",
     )
-    replay.add_argument("--events", type=Path, nargs="+", required=True, help="event files, or their folder")
-    replay.add_argument("--report-from", help="ISO time; metrics count from here on")
-    replay.add_argument("--until", help="ISO time; events from here on are left out")
-    replay.add_argument("--tasks", help="names, comma-separated: predict and learn these alone")
-    replay.add_argument(
-        "--label-delay", type=float, help="seconds until a label is final, in place of the tasks' windows"
-    )
-    replay.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the configuration, such as model.dim=8; may be repeated",
-    )
-    replay.add_argument("--seed", type=int, help="in place of the configuration's")
-    replay.add_argument("--threads", type=int, default=1, help="torch threads; one sums in a fixed order")
-    replay.add_argument("--delay", type=float, default=0.0, help="seconds that parameters and others' counters are old")
-    replay.add_argument(
-        "--sync-interval",
-        type=float,
-        default=0.0,
-        help="scoring sees them as at the last multiple of this many seconds",
-    )
-    replay.add_argument("--freeze-user", action="store_true", help="the user's own history and counters, too")
-    replay.add_argument("--sample", type=float, default=1.0, help="share of requests answered and scored")
+    _replay_options(replay)
     experiment = commands.add_parser("experiment", help="many replays").add_subparsers(required=True, metavar="ACTION")
     several = _command(
         experiment,
@@ -235,6 +211,36 @@ def _offline_commands(commands: Any) -> None:
         "file", type=Path, help="TOML: out, [defaults], and [[runs]] with a name, options of replay, set"
     )
     several.add_argument("--wait", action="store_true", help="run them here, and end with the last")
+
+
+def _replay_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--events", type=Path, nargs="+", required=True, help="event files, or their folder")
+    command.add_argument("--report-from", help="ISO time; metrics count from here on")
+    command.add_argument("--until", help="ISO time; events from here on are left out")
+    command.add_argument("--tasks", help="names, comma-separated: predict and learn these alone")
+    command.add_argument(
+        "--label-delay", type=float, help="seconds until a label is final, in place of the tasks' windows"
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the configuration, such as model.dim=8; may be repeated",
+    )
+    command.add_argument("--seed", type=int, help="in place of the configuration's")
+    command.add_argument("--threads", type=int, default=1, help="torch threads; one sums in a fixed order")
+    command.add_argument(
+        "--delay", type=float, default=0.0, help="seconds that parameters and others' counters are old"
+    )
+    command.add_argument(
+        "--sync-interval",
+        type=float,
+        default=0.0,
+        help="scoring sees them as at the last multiple of this many seconds",
+    )
+    command.add_argument("--freeze-user", action="store_true", help="the user's own history and counters, too")
+    command.add_argument("--sample", type=float, default=1.0, help="share of requests answered and scored")
 
 
 def _evaluate_commands(commands: Any) -> None:
@@ -270,6 +276,19 @@ def _evaluate_commands(commands: Any) -> None:
     policy.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
     policy.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     policy.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    compare = _command(
+        evaluate,
+        "compare",
+        _compare,
+        "two configurations over the same events: paired differences, and their answers interleaved",
+        "recsys evaluate compare old.toml new.toml --events globo/ --expect better",
+        config_file=False,
+    )
+    compare.add_argument("first", type=Path, metavar="A", help="configuration (TOML)")
+    compare.add_argument("second", type=Path, metavar="B", help="the other one")
+    _replay_options(compare)
+    compare.add_argument("--metric", help="what decides, such as mrr_at_20 or click.auc; default: hit rate, or AUC")
+    compare.add_argument("--expect", choices=("better", "not_worse"), help="of B; exit code 1 when it is not so")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -358,6 +377,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from services.cli import evaluate
 
     return evaluate.run(options)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from services.cli import compare
+
+    return compare.run(options)
 
 
 def _experiment(options: argparse.Namespace) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -109,23 +111,35 @@ def check_fields(loaded: config.Config, events: list[Path]) -> None:
             )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Replay with progress on stderr; the report on stdout."""
+def set_threads(arguments: argparse.Namespace) -> None:
+    """Torch threads of this process."""
     if arguments.threads < 1:
         raise BadInput(f"--threads {arguments.threads} must be 1 or more", field="threads")
     torch.set_num_threads(arguments.threads)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Replay with progress on stderr; the report on stdout."""
+    set_threads(arguments)
     loaded = config_of(arguments)
     check_fields(config.load(arguments.config), arguments.events)
     chosen = options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"])
     events = files.merged(arguments.events)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("replay")
-
-        def progress(count: int, now_ms: int) -> None:
-            when = datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="minutes")
-            bar.update(task, description=f"replay: {count:,} events, at {when}")
-
+    with tempfile.TemporaryDirectory() as folder, progress_bar("replay") as progress:
         result = Replay(loaded, chosen, Path(folder)).run(events, progress)
     emit(arguments, result)
     return DONE
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """On stderr, while it is open: called with the number of events and the event time."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name)
+
+        def progress(count: int, now_ms: int) -> None:
+            when = datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="minutes")
+            bar.update(task, description=f"{name}: {count:,} events, at {when}")
+
+        yield progress

@@ -24,7 +24,7 @@ from recsys.events.recent import Recent
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused
-from recsys.ranking import snapshot
+from recsys.ranking import catalogue_file, snapshot
 from recsys.ranking.generation import Generations
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, AsOf, Request
@@ -45,6 +45,8 @@ COMPILE_AFTER_S = 3.0
 """Requests are scored op by op for this long: a trainer beside this process compiles first, and what it compiled is read from the cache."""
 SNAPSHOT_S = 60.0
 """Counters are saved this often; what came after is read again from the log."""
+CATALOGUE_S = 3600.0
+"""The catalogue is saved at least this often when anything in it changed: its file must not grow older than twelve hours."""
 
 
 class RankingService:
@@ -59,10 +61,13 @@ class RankingService:
         self.scorer = Scorer(config, self.schema, self._parameters)
         self.generations = Generations(config, self.sources.catalogue, self.scorer, f"g{clock.now_ms():x}-")
         self.sources.on_counted = self.generations.touched
-        self._builder = Builder(config, config.data_dir / "ranking" / "generations")
+        self._folder = config.data_dir / "ranking"
+        self._builder = Builder(config, self._folder / "generations")
         self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.scorer, self.generations)
         self.consumer = StateConsumer(config, log, clock, self.store, self.sources, self._on_bad)
         self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
+        self._catalogue_saved: dict[int, int] = {}
+        self._catalogue_saved_s = 0.0
         self._accepted = Recent()
         self._accepted_lock = threading.Lock()
         self.patching = threading.Lock()
@@ -74,17 +79,37 @@ class RankingService:
 
     def start(self) -> None:
         """Read the catalogue, restore the counters, then follow everything in threads."""
+        self._load_catalogue()
         self._run("items", self._follow_items, POLL_S)
         while not self.catalogue_ready:
             if self._stop.wait(POLL_S):
                 return
-        snapshot.load(self.config.data_dir / "ranking", self.sources, self.consumer, self.schema, self.clock.now_ms())
+        snapshot.load(self._folder, self.sources, self.consumer, self.schema, self.clock.now_ms())
         self._run("state", self._follow_state, POLL_S)
         self._run("dense", self._follow_dense, 0.2)
         self._run("generations", self._build_generation, 0.1)
         self._run("snapshot", self._save, SNAPSHOT_S)
         if not self._stop.wait(COMPILE_AFTER_S):
             fused.warm_up()
+
+    def _load_catalogue(self) -> None:
+        now_ms, bounds = self.clock.now_ms(), {}
+        for partition in self._item_positions:
+            bounds[partition] = self.log.begin("item", partition), self.log.end("item", partition)
+        found = catalogue_file.load(self._folder, self.sources, self.schema, bounds, now_ms)
+        if found is not None:
+            self._item_positions.update(found)
+            self._catalogue_saved = found
+            logger.info("catalogue of %d items restored", self.sources.catalogue.num_alive)
+
+    def _save_catalogue(self) -> None:
+        """When a hundredth of it changed, or anything did and the file is old: writing a million items takes a second of one core."""
+        positions, now_s = dict(self._item_positions), time.monotonic()
+        changes = sum(positions.values()) - sum(self._catalogue_saved.get(p, 0) for p in positions)
+        many = changes > self.sources.catalogue.num_alive / 100
+        if self.catalogue_ready and changes and (many or now_s - self._catalogue_saved_s > CATALOGUE_S):
+            catalogue_file.save(self._folder, self.sources, self.schema, positions, self.clock.now_ms())
+            self._catalogue_saved, self._catalogue_saved_s = positions, now_s
 
     def _run(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
         thread = threading.Thread(target=self._loop, args=(name, turn, pause_s), name=name, daemon=True)
@@ -244,9 +269,10 @@ class RankingService:
     def _save(self) -> bool:
         if self.state_ready:
             try:
-                saved = snapshot.save(self.config.data_dir / "ranking", self.sources, self.consumer, self.schema)
+                self._save_catalogue()
+                saved = snapshot.save(self._folder, self.sources, self.consumer, self.schema)
             except OSError as error:
-                logger.error("counters not saved (%s): they will be read again from the log", error)
+                logger.error("catalogue or counters not saved (%s): they will be read again from the log", error)
                 return False
             for place, offset in saved.items():  # retention keeps what is not yet in a snapshot
                 topic, partition = place.rsplit("/", 1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recsys.config import Config, parse
+from recsys.config import Config, SlateConfig, parse
 from recsys.evaluation.replay import Event, Options, Replay
 from recsys.types import Feedback, Impression, Item, ShownItem
 
@@ -198,3 +198,13 @@ def test_an_impression_of_an_unknown_item_is_counted_but_not_scored(tmp_path: Pa
     events[-2] = time_ms, kind, replace(message, items=(ShownItem(item_id="nowhere", position=1),))
     result = Replay(learning(), Options(), tmp_path).run(events)
     assert result["tasks"]["click"]["examples"] == 3
+
+
+@pytest.mark.parametrize(("rule", "hit"), [({}, 2), ({"seen_last": 30}, 1), ({"seen_s": 1.5}, 2), ({"seen_s": 3}, 1)])
+def test_what_a_replay_has_shown_is_seen(rule: dict[str, Any], hit: int, tmp_path: Path) -> None:
+    """x is shown before the click at 2 s, and again before that at 4 s unless the rule forbids it."""
+    config = counting().model_copy(update={"slate": SlateConfig(draw_positions=(), **rule)})
+    config = config.model_copy(update={"ranking": config.ranking.model_copy(update={"exclude": "none"})})
+    events = [*story(2), click("u", "x", 4)]
+    report = Replay(config, Options(), tmp_path).run(events)["next_item"]
+    assert (report["predictions"], round(report["hit_rate_at_20"] * 2)) == (2, hit)

@@ -1,0 +1,114 @@
+"""The catalogue's file of one ranking process: columns as they lie in memory, and the log positions from which to go on.
+
+Written beside the catalogue's writer: the positions are older than the columns, and what came after them is applied again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from recsys.errors import SnapshotCorrupt
+from recsys.features.schema import Schema
+from recsys.files import replace, write_file
+from recsys.ranking.sources import Sources
+
+MANIFEST = "catalogue.json"
+VERSION = 1
+OLDEST_MS = 12 * 3_600_000
+"""A file that is behind the log and older is not used: the broker may have dropped deletions that came since (Kafka: after a day)."""
+_PIECE = 4 * 2**20
+logger = logging.getLogger("recsys")
+
+
+def save(folder: Path, sources: Sources, schema: Schema, positions: Mapping[int, int], now_ms: int) -> None:
+    """Write the columns; `positions`, of partitions of `item`, were read before. Durable and complete, or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"catalogue-{now_ms}.columns"
+    temporary = path.with_name(path.name + ".tmp")
+    arrays = []
+    with temporary.open("wb") as file:
+        for name, array in sources.catalogue.state().items():
+            whole: Any = np.ascontiguousarray(array)
+            data = memoryview(whole).cast("B") if array.size else memoryview(b"")
+            checksum = 0
+            for start in range(0, len(data), _PIECE):
+                checksum = zlib.crc32(data[start : start + _PIECE], checksum)
+                file.write(data[start : start + _PIECE])
+            entry = {"name": name, "dtype": array.dtype.str, "shape": array.shape, "checksum": checksum}
+            arrays.append(entry)
+    replace(temporary, path)
+    manifest = {
+        "version": VERSION,
+        "schema": schema.hash,
+        "positions": {str(partition): offset for partition, offset in positions.items()},
+        "written_ms": now_ms,
+        "file": path.name,
+        "arrays": arrays,
+    }
+    write_file(folder / MANIFEST, orjson.dumps(manifest))
+    for other in folder.glob("catalogue-*.columns*"):
+        if other != path:
+            other.unlink(missing_ok=True)
+
+
+def load(
+    folder: Path, sources: Sources, schema: Schema, bounds: Mapping[int, tuple[int, int]], now_ms: int
+) -> dict[int, int] | None:
+    """Restore an empty catalogue and what is filed by its attributes; returns the positions to go on from.
+
+    None, loudly when there was a file, when it cannot be used: then the log is read from its beginning. `bounds`: the log's
+    first and next offset by partition.
+    """
+    try:
+        manifest = orjson.loads((folder / MANIFEST).read_bytes())
+        positions = {int(partition): offset for partition, offset in manifest["positions"].items()}
+        _check(manifest, positions, schema, bounds, now_ms)
+        arrays = _read(folder / manifest["file"], manifest["arrays"])
+    except FileNotFoundError:
+        return None
+    except (SnapshotCorrupt, orjson.JSONDecodeError, KeyError, ValueError, TypeError) as error:
+        logger.error("catalogue not restored: %s; reading the log from its beginning", error)
+        return None
+    sources.restore_catalogue(arrays)
+    return positions
+
+
+def _check(
+    manifest: Mapping[str, Any],
+    positions: Mapping[int, int],
+    schema: Schema,
+    bounds: Mapping[int, tuple[int, int]],
+    now_ms: int,
+) -> None:
+    if manifest["version"] != VERSION or manifest["schema"] != schema.hash:
+        raise SnapshotCorrupt(f"written with version {manifest['version']}, schema {manifest['schema']}")
+    if positions.keys() != bounds.keys():
+        raise SnapshotCorrupt(f"written with {len(positions)} partitions of item, there are {len(bounds)}")
+    behind = any(positions[partition] < end for partition, (_, end) in bounds.items())
+    if behind and now_ms - manifest["written_ms"] > OLDEST_MS:
+        raise SnapshotCorrupt(f"written {(now_ms - manifest['written_ms']) / 3_600_000:.0f} h ago")
+    for partition, (begin, end) in bounds.items():
+        if not begin <= positions[partition] <= end:
+            raise SnapshotCorrupt(f"position {positions[partition]} of item/{partition} is outside {begin}..{end}")
+
+
+def _read(path: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    arrays = {}
+    with path.open("rb") as file:
+        for entry in entries:
+            array: Any = np.zeros(entry["shape"], np.dtype(entry["dtype"]))
+            data = memoryview(array).cast("B") if array.size else memoryview(bytearray())
+            if file.readinto(data) != len(data) or zlib.crc32(data) != entry["checksum"]:
+                raise SnapshotCorrupt(f"{str(path)!r} is torn or flipped in {entry['name']}")
+            arrays[entry["name"]] = array
+        if file.tell() != os.fstat(file.fileno()).st_size:
+            raise SnapshotCorrupt(f"{str(path)!r} is longer than it was written")
+    return arrays

@@ -1,0 +1,72 @@
+"""`recsys evaluate compare`: two configurations over the same events."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from recsys import config
+from recsys.errors import BadInput
+from recsys.evaluation.compare import Comparison, verdict
+from recsys.events import files
+from services.cli.main import DONE, MISSED, emit
+from services.cli.replay import check_fields, config_of, options_of, progress_bar, set_threads
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replay both side by side with progress on stderr; what differs, on stdout."""
+    set_threads(options)
+    first, second = (_config(options, path) for path in (options.first, options.second))
+    replay = options_of(options, click_log=not files.count_rows(options.events)["impression"])
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison(first, second, replay, Path(folder))
+        metric = _metric(options.metric, comparison.metrics)
+        with progress_bar("compare") as progress:
+            result = comparison.run(files.merged(options.events), progress)
+    found = verdict(result["paired"], metric)
+    names = {"a": str(options.first), "b": str(options.second)}
+    met = found == "better" if options.expect == "better" else found != "worse" if options.expect else True
+    result |= {"configurations": names, "metric": metric, "verdict": found, "expected": options.expect, "met": met}
+    emit(options, result, _text(result))
+    return DONE if met else MISSED
+
+
+def _config(options: argparse.Namespace, path: Path) -> config.Config:
+    check_fields(config.load(path), options.events)
+    return config_of(argparse.Namespace(**{**vars(options), "config": path}))
+
+
+def _metric(given: str | None, known: list[str]) -> str:
+    if given is None:
+        return known[0]
+    if given not in known:
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.0)[0]
+        raise BadInput(
+            f"--metric: {given!r} is not known here: did you mean {near!r}? Known: {', '.join(known)}", field="metric"
+        )
+    return given
+
+
+def _text(result: dict[str, Any]) -> str:
+    paired = result["paired"]
+    lines = [f"a: {result['configurations']['a']}", f"b: {result['configurations']['b']}"]
+    lines.append(f"{'':28}{'a':>12}{'b':>12}{'b - a':>12}{'95% interval':>26}")
+    for task, values in paired.get("tasks", {"": paired}).items():
+        count = values.get("examples", values.get("predictions"))
+        lines.append(f"{task or 'next item'}: {count:,} of {values['users']:,} users")
+        lines += [f"  {name:26}{_row(value)}" for name, value in values.items() if isinstance(value, dict)]
+    if result["unpaired"]:
+        lines.append(f"left out, because only one of them has it: {result['unpaired']:,}")
+    lines.append(f"by {result['metric']}, b is {result['verdict']}")
+    if result["expected"]:
+        lines.append(f"expected {result['expected']}: {'met' if result['met'] else 'missed'}")
+    return "\n".join(lines)
+
+
+def _row(value: dict[str, Any]) -> str:
+    numbers = "".join("           –" if value[n] is None else f"{value[n]:12.5g}" for n in ("a", "b", "difference"))
+    bounds = value.get("difference_ci")
+    return numbers + f"{'–' if bounds is None else f'[{bounds[0]:.5g}, {bounds[1]:.5g}]':>26}"

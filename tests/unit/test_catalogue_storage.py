@@ -1,0 +1,62 @@
+"""Texts and rows of the catalogue, against a list and a dict."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys.features.rows import RowIndex
+from recsys.features.texts import Texts
+
+TEXT = st.text(max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TEXT, max_size=40), st.lists(st.tuples(st.integers(0, 39), TEXT), max_size=60))
+def test_texts_are_a_list(start: list[str], changes: list[tuple[int, str]]) -> None:
+    texts, expected = Texts(start), list(start)
+    for row, text in changes:
+        if row < len(expected):
+            texts[row] = expected[row] = text
+        else:
+            texts.append(text)
+            expected.append(text)
+    assert [texts[row] for row in range(len(texts))] == expected
+    copy = Texts(["something else"])
+    copy.restore(*texts.state(len(texts)))
+    copy.append("more")
+    assert [copy[row] for row in range(len(copy))] == [*expected, "more"]
+
+
+def test_replaced_texts_give_their_memory_back() -> None:
+    texts = Texts(["x" * 1000] * 1000)
+    for turn in range(20):
+        for row in range(1000):
+            texts[row] = f"{turn}" * 1000
+    assert len(texts._buffer) < 5e6
+    assert texts[999] == "19" * 1000
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=300), st.integers(1, 50))
+def test_rows_are_found_by_key_while_they_grow(keys: list[int], step: int) -> None:
+    column = np.zeros((1, 2), np.int64)
+    index = RowIndex(column)
+    for start in range(0, len(keys), step):
+        part = keys[start : start + step]
+        if start + len(part) > len(column):
+            column = np.concatenate([column, np.zeros((len(column) + step, 2), np.int64)])
+        column[start : start + len(part), 0] = part
+        index.add(column, np.arange(start, start + len(part), dtype=np.int32))
+        known = keys[: start + len(part)]
+        assert index.find_all(np.array(known, np.int64)).tolist() == list(range(len(known)))
+        assert [index.find(key) for key in known[-3:]] == list(range(len(known)))[-3:]
+    assert all(index.find(key) == -1 for key in (12345, -1, 0) if key not in keys)
+
+
+def test_many_keys_that_count_up_lie_apart() -> None:
+    column = np.arange(200_000, dtype=np.int64)[:, None].copy()
+    index = RowIndex(column[:1])
+    index.add(column, np.arange(200_000, dtype=np.int32))
+    assert index.find_all(np.array([0, 199_999, 200_000, -5])).tolist() == [0, 199_999, -1, -1]
