@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.evaluation.compare import place, team_draft
@@ -210,6 +210,7 @@ def test_a_text_for_people_names_both(clicks: Path, tmp_path: Path, capsys: pyte
 lists = st.lists(st.integers(0, 9), unique=True, max_size=8)
 
 
+@settings(deadline=None)
 @given(lists, lists, st.integers(0, 9), st.integers(1, 6))
 def test_team_draft_is_fair(first: list[int], second: list[int], clicked: int, n: int) -> None:
     """Over all coins; turning lists and coins round turns the winner round; only what is shown can win."""

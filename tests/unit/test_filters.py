@@ -74,7 +74,7 @@ def naive(item: Item, wanted: dict[str, Any]) -> bool:
     return not item.deleted and all(holds(kind, want, item.attributes.get(name)) for name, kind, want in conditions)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(items, asked), max_size=60))
 def test_masks_say_what_filters_mean_whatever_has_changed(story: list[Any]) -> None:
     """Items and filters in any order, so that masks are made, remembered, grown past and caught up with."""

@@ -53,6 +53,7 @@ def check_pools(choices: list[Choice], config: SlateConfig) -> None:
         assert not set(pool) & {c.candidate for c in choices[: position - 1]}
 
 
+@settings(deadline=None)
 @given(scores, st.integers(1, 12), st.text(max_size=8), draws)
 def test_a_slate_has_distinct_items_and_consistent_pools(
     scores: list[float], n: int, request_id: str, config: SlateConfig
@@ -126,7 +127,7 @@ def worlds(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(worlds(), st.integers(1, 10), draws, st.text(max_size=4))
 def test_no_rule_is_broken_by_exploring(world: dict[str, Any], n: int, config: SlateConfig, request_id: str) -> None:
     rows, pins, most, window = world["rows"], world["pins"], world["most"], world["window"]
@@ -176,6 +177,7 @@ def greedy(worth: Any, objective: Any, n: int) -> list[int]:
 distinct = st.lists(st.integers(-300, 300), min_size=14, max_size=14, unique=True).map(lambda w: np.array(w) / 100)
 
 
+@settings(deadline=None)
 @given(attributes, distinct, st.sampled_from((0.3, 1.0, 2.5)))
 def test_mmr_is_the_naive_greedy_one(rows: list[list[int]], worth: Any, weight: float) -> None:
     worth, like = worth[: len(rows)], cosine(rows)
@@ -190,6 +192,7 @@ def test_mmr_is_the_naive_greedy_one(rows: list[list[int]], worth: Any, weight: 
     )
 
 
+@settings(deadline=None)
 @given(attributes, distinct, st.sampled_from((0.3, 1.0, 2.5)))
 def test_dpp_is_the_naive_greedy_one(rows: list[list[int]], worth: Any, weight: float) -> None:
     """By whole log determinants in float64, where what an item adds to the volume is at least a millionth."""
@@ -215,6 +218,7 @@ def test_dpp_is_the_naive_greedy_one(rows: list[list[int]], worth: Any, weight: 
         assert gains[found[k]] == pytest.approx(max(gains.values()), abs=1e-6)
 
 
+@settings(deadline=None)
 @given(attributes, distinct, st.permutations(range(14)))
 def test_coverage_adds_what_the_naive_function_gains_and_its_gains_diminish(
     rows: list[list[int]], worth: Any, order: list[int]
