@@ -158,6 +158,7 @@ class Catalogue:
         for name in reversed(_TEXTS):  # the ids last: they say how many rows there are
             getattr(self, name).restore(arrays[f"{name}.starts"], arrays[f"{name}.buffer"])
         self._rows.add(self.keys, np.arange(size, dtype=np.int32))
+        self._changes.everything()
 
     def _grow(self) -> None:
         size = 2 * len(self.alive)

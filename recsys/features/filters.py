@@ -94,6 +94,10 @@ class Changes:
         self._rows[self.count % CHANGES] = row
         self.count += 1
 
+    def everything(self) -> None:
+        """All rows may have changed."""
+        self.count += CHANGES
+
     def since(self, count: int) -> tuple[Int32 | None, int]:
         """Rows changed after the first `count` changes (None: too many to be known), and how many changes that includes."""
         now = self.count

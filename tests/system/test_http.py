@@ -74,6 +74,23 @@ def test_candidates_exclude_session_and_activation_are_honoured(running: Embedde
     assert "item-3" not in running.call("GET", "/v1/users/rules")["seen"]
 
 
+def test_filters_pins_and_boosts_are_honoured_and_a_short_list_says_why(running: Embedded) -> None:
+    kinds = {item["item_id"]: item["attributes"]["category"] for item in ITEMS}
+    kind = kinds["item-1"]
+    of_kind = [item_id for item_id, other in kinds.items() if other == kind]
+    asked = {"user_id": "filters", "n": 100, "filters": {"category": [kind]}}
+    answer = running.call("POST", "/v1/recommend", asked)
+    assert {item["item_id"] for item in answer["items"]} == set(of_kind)
+    assert answer["note"]
+    pinned = asked | {"n": 3, "pins": [{"position": 2, "item_id": of_kind[-1]}]}
+    assert running.call("POST", "/v1/recommend", pinned)["items"][1]["item_id"] == of_kind[-1]
+    boosted = {"user_id": "filters", "n": 3, "boosts": [{"filters": {"category": kind}, "plus": 1000.0}]}
+    boosted["candidates"] = list(kinds)
+    assert {kinds[item["item_id"]] for item in running.call("POST", "/v1/recommend", boosted)["items"]} == {kind}
+    nothing = running.call("POST", "/v1/recommend", {"user_id": "filters", "filters": {"tags": "nowhere"}})
+    assert (nothing["items"], "tags any of nowhere" in nothing["note"]) == ([], True)
+
+
 def test_feedback_has_one_outcome_an_event_in_order(running: Embedded) -> None:
     one = {"version": 1, "user_id": "orders", "item_id": "item-1", "type": "click", "event_id": "orders-1"}
     assert running.call("POST", "/v1/feedback", one) == {"outcomes": [{"event_id": "orders-1", "status": "accepted"}]}

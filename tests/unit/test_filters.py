@@ -105,6 +105,15 @@ def test_more_changes_than_are_kept_and_more_filters_than_are_remembered(monkeyp
         assert len(catalogue._masks._known) == 2
 
 
+def test_a_mask_made_before_the_catalogue_was_restored_is_made_anew() -> None:
+    saved, catalogue = Catalogue(Schema.of(CONFIG)), Catalogue(Schema.of(CONFIG))
+    saved.apply(Item(item_id="a", attributes={"category": "news", "price": 3}))
+    wanted = parse_filters({"category": "news", "price": {"min": 2}}, ATTRIBUTES)
+    assert not catalogue.matching(wanted).any()
+    catalogue.restore(saved.state())
+    assert np.flatnonzero(catalogue.matching(wanted)).tolist() == [0]
+
+
 def test_equal_filters_are_equal_values() -> None:
     first = parse_filters({"tags": ["new", "red", "red"], "category": "news"}, ATTRIBUTES)
     second = parse_filters({"category": {"any": "news"}, "tags": {"any": ["red", "new"]}}, ATTRIBUTES)
