@@ -1,4 +1,4 @@
-"""The ranker's speed: scoring a request's 500 candidates on one core, and training against plain PyTorch in turns.
+"""The ranker's speed: a request's 500 candidates, their features and scores, on one core; training in turns with plain PyTorch.
 
 Times of one thread are its CPU time, in turns with a matmul of the same thread and in units of the reference machine's: what
 neighbours on the machine cost, both pay. Sides that are compared take turns. Run it with OMP_NUM_THREADS=1.
@@ -24,7 +24,8 @@ from load_tests.common import ROOT, Report, read_budgets, run, say
 from load_tests.plain_model import Attention, PlainLearner, collate
 from recsys import config
 from recsys.config import Config
-from recsys.features.build import Features, UserFeatures
+from recsys.features.build import Features, UserFeatures, item_features, user_features
+from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import build, fused
 from recsys.model.assemble import ranker_inputs
@@ -34,8 +35,10 @@ from recsys.model.layouts import layouts
 from recsys.model.plan import plan
 from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.scorer import Scorer
+from recsys.ranking.sources import Sources
 from recsys.table.tables import Tables
 from recsys.training.learner import Batch, Learner
+from recsys.types import HistoryEvent, Item
 
 CANDIDATES, HISTORY, DIM, IDS = 500, 50, 32, 3000
 SCORINGS, STEPS, BATCHES = 60, 60, 8
@@ -54,6 +57,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     compiling(report)
     fused.warm_up()
     rounds = 10 if options.quick else SCORINGS
+    say("building features")
+    building(report, rng, rounds)
     say("scoring")
     scoring(report, rng, rounds)
     attention(report, rounds)
@@ -137,6 +142,32 @@ def cpu(report: Report, name: str, work: Callable[[], object], rounds: int) -> N
             times.append(time.thread_time() - middle)
     report.add(name, median(t / u for t, u in zip(times, units, strict=True)) * reference_ms, "cpu ms")
     report.add(f"{name}_raw", median(times) * 1000, "cpu ms")
+
+
+def building(report: Report, rng: np.random.Generator, rounds: int) -> None:
+    """Keys of 500 candidates of a catalogue of 50,000, twenty slots and twelve crosses; and with the counters read before."""
+    settings = serving()
+    schema = Schema.of(settings)
+    sources = Sources(settings, schema, Catalogue(schema))
+    for n in range(50_000):
+        attributes = {f"a{a}": f"v{n * (a + 3) % IDS}" for a in range(10)}
+        sources.catalogue.apply(Item(item_id=str(n), attributes=attributes))
+    history = tuple(
+        HistoryEvent(time_ms=n, event_id=str(n), item_id=str(item), type="click")
+        for n, item in enumerate(rng.integers(0, 50_000, HISTORY).tolist())
+    )
+    context = {f"c{n}": f"value {n}" for n in range(8)}
+    rows = rng.choice(50_000, CANDIDATES, replace=False).astype(np.int32)
+    user = user_features(schema, sources.catalogue, "user", history, context)
+    signals = sources.signals(user, [], rows, 0)
+    decay = settings.features.affinity_decay
+
+    def keys() -> None:
+        user = user_features(schema, sources.catalogue, "user", history, context)
+        item_features(schema, sources.catalogue, user, rows, signals, decay)
+
+    cpu(report, "features_500", keys, rounds)
+    cpu(report, "features_500_with_counters", lambda: (sources.signals(user, [], rows, 0), keys()), rounds)
 
 
 def scoring(report: Report, rng: np.random.Generator, rounds: int) -> None:

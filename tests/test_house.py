@@ -16,7 +16,7 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 7
 DRIVERS = {
     "kafka": ("recsys/streams/kafka.py", "recsys/testing/servers.py"),
     "redis": ("recsys/state/redis.py", "recsys/testing/servers.py"),
-    "faiss": ("recsys/retrieval/index.py",),
+    "faiss": ("recsys/retrieval/index.py", "load_tests/retrieval.py"),
     "torch": (
         "recsys/model/",
         "recsys/training/",

@@ -132,6 +132,8 @@ class ModelConfig(Section):
     """Parts of HoME to leave out, to see what they bring."""
     tower_dim: int = Field(32, ge=4, le=256)
     """Width of user and item vectors of the two-tower model."""
+    interests: int = Field(1, ge=1, le=8)
+    """Vectors of a user, each of which attends to the history in its own way and is searched with: 2 to 4 for users of many tastes."""
     temperature: float = Field(0.07, gt=0)
     """Two-tower softmax temperature."""
     hard_negatives: int = Field(3, ge=0, le=20)

@@ -17,7 +17,7 @@ from recsys.evaluation.bootstrap import Resamples, interval
 from recsys.evaluation.metrics import METRICS, NextItem, differences
 from recsys.evaluation.replay import Event, Options, Replay
 from recsys.keys import cross, key_of
-from recsys.types import Int64
+from recsys.types import Bool, Int64
 
 Float64 = npt.NDArray[np.float64]
 _LABELS = ("types", "min_value", "window_s")
@@ -51,8 +51,8 @@ class _LastAnswer(NextItem):
         super().__init__()
         self.shown: Sequence[str] | None = None
 
-    def add(self, shown: Sequence[str], clicked: str, user: int) -> None:
-        super().add(shown, clicked, user)
+    def add(self, shown: Sequence[str], clicked: str, user: int, candidates: Bool) -> None:
+        super().add(shown, clicked, user, candidates)
         self.shown = shown
 
 

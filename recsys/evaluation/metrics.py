@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.evaluation.bootstrap import Resamples, interval
-from recsys.types import Int64
+from recsys.types import Bool, Int64
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -206,31 +206,47 @@ def _resampled(name: str, drawn: Resamples, rows: Array, groups: _Groups) -> Arr
         return entropy
 
 
+CANDIDATES = 300
+"""Candidates, the best as mixed, among which recall is counted."""
+
+
 class NextItem:
-    """Counts how often, and how high, the item clicked next was among the first `n` shown."""
+    """Counts how often, and how high, the item clicked next was among the first `n` shown, and among the candidates at all."""
 
     def __init__(self, n: int = 20) -> None:
         self._n = n
         self._users: list[int] = []
         self._places: list[int] = []
         """Place of the clicked item in each answer, from 1; 0: it was not shown."""
+        self._found: list[bool] = []
+        self._candidates = 0
 
-    def add(self, shown: Sequence[str], clicked: str, user: int) -> None:
-        """Add one answer, best first, the item that was clicked next, and the user's key."""
+    def add(self, shown: Sequence[str], clicked: str, user: int, candidates: Bool) -> None:
+        """Add one answer, best first, the item that was clicked next, and the user's key; of each candidate, the best as mixed
+        first, whether it is that item."""
         top = shown[: self._n]
         self._places.append(top.index(clicked) + 1 if clicked in top else 0)
         self._users.append(user)
+        first = candidates[:CANDIDATES]
+        self._found.append(bool(first.any()))
+        self._candidates += len(first)
 
     def report(self) -> dict[str, Any]:
-        """predictions, hit_rate_at_20, mrr_at_20, each with its interval (null without predictions)."""
+        """predictions, hit_rate_at_20, mrr_at_20, candidate_recall_at_300, each with its interval (null without predictions), and
+        how many candidates these were on average."""
         num, places = len(self._places), np.array(self._places)
         report: dict[str, Any] = {"predictions": num}
         reciprocal = np.divide(1.0, places, out=np.zeros(num), where=places > 0)
         drawn = Resamples(np.array(self._users, np.int64)) if num else None
-        for name, values in ((f"hit_rate_at_{self._n}", places > 0), (f"mrr_at_{self._n}", reciprocal)):
+        for name, values in (
+            (f"hit_rate_at_{self._n}", places > 0),
+            (f"mrr_at_{self._n}", reciprocal),
+            (f"candidate_recall_at_{CANDIDATES}", np.array(self._found, np.bool_)),
+        ):
             report[name] = float(np.mean(values)) if num else None
             if drawn is not None:
                 report[f"{name}_ci"] = interval(drawn.sums(values.astype(np.float64)) / drawn.sums(np.ones(num)))
+        report["candidates"] = self._candidates / num if num else None
         return report
 
 

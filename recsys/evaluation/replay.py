@@ -265,7 +265,8 @@ class Replay:
         answer = self.pipeline.answer(work)
         shown = [item.item_id for item in answer.items]
         if reported:
-            self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id))
+            found = self.sources.catalogue.keys[work.candidates, 0] == key_of(feedback.item_id)
+            self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id), found)
         self._count_impression(answer.impression, now_ms)
         joined = replace(feedback, request_id=request.request_id)
         opened = learning and self._open_pool(work, answer.impression, feedback.item_id, now_ms)

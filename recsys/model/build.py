@@ -60,5 +60,6 @@ def two_tower(config: Config, schema: Schema) -> TwoTower:
         dim=config.model.dim,
         tower_dim=config.model.tower_dim,
         temperature=config.model.temperature,
+        interests=config.model.interests,
     )
     return TwoTower(spec, seed=config.seed)

@@ -1,6 +1,6 @@
-"""Two towers for retrieval, in-batch softmax with sampling-bias correction (Yi et al. 2019).
+"""Two towers for retrieval, in-batch softmax with sampling-bias correction (Yi et al. 2019); several interests a user (ComiRec-SA).
 
-Legend: R users, N items, B (user, item) pairs of a batch, T history entries (newest first), d embedding width.
+Legend: R users, N items, B (user, item) pairs of a batch, T history entries (newest first), K interests, d embedding width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from recsys.model.layers import MLP, seeded
+from recsys.model.layers import MLP, seeded, uniform
+
+ATTENTION = 16
+"""Width of the attention that tells interests apart; half tells fewer kinds of entries apart, double costs twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class TwoTowerSpec:
     """Share of training items shown without their id, so that metadata alone places a new item."""
     recency_decay: float = 0.9
     """Weight of each history entry relative to the next newer one: half of the mean lies in the newest 7."""
+    interests: int = 1
+    """Vectors of a user; several attend to the history each in its own way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +57,35 @@ class TwoTower(nn.Module):
             [(spec.num_shared + spec.num_history) * spec.dim, *spec.hidden, spec.tower_dim], generator
         )
         self.item_tower = MLP([spec.num_item * spec.dim, *spec.hidden, spec.tower_dim], generator)
+        if spec.interests > 1:
+            width = spec.num_history * spec.dim
+            self.attention = uniform((ATTENTION, width), width, generator)
+            self.heads = uniform((spec.interests, ATTENTION), ATTENTION, generator)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def user_vectors(self, shared: torch.Tensor, history: torch.Tensor, history_mask: torch.Tensor) -> torch.Tensor:
-        """shared [R, num_shared, d], history [R, T, num_history, d], history_mask [R, T] bool -> [R, tower_dim]."""
+        """shared [R, num_shared, d], history [R, T, num_history, d], history_mask [R, T] bool -> [R, tower_dim], or [R, K, tower_dim].
+
+        An interest's weight of an entry is exp(head · tanh(W entry)) times the weight that recency alone gives it, in shares.
+        """
         rank = torch.arange(history.shape[1], device=history.device)
         weight = self.spec.recency_decay**rank * history_mask
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
-        mean = torch.bmm(weight.unsqueeze(1).to(history.dtype), history.flatten(2)).squeeze(1)
-        return nn.functional.normalize(self.user_tower(torch.cat([shared.flatten(1), mean], 1)), dim=1)
+        entries = history.flatten(2)
+        if self.spec.interests > 1:
+            logits = (
+                torch.tanh(entries @ self.attention.T) @ self.heads.T
+            )  # [R, T, K], of a scale that needs no maximum
+            weight = torch.exp(logits.transpose(1, 2)) * weight.unsqueeze(1)
+            shared = shared.unsqueeze(1).expand(-1, self.spec.interests, -1, -1)
+        else:
+            weight = weight.unsqueeze(1)
+        weight = weight / weight.sum(2, keepdim=True).clamp(min=1e-12)
+        mean = torch.bmm(weight.to(history.dtype), entries)
+        if self.spec.interests == 1:
+            mean = mean.squeeze(1)
+        inputs = torch.cat([shared.flatten(-2), mean], -1)
+        vectors = self.user_tower(inputs.flatten(0, -2)).view(*inputs.shape[:-1], -1)
+        return nn.functional.normalize(vectors, dim=-1)
 
     def item_vectors(self, item: torch.Tensor) -> torch.Tensor:
         """item [N, num_item, d] -> [N, tower_dim]; in training some items lose their id."""
@@ -85,10 +110,14 @@ class TwoTower(nn.Module):
     ) -> torch.Tensor:
         """Mean weighted cross-entropy of each user's item against the batch's other items, and those it passed over.
 
-        user, item [B, tower_dim] (row i of both is a pair), item_keys [B] int64, log_q [B] log probability that the
+        user, item [B, tower_dim] (row i of both is a pair; of a user's K interests, [B, K, tower_dim], the one nearest to the
+        item is trained), item_keys [B] int64, log_q [B] log probability that the
         item is in a batch, weights [B] -> scalar. Other rows with the same item are no negatives. What a user passed over is
         not drawn by popularity and is not corrected for it.
         """
+        if user.dim() == 3:
+            nearest = (user @ item.unsqueeze(2)).squeeze(2).argmax(1)
+            user = user[torch.arange(len(user), device=user.device), nearest]
         logits = user @ item.T / self.spec.temperature - log_q
         same = item_keys.unsqueeze(1) == item_keys
         same.fill_diagonal_(False)

@@ -49,7 +49,10 @@ class Work:
     """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
     forbidden: set[int] = field(default_factory=set)
     """Rows that rules leave out of this answer, whatever they are."""
+    candidates: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Catalogue rows of all candidates, the best as mixed first."""
     rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Those that are still in it."""
     names: tuple[str, ...] = ()
     masks: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     source_scores: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -162,6 +165,7 @@ class Pipeline:
             work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         work.names, work.masks = tuple(name for name, _, _ in allowed), masks
         self._add_pinned(work)
+        work.candidates = work.rows
 
     def _add_pinned(self, work: Work) -> None:
         """Pinned items that the rules allow become candidates of the source `pinned`; the caller's own list is not added to."""

@@ -112,7 +112,7 @@ class Scorer:
         return self._networks.towers
 
     def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
-        """The user's vector [tower_dim]; None before anything is known of them."""
+        """The user's vector [tower_dim] (of several interests [K, tower_dim]); None before anything is known of them."""
         if not (len(user.history_keys) or user.shared_mask[1:].any()):
             return None
         block, (shared, past) = unique_rows(

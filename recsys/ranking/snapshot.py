@@ -34,7 +34,7 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
         for name, array in values.items()
     }
     arrays["keys"] = keys
-    head = {"version": "2", "schema": schema.hash, "positions": orjson.dumps(positions).decode()}
+    head = {"version": "3", "schema": schema.hash, "positions": orjson.dumps(positions).decode()}
     entry = write_file(folder / NAME, safetensors.numpy.save(arrays, head))
     write_file(folder / "counters.json", orjson.dumps(entry))
     return positions
@@ -46,7 +46,7 @@ def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
         entry = orjson.loads((folder / "counters.json").read_bytes())
         data = read_file(folder / NAME, entry["checksum"])
         head = metadata(data)
-        if head["schema"] != schema.hash or head["version"] != "2":
+        if head["schema"] != schema.hash or head["version"] != "3":
             raise SnapshotCorrupt(f"{folder / NAME} has schema {head['schema']}, version {head['version']}")
         arrays = safetensors.numpy.load(data)
     except FileNotFoundError:

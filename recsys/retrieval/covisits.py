@@ -18,13 +18,15 @@ _MAX_EXPONENT = 400
 
 
 class _Neighbours:
-    """The pairs of one item: forward-decayed sums by neighbour, and the clock that counts what was added."""
+    """The pairs of one item: forward-decayed sums by neighbour, the clock that counts what was added, and what was lost.
 
-    __slots__ = ("clock", "sums")
+    `lost`, in the units of the sums: no pair, kept or not, was counted more often than its sum and this together.
+    """
 
-    def __init__(self, sums: dict[int, float], clock: float) -> None:
-        self.sums = sums
-        self.clock = clock
+    __slots__ = ("clock", "lost", "sums")
+
+    def __init__(self, sums: dict[int, float], clock: float, lost: float) -> None:
+        self.sums, self.clock, self.lost = sums, clock, lost
 
 
 class CoVisits:
@@ -34,8 +36,9 @@ class CoVisits:
     busy item changes within minutes, what follows a quiet one stays known for days. The i-th row before counts `discounts`[i]
     at `add`; the i-th newest of a history counts `history_discount`^i when read.
 
-    An item keeps its `neighbours` largest pairs exactly as long as it never had twice as many; beyond that a pair that fell out
-    starts again from nothing. `max_pairs` bounds all together: items least recently counted go first. About 100 bytes a pair.
+    Memory is bounded, about 100 bytes a pair: of an item with twice as many the `neighbours` largest stay, and beyond `max_pairs` of
+    all together the items least recently counted go. A count is never too high, and too low by at most `error`, which is 0 as
+    long as neither happened: each time it grows by the largest sum that was dropped.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class CoVisits:
         self._max_pairs = max_pairs
         self._items: OrderedDict[int, _Neighbours] = OrderedDict()
         self._num_pairs = 0
+        self._forgotten = 0.0
+        """The most that a pair of an item that went may have counted, in units of `_decay`: what `lost` starts from."""
         self._lock = threading.Lock()
 
     @property
@@ -73,6 +78,7 @@ class CoVisits:
         """Count `row` as following the session's earlier rows (distinct, newest first); beyond `discounts` they do not count."""
         with self._lock:
             if (factor := self._decay.rescale(now_ms)) is not None:
+                self._forgotten *= factor
                 for item in list(self._items):
                     self._scale(item, factor)
             weight = self._decay.weight(now_ms)
@@ -82,12 +88,17 @@ class CoVisits:
                     if self._backward:
                         self._count(row, previous, discount * self._backward, weight)
             while self._num_pairs > self._max_pairs:
-                self._num_pairs -= len(self._items.popitem(last=False)[1].sums)
+                gone = self._items.popitem(last=False)[1]
+                self._num_pairs -= len(gone.sums)
+                most = (max(gone.sums.values(), default=0.0) + gone.lost) * 2.0 ** (
+                    -gone.clock / self._half_life_visits
+                )
+                self._forgotten = max(self._forgotten, most)
 
     def _count(self, source: int, target: int, amount: float, weight: float) -> None:
         item = self._items.get(source)
         if item is None:
-            item = self._items[source] = _Neighbours({}, 0.0)
+            item = self._items[source] = _Neighbours({}, 0.0, self._forgotten)
         else:
             self._items.move_to_end(source)
         item.clock += amount
@@ -105,7 +116,9 @@ class CoVisits:
         sums[target] = weight
         self._num_pairs += 1
         if len(sums) >= 2 * self._neighbours:
-            item.sums = dict(sorted(sums.items(), key=_best_first)[: self._neighbours])
+            best = sorted(sums.items(), key=_best_first)
+            item.sums = dict(best[: self._neighbours])
+            item.lost += best[self._neighbours][1]
             self._num_pairs -= len(sums) - len(item.sums)
 
     def _scale(self, source: int, factor: float) -> None:
@@ -113,8 +126,16 @@ class CoVisits:
         kept = {target: total * factor for target, total in item.sums.items() if total * factor > 0.0}
         self._num_pairs -= len(item.sums) - len(kept)
         item.sums = kept
+        item.lost *= factor
         if not kept:
             del self._items[source]
+
+    def error(self, row: int, now_ms: int) -> float:
+        """How much too low the count of a pair of `row` may be at most, as of `now_ms`."""
+        with self._lock:
+            item = self._items.get(row)
+            lost = self._forgotten if item is None else item.lost * 2.0 ** (-item.clock / self._half_life_visits)
+            return lost * self._decay.decay(now_ms)
 
     def candidates(
         self, history_rows: Sequence[int], k: int, now_ms: int, allowed: Bool | None = None
@@ -159,6 +180,7 @@ class CoVisits:
                 "clock": np.array(self._decay.state(), np.int64),
                 "sources": np.fromiter(self._items, np.int32, len(items)),
                 "clocks": np.array([item.clock for item in items], np.float64),
+                "lost": np.array([self._forgotten, *(item.lost for item in items)], np.float64),
                 "sizes": np.array([len(item.sums) for item in items], np.int64),
                 "targets": np.array([target for item in items for target in item.sums], np.int32),
                 "sums": np.array([total for item in items for total in item.sums.values()], np.float64),
@@ -169,16 +191,18 @@ class CoVisits:
         sources, sources_kept = mapped(np.repeat(state["sources"], state["sizes"]), row_map)
         targets, targets_kept = mapped(state["targets"], row_map)
         both = sources_kept & targets_kept
-        clocks = np.repeat(state["clocks"], state["sizes"])[both].tolist()
+        clocks, lost = (
+            np.repeat(values, state["sizes"])[both].tolist() for values in (state["clocks"], state["lost"][1:])
+        )
         items: OrderedDict[int, _Neighbours] = OrderedDict()
         columns = sources[targets_kept[sources_kept]], targets[sources_kept[targets_kept]], state["sums"][both]
-        for source, target, total, clock in zip(*(column.tolist() for column in columns), clocks, strict=True):
+        for source, target, total, clock, gone in zip(*(c.tolist() for c in columns), clocks, lost, strict=True):
             if source not in items:
-                items[source] = _Neighbours({}, clock)
+                items[source] = _Neighbours({}, clock, gone)
             items[source].sums[target] = total
         with self._lock:
             self._decay.restore(*state["clock"].tolist())
-            self._items = items
+            self._items, self._forgotten = items, float(state["lost"][0])
             self._num_pairs = len(clocks)
 
 

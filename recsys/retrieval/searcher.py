@@ -96,11 +96,13 @@ class Searcher:
     ) -> tuple[Int32, Float32]:
         """The k best rows for a vector [D] and their cosines, best first, ties by row; never one in `exclude`.
 
-        `allowed` [rows]: only rows that are set; those beyond its end are not. Neither starves the result: they are left out of
-        the search, not of its answer. Fewer when there are no more; none for an all-zero vector (an untrained user).
-        ValueError for NaN or another width.
+        Vectors [K, D], a user's interests: a row's score is the best that it has with any of them. `allowed` [rows]: only rows
+        that are set; those beyond its end are not. Neither starves the result: they are left out of the search, not of its answer.
+        Fewer when there are no more; none for an all-zero vector (an untrained user). ValueError for NaN or another width.
         """
         vector = np.asarray(vector, np.float32)
+        if vector.ndim == 2:
+            return _merged([self.search(one, k, exclude, allowed) for one in vector], k)
         norm = float(np.linalg.norm(vector))
         if vector.shape != (self._index.dim,) or not np.isfinite(norm):
             raise ValueError(
@@ -149,3 +151,12 @@ class Searcher:
         wanted: Bool = np.unpackbits(searchable, count=len(self._index), bitorder="little").view(np.bool_)
         wanted &= allowed.take(self._index.rows)
         return wanted
+
+
+def _merged(found: list[tuple[Int32, Float32]], k: int) -> tuple[Int32, Float32]:
+    """The k best of several lists, each row with its best score."""
+    rows, where = np.unique(np.concatenate([rows for rows, _ in found]), return_inverse=True)
+    scores = np.full(len(rows), -np.inf, np.float32)
+    np.maximum.at(scores, where, np.concatenate([scores for _, scores in found]))
+    best = np.argsort(-scores, kind="stable")[:k]
+    return rows[best], scores[best]

@@ -119,17 +119,21 @@ def test_progressive_reports_what_the_functions_give_however_it_is_fed() -> None
 
 def test_next_item_counts_hits_and_reciprocal_ranks_among_the_first_twenty() -> None:
     counter = NextItem()
-    assert counter.report() == {"predictions": 0, "hit_rate_at_20": None, "mrr_at_20": None}
+    nothing = {"hit_rate_at_20": None, "mrr_at_20": None, "candidate_recall_at_300": None, "candidates": None}
+    assert counter.report() == {"predictions": 0, **nothing}
     shown = [str(i) for i in range(30)]
-    for clicked in ("0", "3", "19", "20", "none"):
-        counter.add(shown, clicked, 7)
+    for clicked, place in (("0", 0), ("3", 299), ("19", 300), ("20", 5), ("none", 1000)):
+        counter.add(shown, clicked, 7, np.arange(400) == place)
     report = counter.report()
+    assert report.pop("candidate_recall_at_300_ci") == pytest.approx([3 / 5, 3 / 5])
     assert report.pop("hit_rate_at_20_ci") == pytest.approx([3 / 5, 3 / 5])  # one user: no resample differs
     assert report.pop("mrr_at_20_ci") == pytest.approx([(1 + 1 / 4 + 1 / 20) / 5] * 2)
     assert report == {
         "predictions": 5,
         "hit_rate_at_20": 3 / 5,
         "mrr_at_20": pytest.approx((1 + 1 / 4 + 1 / 20) / 5),
+        "candidate_recall_at_300": 3 / 5,
+        "candidates": 300,
     }
 
 

@@ -100,3 +100,63 @@ def test_equal_seeds_are_equal_bits_whatever_the_global_generator() -> None:
     first = to_bytes(TwoTower(SPEC, seed=0))
     torch.manual_seed(2)
     assert first == to_bytes(TwoTower(SPEC, seed=0)) != to_bytes(TwoTower(SPEC, seed=1))
+
+
+def test_interests_attend_as_published() -> None:
+    towers = TwoTower(replace(SPEC, interests=3, recency_decay=0.7), seed=0).eval()
+    shared, history = normal(0, 2, 1, 4), normal(1, 2, 4, 2, 4)
+    mask = torch.tensor([[True, True, False, True], [False, False, False, False]])
+    vectors = towers.user_vectors(shared, history, mask)
+    assert vectors.shape == (2, 3, 5)
+    torch.testing.assert_close(vectors.norm(dim=2), torch.ones(2, 3))
+    w1, w2 = towers.attention.detach().double().numpy(), towers.heads.detach().double().numpy()
+    entries = history.flatten(2).double().numpy()[0]
+    for interest in range(3):
+        logits = np.array([w2[interest] @ np.tanh(w1 @ entry) for entry in entries])
+        share = np.exp(logits) * 0.7 ** np.arange(4) * mask[0].numpy()
+        mean = (share / share.sum()) @ entries
+        inputs = torch.cat([shared[0].flatten(), torch.tensor(mean, dtype=torch.float32)])
+        expected = torch.nn.functional.normalize(towers.user_tower(inputs[None]), dim=1)[0]
+        torch.testing.assert_close(vectors[0, interest], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_interest_nearest_to_the_item_is_trained() -> None:
+    towers = TwoTower(replace(SPEC, interests=2), seed=0)
+    users, items = torch.nn.functional.normalize(normal(1, 6, 2, 5), dim=2), normal(2, 6, 5)
+    best = [max(range(2), key=lambda k: float(users[i, k] @ items[i])) for i in range(6)]
+    keys, log_q = torch.arange(6), torch.zeros(6)
+    expected = towers.loss(users[torch.arange(6), best], items, keys, log_q, torch.ones(6))
+    torch.testing.assert_close(towers.loss(users, items, keys, log_q, torch.ones(6)), expected)
+
+
+def test_two_interests_hold_two_tastes_where_one_holds_the_middle() -> None:
+    kinds = torch.nn.functional.normalize(normal(7, 8, 1, 4), dim=2)
+
+    def items_of(kind: torch.Tensor, seed: int) -> torch.Tensor:
+        """Items [n, 3, 4] of kinds [n]: their embedding is the kind's, and a little of their own."""
+        return (kinds[kind] + 0.1 * normal(seed, len(kind), 1, 4)).expand(-1, 3, -1)
+
+    def found(interests: int) -> float:
+        """How near the nearest of a user's vectors lies to an item of either of their two kinds."""
+        towers = TwoTower(replace(SPEC, interests=interests, recency_decay=1.0, id_dropout=0.0), seed=1)
+        optimizer = torch.optim.Adam(towers.parameters(), lr=0.01)
+        for step in range(401):
+            generator = seeded(step)
+            tastes = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(64)])
+            history = items_of(tastes.repeat(1, 3).flatten(), step + 1000).view(64, 6, 3, 4)[:, :, :2]
+            users = towers.user_vectors(torch.zeros(64, 1, 4), history, torch.ones(64, 6, dtype=torch.bool))
+            sides = [towers.item_vectors(items_of(tastes[:, side], step)) for side in range(2)]
+            side = torch.randint(2, (64,), generator=generator)
+            item = torch.where((side == 0)[:, None], *sides)
+            if step == 400:
+                near = [(users.reshape(64, -1, 5) @ vectors.unsqueeze(2)).squeeze(2).amax(1) for vectors in sides]
+                return float(torch.stack(near).detach().mean())
+            keys = tastes[torch.arange(64), side]
+            loss = towers.loss(users, item, keys, torch.zeros(64), torch.ones(64))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        raise AssertionError("unreachable")
+
+    one, two = found(1), found(2)
+    assert two > one + 0.05, f"{two} against {one}"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.retrieval.covisits import CoVisits
+from recsys.retrieval.followed import Followed
 from recsys.retrieval.trending import Trending
 from recsys.types import Int32
 
@@ -239,3 +240,48 @@ def test_readers_beside_the_writer_see_ordered_answers() -> None:
     done.set()
     reader.join()
     assert not wrong
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(0, 20)), min_size=1, max_size=250),
+    st.integers(1, 3),
+    st.integers(0, 12),
+)
+def test_bounded_covisits_err_by_no_more_than_they_say(
+    events: list[tuple[int, int, int]], neighbours: int, more_pairs: int
+) -> None:
+    bounded = CoVisits(86_400.0, neighbours=neighbours, half_life_visits=20.0, max_pairs=4 * neighbours + more_pairs)
+    exact = CoVisits(86_400.0, neighbours=100, half_life_visits=20.0)
+    now_ms = START_MS
+    every = np.arange(8, dtype=np.int32)
+    for count, (row, before, hours) in enumerate(events):
+        now_ms += hours * HOUR_MS
+        bounded.add(row, [before], now_ms)
+        exact.add(row, [before], now_ms)
+        assert bounded.num_pairs <= 4 * neighbours + more_pairs
+        if count == len(events) // 2:  # the statement holds over a restart
+            state, bounded = bounded.state(), CoVisits(86_400.0, neighbours=neighbours, half_life_visits=20.0)
+            bounded._max_pairs = 4 * neighbours + more_pairs
+            bounded.restore(state)
+    for source in range(8):
+        found, truth = (c.score([source], every, now_ms).astype(np.float64) for c in (bounded, exact))
+        slack = 1e-6 * (1.0 + truth.max())
+        assert (found <= truth + slack).all()
+        assert (truth <= found + bounded.error(source, now_ms) + slack).all()
+        assert exact.error(source, now_ms) == 0.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 3)), min_size=1, max_size=400), st.integers(1, 40))
+def test_followed_is_exact_up_to_its_bound(notes: list[tuple[int, int]], k: int) -> None:
+    followed, counts = Followed(), np.zeros(401)
+    for row in range(401):
+        followed.upsert(row, [[1]])
+    for row, times in notes:
+        for _ in range(times):
+            followed.note(row)
+            counts[row] += 1
+    popular = best({row: c for row, c in enumerate(counts.tolist()) if c}, k)
+    ranked = followed.query([(0, 1, 1.0)], 1000)[0].tolist()
+    assert set(popular) <= set(ranked)

@@ -181,3 +181,16 @@ def test_a_filter_that_matches_nothing_finds_nothing(small: tuple[Int32, Float32
     only = np.zeros(8000, np.bool_)
     only[[7000, int(small[0][3])]] = True
     assert sorted(searcher.search(small[1][0], 5, {7000, -1, 99_999}, only)[0].tolist()) == [int(small[0][3])]
+
+
+def test_interests_are_searched_each_and_merged(small: tuple[Int32, Float32]) -> None:
+    rows, vectors = small
+    searcher = Searcher(ItemIndex.build(rows, vectors))
+    users = clustered(3, 8, 7)
+    users /= np.linalg.norm(users, axis=1, keepdims=True)
+    cosines = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ users.T
+    expected = np.lexsort((rows, -cosines.max(1)))[:25]
+    found, scores = searcher.search(users, 25)
+    assert found.tolist() == rows[expected].tolist()
+    np.testing.assert_allclose(scores, cosines.max(1)[expected], atol=1e-6)
+    assert searcher.search(np.zeros((2, 8), np.float32), 5)[0].tolist() == []
