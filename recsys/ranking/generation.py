@@ -44,6 +44,8 @@ class Job:
     mask: Bool
     num_rows: int
     """Rows of the catalogue then, deleted ones too."""
+    hubness: float
+    """How sharply hubs are corrected; 0: not at all."""
 
 
 def build_index(job: Job, item_vectors: ItemVectors) -> ItemIndex:
@@ -52,7 +54,7 @@ def build_index(job: Job, item_vectors: ItemVectors) -> ItemIndex:
     for start in range(0, len(job.rows), CHUNK):
         part = slice(start, start + CHUNK)
         vectors[part] = item_vectors(job.keys[part], job.mask[part], job.towers)
-    return ItemIndex.build(*usable(job.rows, vectors))
+    return ItemIndex.build(*usable(job.rows, vectors), job.hubness)
 
 
 def usable(rows: Int32, vectors: Float32) -> tuple[Int32, Float32]:
@@ -96,6 +98,7 @@ class Generations:
         self._rebuild_s, self._buffer = config.retrieval.rebuild_s, config.retrieval.exact_buffer
         nearest = bool(config.retrieval.sources.get("nearest")) and config.training.two_tower
         self._wanted = nearest or config.explores
+        self._hubness = config.retrieval.hubness
         self._current: Generation | None = None
         self._changed: set[int] = set()
         self._since: set[int] | None = None
@@ -154,6 +157,7 @@ class Generations:
             keys=self._catalogue.keys[every],
             mask=self._catalogue.mask[every],
             num_rows=size,
+            hubness=self._hubness,
         )
 
     def finish(self, job: Job, index: ItemIndex, now_s: float) -> None:
