@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from recsys.errors import BadInput
-from recsys.types import Float32, Int64
+from recsys.types import Float32, Int32, Int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +28,11 @@ class Requests:
     """[B + 1]"""
     items: Int64
     """Rows of the catalogue [M]."""
-    candidate: Int64
+    candidate: Int32
     """Of each edge [E]: which of the M candidates."""
-    column: Int64
+    column: Int32
     """Of each edge [E]: request · K + which of its K clusters."""
-    edge: Int64
+    edge: Int32
     """Of each edge [E]: its place in the sums."""
     scores: Float32 | None = None
     """The ranker's predicted rewards [M]; only `square_cb` needs them."""

@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from recsys.bandit.base import Choices, Events, Policy, Requests, Values, needed
-from recsys.bandit.draw import Chances, draw, even, floored, inverse_gap, mostly_best, only_best
+from recsys.bandit.draw import Chances, Float64, draw, even, floored, inverse_gap, mostly_best, only_best
 from recsys.bandit.linucb import LinUcb
 from recsys.bandit.neural import LastLayer
-from recsys.bandit.score import Rule, score
+from recsys.bandit.score import Grouped, Rule, score_grouped
 from recsys.bandit.sums import EdgeSums
 from recsys.errors import BadInput
-from recsys.types import Bool, Float32
+from recsys.types import Bool, Float32, Int64
 
 Name = Literal["uniform", "greedy", "epsilon_greedy", "thompson", "diag_linucb", "linucb", "square_cb", "neural"]
 NAMES: tuple[str, ...] = get_args(Name)
@@ -120,16 +120,16 @@ class EdgeValues:
         self._options, self._sampled, self._explore = options, sampled, explore
 
     def of(self, requests: Requests, rng: np.random.Generator) -> tuple[Float32, Bool | None]:
-        edges = self.sums.at(requests.column, requests.candidate, requests.edge, requests.now_ms)
-        options = self._options
+        options, num = self._options, len(requests.items)
         rule = Rule(options.published, float(options.fresh_above), float(options.prior))
-        scores = score(requests.weights.ravel(), edges, rule)
-        alpha = np.float32(options.alpha if self._explore else 0)
-        amount = alpha * rng.standard_normal(len(scores.items), np.float32) if self._sampled else alpha
-        values, fresh = np.zeros(len(requests.items), np.float32), np.zeros(len(requests.items), np.bool_)
-        values[scores.items] = scores.mean + amount * scores.width
-        fresh[scores.items] = scores.fresh
-        return values, fresh if self._explore else None
+        grouped = Grouped(requests.candidate, requests.column, requests.edge)
+        scale = self.sums.scale(requests.now_ms)
+        scores = score_grouped(requests.weights.ravel(), grouped, self.sums.sums, scale, rule, num)
+        if not self._explore:
+            return scores.mean, None
+        alpha = np.float32(options.alpha)
+        amount = alpha * rng.standard_normal(num, np.float32) if self._sampled else alpha
+        return scores.mean + amount * scores.width, scores.fresh
 
     def learn(self, events: Events) -> None:
         self.sums.add(events.edges, events.weights, events.impressions, events.rewards, events.times_ms)
@@ -166,8 +166,11 @@ def make_policy(options: PolicyOptions, shape: Shape, rng: np.random.Generator) 
         "neural": partial(inverse_gap, gamma=options.gamma),
     }
     rule = rules.get(options.policy, even)
-    chances: Chances = rule if options.floor == 0 else lambda pool: floored(rule(pool), options.floor)
-    return Ranked(values, chances, options.pool, rng)
+
+    def chances(values: Float64, sizes: Int64) -> Float64:
+        return floored(rule(values, sizes), sizes, options.floor)
+
+    return Ranked(values, rule if options.floor == 0 else chances, options.pool, rng)
 
 
 def _values(options: PolicyOptions, shape: Shape) -> Values:

@@ -25,7 +25,7 @@ import numpy as np
 
 from recsys.compiled import compiled
 from recsys.errors import BadInput
-from recsys.types import Bool, Float32, Int64
+from recsys.types import Bool, Float32, Int32, Int64
 
 INACTIVE = 1e-6
 """A weight below this share is 0: its square would vanish beside float32 sums, and an edge with no d stays fresh for ever."""
@@ -89,14 +89,30 @@ def cluster_weights(vector: Float32, centroids: Float32, k: int, temperature: fl
 
 
 @compiled
+def _parts(d: Any, n: Any, b: Any, rule: Any, scale: Any) -> Any:
+    """An edge's reward rate and 1/d; (0, 0) of one without impressions."""
+    d = scale * d + rule.prior
+    if not d > 0.0:
+        return 0.0, 0.0
+    return scale * b / (d if rule.published else scale * n + rule.prior), 1.0 / d
+
+
+@compiled
+def _finish(totals: Any, rule: Any, out: Any) -> None:
+    """From each item's totals [M, 4]: Σ w, Σ w of seen edges, Σ w rate, Σ w²/d."""
+    for at in range(len(totals)):
+        seen, mean = totals[at, 1], totals[at, 2]
+        out.mean[at] = mean if rule.published or seen == 0.0 else mean / seen
+        out.width[at] = np.sqrt(totals[at, 3])
+        out.fresh[at] = totals[at, 0] - seen > rule.fresh_above * totals[at, 0]
+
+
+@compiled
 def _score(weights: Any, edges: Any, rule: Any, places: Any, out: Any) -> int:
     """Fill `out` item by item in the order of first appearance; how many. `places` is a power of two of zeros, more than E."""
     last = np.uint64(len(places) - 1)
     count = 0
-    shares = np.zeros(len(edges.d), np.float64)
-    unseen = np.zeros(len(edges.d), np.float64)
-    means = np.zeros(len(edges.d), np.float64)
-    variances = np.zeros(len(edges.d), np.float64)
+    totals = np.zeros((len(edges.d), 4), np.float64)
     for edge in range(len(edges.d)):
         weight = np.float64(weights[edges.cluster[edge]])
         if weight == 0.0:
@@ -110,31 +126,56 @@ def _score(weights: Any, edges: Any, rule: Any, places: Any, out: Any) -> int:
             count += 1
             places[place] = count
         at = places[place] - 1
-        d = edges.scale * edges.d[edge] + rule.prior
-        if not d > 0.0:
-            unseen[at] += weight
-            continue
-        shares[at] += weight
-        n = d if rule.published else edges.scale * edges.n[edge] + rule.prior
-        means[at] += weight * edges.scale * edges.b[edge] / n
-        variances[at] += weight * weight / d
-    for at in range(count):
-        mean = means[at] if rule.published or shares[at] == 0.0 else means[at] / shares[at]
-        out.mean[at] = mean
-        out.width[at] = np.sqrt(variances[at])
-        out.fresh[at] = unseen[at] > rule.fresh_above * (shares[at] + unseen[at])
+        rate, inverse = _parts(edges.d[edge], edges.n[edge], edges.b[edge], rule, edges.scale)
+        totals[at, 0] += weight
+        totals[at, 1] += weight if inverse > 0.0 else 0.0
+        totals[at, 2] += weight * rate
+        totals[at, 3] += weight * weight * inverse
+    _finish(totals[:count], rule, out)
     return count
 
 
 def score(weights: Float32, edges: Edges, rule: Rule = NORMALISED) -> Scores:
     """Score the items of these edges under the weights [K] of their clusters. An edge of weight 0 is not active."""
     size = len(edges.item)
-    places = np.zeros(1 << (2 * size).bit_length(), np.int32)
+    places, out = np.zeros(1 << (2 * size).bit_length(), np.int32), _room(size)
+    count = _score(weights, edges._replace(scale=float(edges.scale)), rule, places, out)
+    return Scores(out.items[:count], out.mean[:count], out.width[:count], out.fresh[:count])
+
+
+@compiled
+def _score_grouped(weights: Any, grouped: Any, sums: Any, scale: Any, rule: Any, out: Any) -> None:
+    totals = np.zeros((len(out.mean), 4), np.float64)
+    for edge in range(len(grouped.candidate)):
+        weight, at, place = np.float64(weights[grouped.column[edge]]), grouped.candidate[edge], grouped.edge[edge]
+        rate, inverse = _parts(sums[place, 0], sums[place, 1], sums[place, 2], rule, scale)
+        totals[at, 0] += weight
+        totals[at, 1] += weight if inverse > 0.0 else 0.0
+        totals[at, 2] += weight * rate
+        totals[at, 3] += weight * weight * inverse
+    _finish(totals, rule, out)
+
+
+class Grouped(NamedTuple):
+    """Edges whose candidates are numbered already: candidate, column (which of the weights) and edge (which row of sums), [E] each."""
+
+    candidate: Int32
+    column: Int32
+    edge: Int32
+
+
+def score_grouped(weights: Float32, grouped: Grouped, sums: Any, scale: float, rule: Rule, num: int) -> Scores:
+    """`score` of candidates 0 to num - 1, in that order; sums [all edges, 3] are d, n, b in float64. One without an edge has 0."""
+    out = _room(num)
+    _score_grouped(weights, grouped, sums, scale, rule, out)
+    out.items[:] = np.arange(num)
+    return out
+
+
+def _room(size: int) -> Scores:
     items, fresh = np.empty(size, np.int64), np.empty(size, np.bool_)
     mean, width = np.empty((2, size), np.float32)
-    out = Scores(items, mean, width, fresh)
-    count = _score(weights, edges._replace(scale=float(edges.scale)), rule, places, out)
-    return Scores(items[:count], mean[:count], width[:count], fresh[:count])
+    return Scores(items, mean, width, fresh)
 
 
 def best(values: Float32, k: int, rng: np.random.Generator, first: Bool | None = None) -> Int64:

@@ -6,13 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from recsys.bandit.score import Edges
 from recsys.compiled import compiled
 from recsys.decay import ForwardDecay
 from recsys.types import Float32, Int64
-
-_MAX_EXPONENT = 40
-"""Half-lives until stored sums are rescaled: float32 has 127, of which squares of small weights take 40."""
 
 
 @compiled
@@ -23,9 +19,9 @@ def _add(sums: Any, edges: Any, weights: Any, impressions: Any, rewards: Any, de
             if edge < 0 or weight == 0.0:
                 continue
             amount = weight * decays[event]
-            sums[0, edge] += amount * weight * impressions[event]
-            sums[1, edge] += amount * impressions[event]
-            sums[2, edge] += amount * rewards[event]
+            sums[edge, 0] += amount * weight * impressions[event]
+            sums[edge, 1] += amount * impressions[event]
+            sums[edge, 2] += amount * rewards[event]
 
 
 class EdgeSums:
@@ -35,8 +31,9 @@ class EdgeSums:
     """
 
     def __init__(self, num_edges: int, half_life_s: float | None = None) -> None:
-        self._sums = np.zeros((3, num_edges))
-        self._decay = None if half_life_s is None else ForwardDecay(half_life_s, _MAX_EXPONENT)
+        self.sums = np.zeros((num_edges, 3))
+        """d, n, b of each edge, to be multiplied by `scale`."""
+        self._decay = None if half_life_s is None else ForwardDecay(half_life_s)
 
     def add(self, edges: Int64, weights: Float32, impressions: Float32, rewards: Float32, times_ms: Int64) -> None:
         """Add N events: places [N, K] (-1: no edge), weights as served [N, K], impressions, rewards and times [N]."""
@@ -45,16 +42,10 @@ class EdgeSums:
         else:
             factor = self._decay.rescale(int(times_ms.max(initial=0))) if len(edges) else None
             if factor is not None:
-                self._sums *= factor
+                self.sums *= factor
             decays = np.array([self._decay.weight(t) for t in times_ms.tolist()])
-        _add(self._sums, edges, weights, impressions, rewards, decays)
+        _add(self.sums, edges, weights, impressions, rewards, decays)
 
-    def forget(self, edges: Int64) -> None:
-        """Begin anew: the edges now belong to other items."""
-        self._sums[:, edges] = 0.0
-
-    def at(self, cluster: Int64, item: Int64, edges: Int64, now_ms: int) -> Edges:
-        """The edges at these places [E], for `score`."""
-        d, n, b = self._sums[:, edges].astype(np.float32)
-        scale = 1.0 if self._decay is None else self._decay.decay(now_ms) or 1.0
-        return Edges(cluster, item, d, n, b, scale)
+    def scale(self, now_ms: int) -> float:
+        """What sums are multiplied by to be as of now; 0 before anything was added, and once all is forgotten."""
+        return 1.0 if self._decay is None else self._decay.decay(now_ms)

@@ -117,9 +117,9 @@ class BanditWorld:
             weights=weights,
             starts=np.searchsorted(of, np.arange(num + 1)).astype(np.int64),
             items=items,
-            candidate=candidate.astype(np.int64),
-            column=np.repeat(np.arange(num * o.active), o.edges),
-            edge=(clusters[:, :, None] * self.num_items + found).ravel(),
+            candidate=candidate.astype(np.int32),
+            column=np.repeat(np.arange(num * o.active, dtype=np.int32), o.edges),
+            edge=(clusters[:, :, None] * self.num_items + found).ravel().astype(np.int32),
             hidden=self._hidden(users[of], self._known[items]),
         )
         return requests, of

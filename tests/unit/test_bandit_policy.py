@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,9 +87,9 @@ def test_every_policy_answers_requests_without_candidates(name: str) -> None:
         requests,
         starts=np.zeros(SMALL.rate + 1, np.int64),
         items=none,
-        candidate=none,
-        column=none,
-        edge=none,
+        candidate=none.astype(np.int32),
+        column=none.astype(np.int32),
+        edge=none.astype(np.int32),
         scores=floats,
         hidden=np.zeros((0, SMALL.hidden), np.float32),
     )
@@ -161,9 +162,7 @@ def test_sums_do_not_depend_on_order_batches_or_workers(seed: int, workers: int,
 
     def as_of_now(several: list[EdgeSums]) -> Any:
         """The sums of all workers, decayed to one instant."""
-        everything = np.arange(edges)
-        read = (s.at(everything, everything, everything, now_ms) for s in several)
-        return np.sum([np.float64(e.scale) * np.array([e.d, e.n, e.b]) for e in read], 0)
+        return np.sum([s.scale(now_ms) * s.sums for s in several], 0)
 
     straight = EdgeSums(edges, half_life_s)
     order = np.argsort(columns[4], kind="stable")
@@ -171,7 +170,20 @@ def test_sums_do_not_depend_on_order_batches_or_workers(seed: int, workers: int,
     shares = [EdgeSums(edges, half_life_s) for _ in range(workers)]
     for event in rng.permutation(num):
         shares[rng.integers(workers)].add(*(column[event : event + 1] for column in columns))
-    np.testing.assert_allclose(as_of_now(shares), as_of_now([straight]), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(as_of_now(shares), as_of_now([straight]), rtol=1e-9, atol=1e-12)
+
+
+def test_what_was_seen_long_ago_is_fresh_again() -> None:
+    world = BanditWorld(5, SMALL)
+    requests, _ = asked(world)
+    policy = make_policy(PolicyOptions(half_life_s=1.0), SHAPE, np.random.default_rng(0))
+    assert isinstance(policy, Ranked)
+    policy.update(events_of(world, requests, requests.starts[:-1], np.ones(SMALL.rate)))
+    for seconds, seen in ((10, True), (2000, False)):
+        later = replace(requests, now_ms=requests.now_ms + 1000 * seconds)
+        mean, fresh = policy.values.of(later, np.random.default_rng(0))
+        assert np.isfinite(mean).all() and fresh is not None
+        assert fresh[requests.starts[0]] != seen
 
 
 def test_impression_and_late_reward_are_one_event_in_two_parts() -> None:
@@ -194,7 +206,7 @@ def test_impression_and_late_reward_are_one_event_in_two_parts() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50), st.floats(1, 1e5))
 def test_inverse_gap_weighting_is_its_closed_form(values: list[float], gamma: float) -> None:
     ordered = np.sort(np.array(values))[::-1]
-    chances = inverse_gap(ordered, gamma)
+    chances = inverse_gap(ordered[None], np.array([len(values)]), gamma)[0]
     others = [1 / (len(values) + gamma * (ordered[0] - value)) for value in ordered[1:]]
     np.testing.assert_allclose(chances[1:], others)
     assert chances[0] == pytest.approx(1 - sum(others))
@@ -202,14 +214,18 @@ def test_inverse_gap_weighting_is_its_closed_form(values: list[float], gamma: fl
 
 
 def test_inverse_gap_of_three_by_hand() -> None:
-    np.testing.assert_allclose(inverse_gap(np.array([0.5, 0.4, 0.1]), 10.0), [1 - 1 / 4 - 1 / 7, 1 / 4, 1 / 7])
+    two_pools = np.array([[0.5, 0.4, 0.1], [0.5, 0.4, 0.0]])
+    chances = inverse_gap(two_pools, np.array([3, 2]), 10.0)
+    np.testing.assert_allclose(chances, [[1 - 1 / 4 - 1 / 7, 1 / 4, 1 / 7], [1 - 1 / 3, 1 / 3, 0]])
 
 
 @given(st.integers(1, 50), st.floats(0, 1))
 def test_floor_is_kept_and_probabilities_sum_to_one(size: int, floor: float) -> None:
-    values = np.linspace(1, 0, size)
-    for rule in (even, only_best, lambda v: mostly_best(v, 0.1), lambda v: inverse_gap(v, 100.0)):
-        chances = floored(rule(values), floor)
+    values, sizes = np.tile(np.linspace(1, 0, size + 3), (2, 1)), np.array([size, size + 3])
+    for rule in (even, only_best, partial(mostly_best, epsilon=0.1), partial(inverse_gap, gamma=100.0)):
+        short, full = floored(rule(values, sizes), sizes, floor)
+        assert not short[size:].any() and full.sum() == pytest.approx(1)
+        chances = short[:size]
         assert chances.sum() == pytest.approx(1) and chances.min() >= min(floor, 1 / size) - 1e-12
 
 
@@ -234,9 +250,9 @@ def test_thompson_takes_the_better_of_two_as_often_as_its_normals_say() -> None:
         weights=np.ones((1, 1), np.float32),
         starts=np.array([0, 2]),
         items=np.array([1, 2]),
-        candidate=np.array([0, 1]),
-        column=np.zeros(2, np.int64),
-        edge=np.array([0, 1]),
+        candidate=np.array([0, 1], np.int32),
+        column=np.zeros(2, np.int32),
+        edge=np.array([0, 1], np.int32),
     )
     policy = make_policy(PolicyOptions(policy="thompson", alpha=1.0, pool=1), SHAPE, np.random.default_rng(0))
     for n, mean in enumerate((0.3, 0.2)):

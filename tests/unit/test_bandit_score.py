@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.bandit.score import Edges, Rule, Scores, best, choose, cluster_weights, score
+from recsys.bandit.score import Edges, Grouped, Rule, Scores, best, choose, cluster_weights, score, score_grouped
 from recsys.errors import BadInput
 
 
@@ -57,6 +57,42 @@ def test_scores_are_those_of_a_float64_oracle(published: bool, seed: int, active
         assert found.mean[row] == pytest.approx(mean, rel=1e-6, abs=1e-30)
         assert found.width[row] == pytest.approx(width, rel=1e-6)
         assert found.fresh[row] == fresh
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), prior=st.sampled_from([0.0, 0.5]), published=st.booleans())
+def test_edges_grouped_already_score_as_they_do_flat(seed: int, prior: float, published: bool) -> None:
+    weights, edges = some_edges(seed)
+    rule, edges = Rule(published, 0.5, prior), edges._replace(scale=0.25)
+    flat = score(weights, edges, rule)
+    numbers = {item: n for n, item in enumerate(flat.items.tolist())}
+    candidate = np.array([numbers[item] for item in edges.item.tolist()], np.int32)
+    grouped = Grouped(candidate, edges.cluster.astype(np.int32), np.arange(len(candidate), dtype=np.int32))
+    sums = np.stack(edges[2:5], 1).astype(np.float64)
+    again = score_grouped(weights, grouped, sums, 0.25, rule, len(numbers) + 1)
+    for name in ("mean", "width", "fresh"):
+        np.testing.assert_array_equal(getattr(again, name)[:-1], getattr(flat, name))
+    assert again.mean[-1] == again.width[-1] == 0 and not again.fresh[-1]
+
+
+@given(share=st.floats(0.01, 0.99))
+def test_item_is_fresh_above_the_share_of_its_weight_that_is_unseen(share: float) -> None:
+    weights = np.array([1 - share, share], np.float32)
+    seen = np.array([1, 0], np.float32)
+    edges = Edges(np.array([0, 1]), np.array([7, 7]), seen, seen, seen)
+    unseen = float(weights[1]) / float(weights.sum(dtype=np.float64))
+    for above in (0.0, 0.3, 0.5, 0.9, 1.0):
+        if abs(above - unseen) > 1e-6:
+            assert score(weights, edges, Rule(fresh_above=above)).fresh.tolist() == [unseen > above]
+    assert not score(weights, edges, Rule(prior=0.1)).fresh.any()
+
+
+def test_prior_is_impressions_without_reward_in_every_edge() -> None:
+    edges = Edges(np.array([0, 1]), np.array([7, 7]), *np.array([[2, 0], [4, 0], [1, 0]], np.float32), 0.5)
+    weights = np.array([0.75, 0.25], np.float32)
+    found = score(weights, edges, Rule(prior=1.0))
+    assert found.mean[0] == pytest.approx(0.75 * 0.5 / 3)
+    assert found.width[0] == pytest.approx(math.sqrt(0.75**2 / 2 + 0.25**2 / 1))
 
 
 @settings(deadline=None)
