@@ -235,6 +235,8 @@ class RetrievalConfig(Section):
     """Feedback types that trending and co-visits count."""
     session_gap_s: float = Field(1800.0, gt=0)
     """Without session ids, a pause this long starts a new session."""
+    hubness: float = Field(0.0, ge=0, le=100)
+    """Correct `nearest` for items that are near to everything (DBNorm): the sharper, the more only what is nearest to an item counts; 0: do not."""
     exact_buffer: int = Field(50_000, ge=1)
     """New, changed and recently touched items searched exactly beside the index."""
     rebuild_s: float = Field(600.0, gt=0)

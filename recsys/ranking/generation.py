@@ -42,6 +42,8 @@ class Job:
     mask: Bool
     num_rows: int
     """Rows of the catalogue then, deleted ones too."""
+    hubness: float
+    """How sharply hubs are corrected; 0: not at all."""
 
 
 def build_index(job: Job, item_vectors: ItemVectors) -> ItemIndex:
@@ -50,7 +52,7 @@ def build_index(job: Job, item_vectors: ItemVectors) -> ItemIndex:
     for start in range(0, len(job.rows), CHUNK):
         part = slice(start, start + CHUNK)
         vectors[part] = item_vectors(job.keys[part], job.mask[part], job.towers)
-    return ItemIndex.build(*usable(job.rows, vectors))
+    return ItemIndex.build(*usable(job.rows, vectors), job.hubness)
 
 
 def usable(rows: Int32, vectors: Float32) -> tuple[Int32, Float32]:
@@ -77,6 +79,7 @@ class Generations:
         self._catalogue, self._scorer = catalogue, scorer
         self._rebuild_s, self._buffer = config.retrieval.rebuild_s, config.retrieval.exact_buffer
         self._wanted = bool(config.retrieval.sources.get("nearest")) and config.training.two_tower
+        self._hubness = config.retrieval.hubness
         self._current: _Generation | None = None
         self._changed: set[int] = set()
         self._since: set[int] | None = None
@@ -135,6 +138,7 @@ class Generations:
             keys=self._catalogue.keys[every],
             mask=self._catalogue.mask[every],
             num_rows=size,
+            hubness=self._hubness,
         )
 
     def finish(self, job: Job, index: ItemIndex, now_s: float) -> None:
