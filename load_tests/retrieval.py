@@ -32,7 +32,7 @@ from recsys.types import Bool, Float32
 PARTS = ("chosen", "rivals", "world", "served")
 SIZES = (10_000, 100_000, 1_000_000)
 DIM, TOP, QUERIES = 32, 100, 300
-CLICKS = 20_000
+CLICKS = 10_000
 SELECTIVITY = (0.5, 0.1, 0.03, 0.01, 0.001)
 CATEGORIES = 100
 """Values of the attribute that goes with where an item lies."""

@@ -126,7 +126,7 @@ class Searcher:
             near = self._buffer[:used] @ vector
             buffered = self._buffer_rows[:used].copy()
         kept = among(buffered, allowed)
-        if len(excluded):
+        if len(excluded) and len(kept):
             kept = kept[~np.isin(buffered[kept], excluded)]
         rows = np.concatenate([self._index.rows[positions[shown]], buffered[kept]])
         scores = np.concatenate([scores[shown], near[kept]])
