@@ -7,7 +7,19 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 420, 70, 50, 210, 60
-COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7d4e9e", "#b8860b", "#4a4a4a", "#00838f")
+COLOURS = (
+    "#1b6ca8",
+    "#c8553d",
+    "#3a7d44",
+    "#7d4e9e",
+    "#b8860b",
+    "#4a4a4a",
+    "#00838f",
+    "#d81b60",
+    "#9e9d24",
+    "#5d4037",
+    "#90a4ae",
+)
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 

@@ -88,6 +88,11 @@ class Report:
         self._values: dict[str, tuple[Figure, float | None]] = {}
         self._rounds = calibrate.measure()
 
+    @property
+    def names(self) -> list[str]:
+        """The figures reported so far."""
+        return list(self._values)
+
     def add(self, name: str, value: float | None, unit: str = "", better: str = "lower") -> None:
         """One figure as measured; unit and better of a budgeted one are those of its budget."""
         figure = self._budgeted.get(name) or Figure(name=name, unit=unit, better=better)

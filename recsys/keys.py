@@ -6,11 +6,12 @@ A key is an int64 everywhere (numpy, torch, files, wire); only the functions bel
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from recsys.types import Int64
+from recsys.types import Int64, UInt8
 
 _HASH_KEY = b"recsys/keys/v1"
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
@@ -42,3 +43,13 @@ def mix(keys: Int64 | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def cross(left: Int64, right: Int64) -> Int64:
     """The key of a pair of keys (broadcast): order matters, distinct pairs collide with probability 2^-64."""
     return mix(mix(left) + right.view(np.uint64)).view(np.int64)
+
+
+def joined(ids: Iterable[str]) -> UInt8:
+    """Public ids as one array of UTF-8 with a newline after each: they hold no control characters."""
+    return np.frombuffer("".join(i + "\n" for i in ids).encode(), np.uint8)
+
+
+def split(data: UInt8) -> list[str]:
+    """What `joined` joined."""
+    return data.tobytes().decode().split("\n")[:-1]

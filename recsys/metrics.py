@@ -73,6 +73,12 @@ DEGRADED = _counter(
 SHOWN = _counter(
     "recsys_shown_total", "Items shown, by candidate source (an item of two sources counts for both).", ("source",)
 )
+BANDIT_SHOWN = _counter(
+    "recsys_bandit_shown_total",
+    "Items shown that have an edge to an active cluster, from any source: `fresh` where some of its edges was never shown before, else "
+    "`known`.",
+    ("tier",),
+)
 LOOKUP_SECONDS = _histogram(
     "recsys_lookup_seconds",
     "Time of one row lookup at the parameter service, as the caller sees it.",
@@ -105,6 +111,16 @@ JOINED = _counter(
     "Records at the joiner, by outcome. Feedback: joined, duplicate, too_late, unknown_item, no_request, no_impression, forget; "
     "impressions: impression_opened, impression_duplicate, impression_no_features.",
     ("outcome",),
+)
+BANDIT_REWARDS = _counter(
+    "recsys_bandit_rewards_total",
+    "Feedback of a rewarded type that names a request, by outcome: rewarded, duplicate, no_edge (the bandit had no edge to the item), "
+    "too_late, no_impression.",
+    ("outcome",),
+)
+BANDIT_CLUSTERS = _gauge(
+    "recsys_bandit_clusters",
+    "Clusters that the bandit tells users apart by; its edges are the rows of the table `edge`.",
 )
 OPEN_IMPRESSIONS = _gauge("recsys_open_impressions", "Impressions whose label windows are still open.")
 PROGRESSIVE_LOG_LOSS = _gauge(

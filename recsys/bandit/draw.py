@@ -61,7 +61,10 @@ def _inside(values: Float64, sizes: Int64) -> Bool:
 
 @compiled
 def _fill(starts: Any, values: Any, first: Any, ties: Any, pool: Any) -> None:
-    """The best of each request into pool [B, S], by insertion: those of `first`, then the larger value, then the larger tie."""
+    """The best of each request into pool [B, S], by insertion: those of `first`, then the larger value, then the larger tie.
+
+    A few steps a candidate for small pools of random order; S/4 for a pool of all.
+    """
     size = pool.shape[1]
     for request in range(len(pool)):
         best, count = pool[request], 0
@@ -96,12 +99,7 @@ def draw(requests: Requests, values: Float32, first: Bool | None, size: int, cha
     if first is None:
         first = np.zeros(len(values), np.bool_)
     ties = rng.random(len(values), np.float32)
-    if size == 0:
-        of = np.repeat(np.arange(len(sizes)), candidates)
-        order = np.lexsort((-ties, np.where(first, 0, -values), ~first, of))
-        pool[of, np.arange(len(of)) - requests.starts[of]] = order
-    else:
-        _fill(requests.starts, values, first, ties, pool)
+    _fill(requests.starts, values, first, ties, pool)
     drawn, propensity = np.full(len(sizes), -1, np.int64), np.zeros(len(sizes), np.float32)
     probabilities = np.zeros(pool.shape, np.float32)
     some = sizes > 0

@@ -12,7 +12,7 @@ import numpy as np
 from recsys.bandit.base import Events, Requests, needed
 from recsys.types import Float32
 
-DRAWS = 4
+DRAWS = 2
 """Perturbations a prediction is averaged over: half is noisier by √2, double costs twice."""
 
 

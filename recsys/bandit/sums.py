@@ -47,5 +47,5 @@ class EdgeSums:
         _add(self.sums, edges, weights, impressions, rewards, decays)
 
     def scale(self, now_ms: int) -> float:
-        """What sums are multiplied by to be as of now."""
-        return 1.0 if self._decay is None else self._decay.decay(now_ms) or 1.0
+        """What sums are multiplied by to be as of now; 0 before anything was added, and once all is forgotten."""
+        return 1.0 if self._decay is None else self._decay.decay(now_ms)

@@ -1,25 +1,26 @@
 """Configuration is a value: read once, into frozen models."""
 
+from recsys.config.bandit import BanditConfig
 from recsys.config.load import load, one_thread_each, parse
 from recsys.config.sections import (
     CatalogueConfig,
     Config,
     CounterConfig,
     FeaturesConfig,
-    LogConfig,
     ModelConfig,
     ParameterConfig,
     RankingConfig,
     RetrievalConfig,
-    StateConfig,
     TableConfig,
     TrainerConfig,
     TrainingConfig,
 )
 from recsys.config.slate import SlateConfig
+from recsys.config.stores import LogConfig, StateConfig
 from recsys.config.tasks import Section, TaskConfig
 
 __all__ = [
+    "BanditConfig",
     "CatalogueConfig",
     "Config",
     "CounterConfig",

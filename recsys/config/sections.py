@@ -10,44 +10,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from recsys.config.bandit import BanditConfig
 from recsys.config.formula import formula
 from recsys.config.slate import SlateConfig
+from recsys.config.stores import LogConfig, StateConfig
 from recsys.config.tasks import LATE, NEVER, Section, TaskConfig, check, expanded, quantities
 
 MAX_SOCKET_PATH = 100
 """Bytes of a Unix socket's path that every system takes; a longer data folder gets a socket in the temporary folder."""
-
-
-class LogConfig(Section):
-    """The event log."""
-
-    kind: Literal["sqlite", "kafka"] = "sqlite"
-    """`sqlite`: one file a topic in the data folder; `kafka`: a broker, with a local spool in the data folder."""
-    bootstrap_servers: str = "127.0.0.1:9092"
-    """Kafka brokers, host:port, comma-separated."""
-    topic_prefix: str = ""
-    """Put before each topic's name in Kafka, so that several systems can share a broker."""
-    partitions: int = Field(1, ge=1, le=256)
-    """Partitions of `impression` and `feedback` when they are created (Kafka)."""
-    spool_bytes: int = Field(256 * 2**20, ge=2**16)
-    """Bytes of accepted records that may wait for the broker; beyond it feedback answers 503."""
-    retention_bytes: int = Field(4 * 2**30, ge=2**20)
-    """Bytes kept of each topic of the embedded log once every reader is past them."""
-
-
-class StateConfig(Section):
-    """Per-user state."""
-
-    kind: Literal["sqlite", "redis"] = "sqlite"
-    """Where user state lives."""
-    url: str = "redis://127.0.0.1:6379/0"
-    """Redis address."""
-    prefix: str = "recsys"
-    """Put before each Redis key."""
-    history_len: int = Field(50, ge=1, le=1000)
-    """Events of each type kept per user."""
-    seen_len: int = Field(1000, ge=1, le=100_000)
-    """Items last seen kept per user."""
 
 
 class CatalogueConfig(Section):
@@ -216,9 +186,9 @@ class RetrievalConfig(Section):
     """Candidate sources: how many candidates each may bring."""
 
     sources: dict[str, int] = Field(
-        default_factory=lambda: {"covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
+        default_factory=lambda: {"bandit": 50, "covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
     )
-    """Source name → most candidates: covisited, followed, following (with `features.transitions`), nearest, trending."""
+    """Source name → most candidates: bandit, covisited, followed, following (with `features.transitions`), nearest, trending."""
     trending_half_life_s: float = Field(1800.0, gt=0)
     """Half-life of the trending counts."""
     covisit_half_life_s: float = Field(86_400.0, gt=0)
@@ -235,6 +205,8 @@ class RetrievalConfig(Section):
     """Feedback types that trending and co-visits count."""
     session_gap_s: float = Field(1800.0, gt=0)
     """Without session ids, a pause this long starts a new session."""
+    hubness: float = Field(0.0, ge=0, le=100)
+    """Correct `nearest` for items that are near to everything (DBNorm): the sharper, the more only what is nearest to an item counts; 0: do not."""
     exact_buffer: int = Field(50_000, ge=1)
     """New, changed and recently touched items searched exactly beside the index."""
     rebuild_s: float = Field(600.0, gt=0)
@@ -308,6 +280,7 @@ class Config(Section):
     table: TableConfig = TableConfig()
     training: TrainingConfig = TrainingConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    bandit: BanditConfig = BanditConfig()
     ranking: RankingConfig = RankingConfig()
     slate: SlateConfig = SlateConfig()
     parameter: ParameterConfig = ParameterConfig()
@@ -348,7 +321,7 @@ class Config(Section):
                     f"features.crosses: ({first!r}, {second!r}) must pair one of {sorted(left)} with one of {sorted(right)}"
                 )
         self._counters_agree()
-        unknown = set(self.retrieval.sources) - {"covisited", "followed", "following", "nearest", "trending"}
+        unknown = set(self.retrieval.sources) - {"bandit", "covisited", "followed", "following", "nearest", "trending"}
         if unknown:
             raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
         sources = {*self.retrieval.sources, "caller", "newest"}
@@ -369,6 +342,11 @@ class Config(Section):
                 raise ValueError(f"features.counters: half_lives_s of {list(names)} must be at least one, all above 0")
             if "elsewhere" in counter.values and not features.elsewhere_types:
                 raise ValueError(f"features.counters: {list(names)} counts `elsewhere`: set features.elsewhere_types")
+
+    @property
+    def explores(self) -> bool:
+        """Whether there is a bandit: it is a source, and there are user vectors to tell clusters by."""
+        return bool(self.retrieval.sources.get("bandit")) and self.training.two_tower
 
     @property
     def quantities(self) -> dict[str, dict[str, float]]:

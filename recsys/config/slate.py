@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from recsys.config.tasks import Section
+
+MAX_BOOST = 1e6
+"""Beyond it a list is sorted by the boost alone, and many in a row leave the range of numbers."""
 
 
 class BoostConfig(Section):
@@ -17,9 +20,9 @@ class BoostConfig(Section):
     """Which items: attribute → values or conditions, as in a request's `filters`."""
     sources: tuple[str, ...] = ()
     """And brought by one of these sources; empty: by any."""
-    times: float = Field(1.0, ge=0)
+    times: float = Field(1.0, ge=0, le=MAX_BOOST)
     """Their score is multiplied by this."""
-    plus: float = 0.0
+    plus: float = Field(0.0, ge=-MAX_BOOST, le=MAX_BOOST)
     """Then this is added."""
 
 
@@ -46,6 +49,8 @@ class PinConfig(Section):
 class SlateConfig(Section):
     """How an answer is filled, from the top: rules first, then the best of what remains, or a draw. See docs/slate.md."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     filters: dict[str, Any] = Field(default_factory=dict)
     """What every request is filtered by, beside its own `filters`: attribute → values or conditions."""
     seen_last: int = Field(0, ge=0)
@@ -68,7 +73,7 @@ class SlateConfig(Section):
     """How much likeness costs, in the logarithm of the score: with mmr and 1, an item alike in every attribute loses a factor e."""
     diversity_by: tuple[str, ...] = ()
     """Attributes that likeness means; empty: all of `catalogue.attributes`."""
-    coverage: dict[str, float] = Field(default_factory=dict)
+    coverage: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Attribute → weight: each value not yet among the items above adds to a score's logarithm, ever less as it appears again."""
     draw_positions: tuple[int, ...] | Literal["all"] = (5,)
     """Positions (from 1) that are drawn at random from the best `draw_pool` of what remains; none: the best is always taken."""
@@ -83,8 +88,8 @@ class SlateConfig(Section):
     """epsilon: chance that any of the pool is taken."""
     draw_gamma: float = Field(100.0, ge=0)
     """squarecb: the larger, the less often are items taken that score less than the best; scores are as `ranking.value` makes them."""
-    draw_floor: float = Field(0.005, ge=0, lt=0.02)
-    """Smallest probability of each candidate of the pool."""
+    draw_floor: float = Field(0.005, ge=1e-6, lt=0.02)
+    """Smallest probability of each candidate of the pool: nothing in a logged pool was impossible."""
 
     def check(self, attributes: Iterable[str], sources: Iterable[str], seen_len: int) -> None:
         """ValueError where it names what is not there."""

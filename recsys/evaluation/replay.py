@@ -25,9 +25,10 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of, mix
 from recsys.ranking.counting import MAX_CONTEXTS
-from recsys.ranking.pipeline import Pipeline, Work
+from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.sources import Sources
+from recsys.ranking.work import Work
 from recsys.state.memory import MemoryState
 from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Bool, Feedback, Float32, HistoryEvent, Impression, Item, ShownItem, UserUpdate
@@ -67,7 +68,7 @@ class Replay:
         self.sources = Sources(config, self.schema, Catalogue(self.schema))
         self.trainer = (
             Trainer(config, folder)
-            if config.ranking.scorer == "model" or config.retrieval.sources.get("nearest")
+            if config.ranking.scorer == "model" or config.retrieval.sources.get("nearest") or config.explores
             else None
         )
         self.copy = ServingCopy(
@@ -78,7 +79,15 @@ class Replay:
             live=not (options.delay_s or options.sync_interval_s),
             each_step=bool(options.delay_s),
         )
-        self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.copy.scorer, self.copy.generations)
+        self.pipeline = Pipeline(
+            config,
+            self.schema,
+            self.store,
+            self.sources,
+            self.copy.scorer,
+            self.copy.generations,
+            self.copy.bandit,
+        )
         self._is_old = bool(options.delay_s or options.sync_interval_s)
         if not options.freeze_user and self._is_old:
             self.sources.counting.split()
@@ -268,6 +277,8 @@ class Replay:
             found = self.sources.catalogue.keys[work.candidates, 0] == key_of(feedback.item_id)
             self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id), found)
         self._count_impression(answer.impression, now_ms)
+        if self.trainer:
+            self.trainer.explored(answer.impression, now_ms)
         joined = replace(feedback, request_id=request.request_id)
         opened = learning and self._open_pool(work, answer.impression, feedback.item_id, now_ms)
         return joined if feedback.item_id in shown else feedback, joined if opened else feedback
@@ -282,7 +293,8 @@ class Replay:
         pool = np.argsort(draws, kind="stable")[: 1 + self.config.training.pool_negatives]
         ids = self.sources.catalogue.ids
         items = tuple(ShownItem(item_id=ids[r], position=n) for n, r in enumerate(work.rows[pool].tolist(), start=1))
-        self._open(replace(impression, items=items, features=encode(work.features.take(pool))), now_ms)
+        features = encode(work.features.take(pool))
+        self._open(replace(impression, items=items, features=features, bandit=b""), now_ms)
         return True
 
     def _remember_context(self, feedback: Feedback) -> None:

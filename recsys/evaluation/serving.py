@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from recsys.bandit.graph import Published
 from recsys.config import Config
 from recsys.events.deltas import Delta, Version
 from recsys.features.catalogue import Catalogue
@@ -12,6 +13,7 @@ from recsys.features.schema import Schema
 from recsys.model import fused
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
+from recsys.ranking.bandit import Bandit
 from recsys.ranking.generation import Generations
 from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
 from recsys.ranking.scorer import Scorer
@@ -56,9 +58,12 @@ class ServingCopy:
         direct = live and trainer is not None
         self.scorer = Scorer(config, schema, _Direct(trainer.tables) if direct and trainer else self._store)
         if direct and trainer:
-            self.scorer.adopt(trainer.learner.model, trainer.towers.model if trainer.towers else None)
-        wanted = trainer is not None and bool(config.retrieval.sources.get("nearest"))
-        self.generations = Generations(config, catalogue, self.scorer) if wanted else None
+            learner = trainer.bandit
+            told = (lambda: Published.of(learner.published())) if learner else None
+            self.scorer.adopt(trainer.learner.model, trainer.towers.model if trainer.towers else None, told)
+        self.bandit = Bandit(config, catalogue, self.scorer) if trainer is not None and config.explores else None
+        wanted = trainer is not None and (config.explores or bool(config.retrieval.sources.get("nearest")))
+        self.generations = Generations(config, catalogue, self.scorer, bandit=self.bandit) if wanted else None
         self._rebuild_ms = int(config.retrieval.rebuild_s * 1000)
         self._built_ms: int | None = None
 
@@ -66,8 +71,8 @@ class ServingCopy:
         """The trainer stepped at `now_ms`."""
         if not self._live and self._each_step:
             self.capture(now_ms)
-        elif self._live and self.generations is not None and self._rebuild_due(now_ms):
-            self.generations.build(now_ms / 1000)
+        elif self._live:
+            self._follow(now_ms)
 
     def capture(self, now_ms: int) -> None:
         """Remember what changed since the last capture, until it may be seen."""
@@ -102,5 +107,11 @@ class ServingCopy:
             self._store.apply(self._later.popleft()[1])
         self.scorer.poll()
         self.scorer.refresh()
-        if self.generations is not None and self._rebuild_due(visible_ms):
-            self.generations.build(visible_ms / 1000)
+        self._follow(visible_ms)
+
+    def _follow(self, now_ms: int) -> None:
+        """Generations and the bandit's graph go with the parameters."""
+        if self.generations is not None and self._rebuild_due(now_ms):
+            self.generations.build(now_ms / 1000)
+        if self.bandit is not None:
+            self.bandit.refresh()

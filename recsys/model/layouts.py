@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recsys.config import Config
+from recsys.config import BanditConfig, Config
 from recsys.errors import ConfigError
 from recsys.features.schema import Schema
 from recsys.table.base import Layout, Segment, SlotPolicy
@@ -10,7 +10,7 @@ from recsys.table.base import Layout, Segment, SlotPolicy
 
 def layouts(config: Config, schema: Schema) -> tuple[Layout, ...]:
     """`deep`: embedding, one wide weight a task, and with `row_l2` a count; `wide`: crosses (or one unused slot); `tower`: the
-    two-tower model's own embeddings."""
+    two-tower model's own embeddings; `edge`: the bandit's sums, where it is a source."""
     model, policy = config.model, SlotPolicy(admission=config.table.admission, expiry_s=config.table.expiry_s)
     deep = Segment(
         name="deep",
@@ -51,4 +51,18 @@ def layouts(config: Config, schema: Schema) -> tuple[Layout, ...]:
         layout("deep", (deep, wide, *seen), schema.deep_slots),
         layout("wide", (wide,), schema.wide_slots or (len(schema.slots),)),
         layout("tower", (deep,), schema.deep_slots),
+        *((edges(config.bandit, config.table.capacity),) if config.explores else ()),
+    )
+
+
+def edges(bandit: BanditConfig, capacity: int) -> Layout:
+    """An edge is a row: its slot is its cluster's place, its key the item's, its values the sums d, n and b.
+
+    A gradient step at rate 1 adds: minus what is to be added is the gradient.
+    """
+    return Layout(
+        name="edge",
+        segments=(Segment(name="sums", dim=3, optimizer="sgd", learning_rate=1.0),),
+        slots=dict.fromkeys(range(bandit.clusters), SlotPolicy(expiry_s=bandit.expiry_s)),
+        capacity=capacity,
     )

@@ -15,7 +15,8 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
 from recsys.features.kernels import Columns
 from recsys.features.schema import Schema
-from recsys.types import Bool, Feedback, Float32, Impression, Int32, Int64, UInt8
+from recsys.keys import joined, split
+from recsys.types import Bool, Feedback, Float32, Impression, Int32, Int64
 
 Arrays = dict[str, Any]
 HORIZON_MS = 3_600_000
@@ -53,7 +54,7 @@ class Contexts:
         entries = list(self._open.values())
         width = len(self._schema.shared_slots)
         return {
-            "ids": _joined(self._open),
+            "ids": joined(self._open),
             "times": np.array([time_ms for time_ms, _, _ in entries], np.int64),
             "keys": np.array([keys for _, keys, _ in entries], np.int64).reshape(-1, width),
             "masks": np.array([mask for _, _, mask in entries], np.bool_).reshape(-1, width),
@@ -61,7 +62,7 @@ class Contexts:
 
     def restore(self, state: Arrays) -> None:
         """Load `state`."""
-        ids = _split(state["ids"])
+        ids = split(state["ids"])
         rows = zip(state["times"].tolist(), state["keys"], state["masks"].astype(np.bool_), strict=True)
         self._open = OrderedDict(zip(ids, rows, strict=True))
 
@@ -177,7 +178,7 @@ class Counting:
         return {
             "counters": self.counters.state(),
             "contexts": self._contexts.state(),
-            "last": {"users": _joined(self._last[False]), "items": _joined(self._last[False].values())},
+            "last": {"users": joined(self._last[False]), "items": joined(self._last[False].values())},
             "shown": dict(self._shown.state()),
             "positives": dict(self._positives.state()),
         }
@@ -186,17 +187,6 @@ class Counting:
         """Load `state`."""
         self.counters.restore(state["counters"])
         self._contexts.restore(state["contexts"])
-        self._last[False] = OrderedDict(
-            zip(_split(state["last"]["users"]), _split(state["last"]["items"]), strict=True)
-        )
+        self._last[False] = OrderedDict(zip(split(state["last"]["users"]), split(state["last"]["items"]), strict=True))
         self._shown.restore(state["shown"])
         self._positives.restore(state["positives"])
-
-
-def _joined(ids: Iterable[str]) -> UInt8:
-    """Ids as UTF-8 with a newline after each: they hold no control characters."""
-    return np.frombuffer("".join(i + "\n" for i in ids).encode(), np.uint8)
-
-
-def _split(data: UInt8) -> list[str]:
-    return data.tobytes().decode().split("\n")[:-1]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recsys.config import Config
+from recsys.config.slate import MAX_BOOST
 from recsys.events.fields import MAX_VALUES, bad, parse_id, parse_number, parse_position
 from recsys.features.filters import Clause, Filters
 from recsys.ranking.request import Boost
@@ -77,8 +78,8 @@ def parse_boosts(raw: Any, config: Config, field: str = "boosts") -> tuple[Boost
         filters = parse_filters(one.get("filters"), config.catalogue.attributes, f"{here}.filters")
         if not filters and not names:
             raise bad(here, one, "name filters or sources, or the boost is for every item alike")
-        times = parse_number(one.get("times", 1.0), f"{here}.times", 0.0)
-        plus = parse_number(one.get("plus", 0.0), f"{here}.plus")
+        times = parse_number(one.get("times", 1.0), f"{here}.times", 0.0, MAX_BOOST)
+        plus = parse_number(one.get("plus", 0.0), f"{here}.plus", -MAX_BOOST, MAX_BOOST)
         boosts.append(Boost(filters=filters, sources=tuple(names), times=times, plus=plus))
     return tuple(boosts)
 

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.model.two_tower import TwoTower
+from recsys.ranking.bandit import Bandit
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.retrieval.searcher import Searcher
@@ -42,6 +44,8 @@ class Job:
     mask: Bool
     num_rows: int
     """Rows of the catalogue then, deleted ones too."""
+    hubness: float
+    """How sharply hubs are corrected; 0: not at all."""
 
 
 def build_index(job: Job, item_vectors: ItemVectors) -> ItemIndex:
@@ -50,7 +54,7 @@ def build_index(job: Job, item_vectors: ItemVectors) -> ItemIndex:
     for start in range(0, len(job.rows), CHUNK):
         part = slice(start, start + CHUNK)
         vectors[part] = item_vectors(job.keys[part], job.mask[part], job.towers)
-    return ItemIndex.build(*usable(job.rows, vectors))
+    return ItemIndex.build(*usable(job.rows, vectors), job.hubness)
 
 
 def usable(rows: Int32, vectors: Float32) -> tuple[Int32, Float32]:
@@ -61,7 +65,9 @@ def usable(rows: Int32, vectors: Float32) -> tuple[Int32, Float32]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Generation:
+class Generation:
+    """What users and items are compared in: one version of the towers, and the items' vectors by it."""
+
     name: str
     towers: TwoTower
     searcher: Searcher
@@ -70,14 +76,30 @@ class _Generation:
     recall: float
 
 
+class Located(NamedTuple):
+    """A user's vector [tower_dim] in a generation (of several interests [K, tower_dim])."""
+
+    generation: Generation
+    vector: Float32
+
+    def search(self, k: int, exclude: Collection[int] = (), allowed: Bool | None = None) -> tuple[Int32, Float32]:
+        """The k allowed items nearest to the user."""
+        rows, scores = self.generation.searcher.search(self.vector, k, exclude, allowed)
+        return rows.astype(np.int32), scores.astype(np.float32)
+
+
 class Generations:
     """The generation in use. `begin`, `finish`, `build` and `refresh` belong to one thread; all else may run beside it."""
 
-    def __init__(self, config: Config, catalogue: Catalogue, scorer: Scorer, prefix: str = "g") -> None:
-        self._catalogue, self._scorer = catalogue, scorer
+    def __init__(
+        self, config: Config, catalogue: Catalogue, scorer: Scorer, prefix: str = "g", bandit: Bandit | None = None
+    ) -> None:
+        self._catalogue, self._scorer, self._bandit = catalogue, scorer, bandit
         self._rebuild_s, self._buffer = config.retrieval.rebuild_s, config.retrieval.exact_buffer
-        self._wanted = bool(config.retrieval.sources.get("nearest")) and config.training.two_tower
-        self._current: _Generation | None = None
+        nearest = bool(config.retrieval.sources.get("nearest")) and config.training.two_tower
+        self._wanted = nearest or config.explores
+        self._hubness = config.retrieval.hubness
+        self._current: Generation | None = None
         self._changed: set[int] = set()
         self._since: set[int] | None = None
         """Rows changed since the job under way began; None: there is none."""
@@ -135,6 +157,7 @@ class Generations:
             keys=self._catalogue.keys[every],
             mask=self._catalogue.mask[every],
             num_rows=size,
+            hubness=self._hubness,
         )
 
     def finish(self, job: Job, index: ItemIndex, now_s: float) -> None:
@@ -143,12 +166,14 @@ class Generations:
         with self._lock:
             since, self._since = self._since or set(), set()
         self._put(searcher, since, job.towers)
+        if self._bandit is not None:
+            self._bandit.prepare(job.name, searcher, job.towers, self._living(since))
         with self._lock:
             missed, self._since = self._since, None
             self._changed = missed  # the next `refresh` brings them
             for row in (since | missed) - set(self._living(since | missed)):
                 searcher.delete(row)
-            self._current = _Generation(job.name, job.towers, searcher, now_s, job.num_rows, index.recall)
+            self._current = Generation(job.name, job.towers, searcher, now_s, job.num_rows, index.recall)
 
     def build(self, now_s: float) -> None:
         """Build the next generation here and now, then swap: in a replay. Live, a process of its own does it."""
@@ -191,22 +216,20 @@ class Generations:
         """Vectors of new and changed items into the exact buffer, at times also of touched ones while half of it is free."""
         with self._lock:
             current, changed, self._changed = self._current, self._changed, set()
+            new = list(changed)
             if current is not None and now_s - self._touched_s >= TOUCHED_S:
                 room = max(0, self._buffer // 2 - current.searcher.num_buffered - len(changed))
                 changed.update(sorted(self._touched)[:room])
                 self._touched, self._touched_s = set(), now_s
         if current is not None and changed:
             self._put(current.searcher, changed, current.towers)
+            if self._bandit is not None:
+                self._bandit.arrived(current.name, self._living(new), current.towers)
 
-    def search(
-        self, user: UserFeatures, k: int, exclude: Collection[int] = (), allowed: Bool | None = None
-    ) -> tuple[Int32, Float32] | None:
-        """The k allowed items nearest to the user in the generation in use; None when there is none, or nothing is known of the user."""
+    def locate(self, user: UserFeatures) -> Located | None:
+        """Where the user is in the generation in use; None when there is none, or nothing is known of the user."""
         current = self._current
         if current is None:
             return None
         vector = self._scorer.user_vector(user, current.towers)
-        if vector is None or not np.isfinite(vector).all():
-            return None
-        rows, scores = current.searcher.search(vector, k, exclude, allowed)
-        return rows.astype(np.int32), scores.astype(np.float32)
+        return None if vector is None or not np.isfinite(vector).all() else Located(current, vector)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from recsys import metrics
 from recsys.config import Config, SlateConfig
@@ -17,6 +15,7 @@ from recsys.features.build import Features, UserFeatures, encode, item_features,
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking import slate
+from recsys.ranking.bandit import Bandit
 from recsys.ranking.filters import described
 from recsys.ranking.generation import Generations
 from recsys.ranking.reasons import Reasons
@@ -24,61 +23,14 @@ from recsys.ranking.request import Answer, AsOf, Request
 from recsys.ranking.rules import RuleBook
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
+from recsys.ranking.work import Work
 from recsys.retrieval.mix import mix
 from recsys.state.base import StateStore
-from recsys.types import Bool, Float32, HistoryEvent, Impression, Int32, Int64, ShownItem, UserState
+from recsys.types import Bool, Float32, HistoryEvent, Impression, Int32, ShownItem
 
 Found = tuple[str, Int32, Float32]
 MIX_LIMIT = 500
 """Most candidates that are scored: the budget of scoring (6 ms) holds for this many."""
-
-
-@dataclass(slots=True)
-class Work:
-    """One request under way: what each stage found."""
-
-    request: Request
-    now_ms: int
-    deadline: float
-    degraded: list[str] = field(default_factory=list)
-    state: UserState = UserState()
-    history_rows: list[int] = field(default_factory=list)
-    pinned: dict[int, int] = field(default_factory=dict)
-    """Position → catalogue row of items with a place of their own."""
-    allowed: Bool | None = None
-    """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
-    forbidden: set[int] = field(default_factory=set)
-    """Rows that rules leave out of this answer, whatever they are."""
-    candidates: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
-    """Catalogue rows of all candidates, the best as mixed first."""
-    rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
-    """Those that are still in it."""
-    names: tuple[str, ...] = ()
-    masks: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    source_scores: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
-    user: UserFeatures | None = None
-    features: Features | None = None
-    predictions: Float32 | None = None
-    scores: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-
-    def sources(self, candidate: int) -> tuple[str, ...]:
-        """The sources that brought a candidate."""
-        mask = int(self.masks[candidate])
-        return tuple(name for bit, name in enumerate(self.names) if mask >> bit & 1)
-
-    def keep(self, candidates: npt.NDArray[np.intp]) -> None:
-        """Go on with these candidates only."""
-        self.rows, self.masks = self.rows[candidates], self.masks[candidates]
-        self.source_scores = self.source_scores[candidates]
-        if self.features is not None:
-            self.features = self.features.take(candidates)
-
-    def late(self, stage: str) -> bool:
-        """Whether the deadline has passed; then the stage is skipped and the answer says so."""
-        if time.perf_counter() < self.deadline:
-            return False
-        self.degraded.append(f"deadline_{stage}")
-        return True
 
 
 def policy_name(config: Config) -> str:
@@ -101,14 +53,16 @@ class Pipeline:
         sources: Sources,
         scorer: Scorer,
         generations: Generations | None,
+        bandit: Bandit | None = None,
     ) -> None:
+        self._bandit = bandit
         self._config, self._schema, self._store = config, schema, store
         self._sources, self._scorer, self._generations = sources, scorer, generations
         self._catalogue: Catalogue = sources.catalogue
         self._reasons = Reasons(schema, sources.catalogue)
         self._quotas = config.retrieval.sources
         self._use_model = config.ranking.scorer == "model"
-        self._needs_user = self._use_model or bool(self._quotas.get("followed") or self._quotas.get("nearest"))
+        self._needs_user = self._use_model or bool(self._quotas.keys() & {"followed", "nearest", "bandit"})
         self.rules = RuleBook(config, sources.catalogue)
         self.policy = policy_name(config)
 
@@ -148,6 +102,7 @@ class Pipeline:
         """Every source's candidates, mixed, without what rules forbid."""
         if self._needs_user:
             work.user = self.user_of(work)
+            self._locate(work)
         if filters := self.rules.filters + work.request.filters:
             work.allowed = self._catalogue.matching(filters)
         work.forbidden = self.forbidden(work)
@@ -239,6 +194,8 @@ class Pipeline:
         sources, now_ms, allowed = self._sources, work.now_ms, work.allowed
         if name == "nearest":
             return self._nearest(quota, work)
+        if name == "bandit":
+            return self._explore(quota, work)
         quota += len(work.forbidden)
         with sources.lock:
             if name == "following":
@@ -259,12 +216,25 @@ class Pipeline:
         rows = newest[~np.isin(newest, list(taken))][:count] if taken else newest
         return rows.astype(np.int32), np.zeros(len(rows), np.float32)
 
+    def _locate(self, work: Work) -> None:
+        """The user's vector, and the clusters nearest to it."""
+        if self._generations is None or work.user is None:
+            return
+        work.located = self._generations.locate(work.user)
+        if self._bandit is not None and work.located is not None:
+            work.active = self._bandit.activate(work.located.generation.name, work.user, work.located.vector)
+
     def _nearest(self, quota: int, work: Work) -> tuple[Int32, Float32]:
-        empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        if self._generations is None or work.user is None or work.late("nearest"):
-            return empty
-        found = self._generations.search(work.user, quota, work.forbidden, work.allowed)
-        return empty if found is None else found
+        if work.located is None or work.late("nearest"):
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return work.located.search(quota, work.forbidden, work.allowed)
+
+    def _explore(self, quota: int, work: Work) -> tuple[Int32, Float32]:
+        if self._bandit is None or work.active is None or work.late("bandit"):
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return self._bandit.candidates(
+            work.active, quota, work.request.request_id, work.now_ms, work.forbidden, work.allowed
+        )
 
     def _followed(self, work: Work) -> list[tuple[int, int, float]]:
         """(attribute, key, weight) of the newest history events, recent ones heavier."""
@@ -329,7 +299,7 @@ class Pipeline:
         scorer = self._scorer
         state, dense_version = scorer.used if work.predictions is not None else (scorer.state, scorer.dense_version)
         model_version = f"{state.version.epoch}.{state.version.step}.{dense_version}"
-        generation = self._generations.name if self._generations else ""
+        generation = self._generation(work)
         impression = Impression(
             request_id=request.request_id,
             user_id=request.user_id,
@@ -342,6 +312,7 @@ class Pipeline:
             features=encode(work.features.take([c.candidate for c in choices]))
             if work.features is not None and choices
             else b"",
+            bandit=self._served(work, choices),
             policy=self.policy,
             model_version=model_version,
             generation=generation,
@@ -377,6 +348,17 @@ class Pipeline:
             return f"no item passes the filters ({described(self.rules.filters + work.request.filters)})"
         of = "candidates" if work.request.candidates is not None else "items"
         return f"no other {of} pass the filters and rules of this request"
+
+    def _generation(self, work: Work) -> str:
+        """The generation that was searched: another may be in use by now."""
+        if work.located is not None:
+            return work.located.generation.name
+        return self._generations.name if self._generations else ""
+
+    def _served(self, work: Work, choices: Sequence[slate.Choice]) -> bytes:
+        if self._bandit is None or work.active is None:
+            return b""
+        return self._bandit.served(work.active, work.rows[[c.candidate for c in choices]])
 
     def _predictions(self, work: Work, candidate: int) -> dict[str, float]:
         if work.predictions is None:

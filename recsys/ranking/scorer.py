@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from recsys.bandit.graph import Published
 from recsys.config import Config
 from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
 from recsys.features.build import Features, UserFeatures
@@ -41,6 +42,7 @@ class _Networks:
     ranker: Ranker
     towers: TwoTower
     dense_version: int
+    clusters: Published | None
 
 
 class Scorer:
@@ -49,6 +51,7 @@ class Scorer:
     def __init__(self, config: Config, schema: Schema, parameters: Parameters) -> None:
         self._config, self._schema, self._parameters = config, schema, parameters
         self._networks = self._build(None, 0)
+        self._told: Callable[[], Published] | None = None
         small = [replace(layout, capacity=KNOWN_ROWS) for layout in layouts(config, schema)]
         self._layouts = small
         self._known = Tables(small, "cpu")
@@ -111,27 +114,41 @@ class Scorer:
         """The towers in use."""
         return self._networks.towers
 
+    @property
+    def clusters(self) -> Published | None:
+        """What the trainer last told of the bandit's clusters."""
+        return self._networks.clusters if self._told is None else self._told()
+
+    def rows(self, block: Block) -> Float32:
+        """The values of a block's rows [U, D]; the last known ones when parameter is away."""
+        values: Float32 = self._rows([block])[0].numpy()
+        return values
+
     def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
         """The user's vector [tower_dim] (of several interests [K, tower_dim]); None before anything is known of them."""
-        if not (len(user.history_keys) or user.shared_mask[1:].any()):
-            return None
+        known = len(user.history_keys) or user.shared_mask[1:].any()
+        return self.user_vectors([user], towers)[0] if known else None
+
+    def user_vectors(self, users: Sequence[UserFeatures], towers: TwoTower) -> Float32:
+        """Vectors [n, tower_dim] (or [n, K, tower_dim]) of users of whom something is known."""
+        longest = max(1, *(len(user.history_keys) for user in users))
+        past_keys = np.zeros((len(users), longest, len(self._schema.history_slots)), np.int64)
+        past_mask = np.zeros(past_keys.shape, np.bool_)
+        for index, user in enumerate(users):
+            past_keys[index, : len(user.history_keys)] = user.history_keys
+            past_mask[index, : len(user.history_keys)] = user.history_mask
+        mine = np.stack([user.shared_keys for user in users]), np.stack([user.shared_mask for user in users])
         block, (shared, past) = unique_rows(
-            [
-                (self._schema.shared_slots, user.shared_keys[None], user.shared_mask[None]),
-                (self._schema.history_slots, user.history_keys[None], user.history_mask[None]),
-            ],
-            "tower",
+            [(self._schema.shared_slots, *mine), (self._schema.history_slots, past_keys, past_mask)], "tower"
         )
         (rows,) = self._rows([block])
         fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
         with torch.inference_mode():
-            mine, history = fused.take_fields(
-                rows, self._config.model.dim, [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
-            )
-            vectors: Float32 = towers.user_vectors(
-                mine, history, torch.from_numpy(user.history_mask[None, :, 0])
-            ).numpy()
-        return vectors[0]
+            parts = [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
+            present = torch.from_numpy(past_mask[..., 0])
+            seen, history = fused.take_fields(rows, self._config.model.dim, parts)
+            vectors: Float32 = towers.user_vectors(seen, history, present).numpy()
+        return vectors
 
     def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]."""
@@ -166,9 +183,10 @@ class Scorer:
             except TableFull:
                 self._known = Tables(self._layouts, "cpu")
 
-    def adopt(self, ranker: Ranker, towers: TwoTower | None) -> None:
-        """Score with these very networks, as they learn: an in-process trainer's, in replay."""
-        self._networks = _Networks(ranker, towers or self._networks.towers, 1)
+    def adopt(self, ranker: Ranker, towers: TwoTower | None, told: Callable[[], Published] | None = None) -> None:
+        """Score with these very networks, as they learn, and what is told of clusters: an in-process trainer's, in replay."""
+        self._networks = _Networks(ranker, towers or self._networks.towers, 1, None)
+        self._told = told
 
     def poll(self) -> None:
         """Ask for the parameters' state without a request. Raises ParametersUnavailable."""
@@ -188,17 +206,20 @@ class Scorer:
 
     def _build(self, payload: bytes | None, version: int) -> _Networks:
         ranker, towers = build.ranker(self._config, self._schema), build.two_tower(self._config, self._schema)
+        clusters: Published | None = None
         if payload is not None:
             try:
                 state = safetensors.torch.load(payload)
                 ranker.load_state_dict(_part(state, "ranker.model."))
                 if self._config.training.two_tower:
                     towers.load_state_dict(_part(state, "towers.model."))
+                if told := {name: value.numpy() for name, value in _part(state, "clusters.").items()}:
+                    clusters = Published.of(told)
             except (RuntimeError, SafetensorError) as error:
                 raise SchemaMismatch(
                     f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
                 ) from None
-        return _Networks(ranker.eval(), towers.eval(), version)
+        return _Networks(ranker.eval(), towers.eval(), version, clusters)
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

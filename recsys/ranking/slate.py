@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from recsys.bandit.draw import floored, inverse_gap, mostly_best
 from recsys.config import SlateConfig
 from recsys.types import Bool
 
@@ -145,16 +146,13 @@ def draw_probabilities(worth: Float64, config: SlateConfig) -> Float64:
     epsilon   p = epsilon / k, and the rest to the best
     squarecb  p = 1 / (k + gamma (best score - score)), and the rest to the best (Foster and Rakhlin 2020, inverse gap weighting)
     """
-    size = len(worth)
+    sizes = np.array([len(worth)])
     if config.draw_kind == "softmax":
-        p = np.exp((worth - worth[0]) / config.draw_temperature)
+        p = np.exp((worth - worth[0]) / config.draw_temperature)[None]
         p /= p.sum()
     elif config.draw_kind == "epsilon":
-        p = np.full(size, config.draw_epsilon / size)
-        p[0] += 1.0 - config.draw_epsilon
+        p = mostly_best(worth[None], sizes, config.draw_epsilon)
     else:
-        scores = np.exp(worth)
-        p = 1.0 / (size + config.draw_gamma * (scores[0] - scores))
-        p[0] = 1.0 - p[1:].sum()
-    mixed: Float64 = config.draw_floor + (1.0 - size * config.draw_floor) * p
+        p = inverse_gap(np.exp(worth)[None], sizes, config.draw_gamma)
+    (mixed,) = floored(p, sizes, config.draw_floor)
     return mixed / mixed.sum()

@@ -36,7 +36,10 @@ _TRAIN_PER_LIST = 40
 """Vectors a list that k-means sees: fewer make worse lists, more make building slower."""
 _EXACT_LIMIT = 20_000
 """Up to here a filter's items are compared one by one, about 1.5 ms; beyond it enough of them lie in the lists near the user."""
-_MAGIC = b"recsys-index-2"
+_BANK, _CORRECTED_AT_ONCE = 1000, 10_000
+"""Items that hubs are measured against; half measures them less well, double takes a second longer per million items."""
+_MAGIC = b"recsys-index-3"
+_TAIL = struct.Struct("<ddQQ")
 _CHUNK = 2**22
 
 
@@ -55,12 +58,49 @@ def unit(vectors: Float32, rows: Int32) -> Float32:
     return np.ascontiguousarray(vectors / norms[:, None])
 
 
+class Hubs:
+    """Items that are near to everything, corrected for (inverted softmax, Wang et al. 2023, over a bank of items).
+
+    An item's score is less by log(mean over the bank of exp(beta × cosine)) / beta: what it has from whatever is asked for. It is one
+    more coordinate of its vector, where a query has 1. Items that look the same as one of the bank are not compared with it.
+    """
+
+    def __init__(self, bank: Float32, beta: float) -> None:
+        self.bank, self.beta = bank, beta
+
+    @classmethod
+    def of(cls, vectors: Float32, beta: float) -> Hubs:
+        """A bank of up to 1,000 of the unit vectors [N, D]."""
+        chosen = np.random.default_rng(0).permutation(len(vectors))[:_BANK]
+        return cls(np.ascontiguousarray(vectors[np.sort(chosen)]), beta)
+
+    def corrected(self, vectors: Float32) -> Float32:
+        """Unit vectors [n, D] with their correction [n, D + 1]."""
+        less = np.zeros(len(vectors), np.float32)
+        for start in range(0, len(vectors), _CORRECTED_AT_ONCE):
+            cosines = vectors[start : start + _CORRECTED_AT_ONCE] @ self.bank.T
+            other = cosines < 1.0 - 1e-5
+            sums = np.where(other, np.exp(self.beta * (cosines - 1.0)), 0.0).sum(1)
+            counts = other.sum(1)
+            found = counts > 0  # looks the same as all of the bank: no correction is as good as any
+            mean = np.log(sums[found] / counts[found]) / self.beta + 1.0
+            less[start : start + _CORRECTED_AT_ONCE][found] = mean
+        return np.concatenate([vectors, -less[:, None]], 1)
+
+
 class ItemIndex:
     """An immutable index over item vectors. Safe for any number of readers."""
 
-    def __init__(self, index: Any, rows: Int32, recall: float, built: tempfile.TemporaryDirectory[str] | None) -> None:
-        self._index, self.rows, self.recall = index, rows, recall
-        """The row at each position [N]; the recall@100 that was measured when it was built."""
+    def __init__(
+        self,
+        index: Any,
+        rows: Int32,
+        recall: float,
+        hubs: Hubs | None = None,
+        built: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self._index, self.rows, self.recall, self.hubs = index, rows, recall, hubs
+        """The row at each position [N]; the recall@100 that was measured when it was built; what each score is corrected by."""
         self._built = built
         """Where the lists of an index just built lie: in memory FAISS would not let them be looked into."""
         self._inverted = isinstance(index, faiss.IndexIVF)
@@ -80,40 +120,48 @@ class ItemIndex:
         odd = int(self._offsets.min()) % 2
         memory = faiss.rev_swig_ptr(lists.ptr, lists.totsize)
         halves = np.frombuffer(memory, np.float16, (lists.totsize - odd) // 2, odd)
-        self._offsets = (self._offsets - odd) // 2 - self._starts[:-1] * self.dim
-        self._vectors = sliding_window_view(halves, self.dim)
+        self._offsets = (self._offsets - odd) // 2 - self._starts[:-1] * self._index.d
+        self._vectors = sliding_window_view(halves, self._index.d)
         self._centroids = faiss.downcast_index(self._index.quantizer).reconstruct_n(0, self._index.nlist)
 
     @classmethod
-    def build(cls, rows: Int32, vectors: Float32) -> ItemIndex:
+    def build(cls, rows: Int32, vectors: Float32, hubness: float = 0.0) -> ItemIndex:
         """Index distinct rows [N] and vectors [N, D]: exact up to 50,000, else inverted lists, 2 √N of them.
 
         A list keeps its vectors in half precision, less its centroid: towers that are hardly trained place all items close together.
+        `hubness`: see Hubs; 0 corrects nothing.
         """
         rows = np.array(rows, np.int32)
         vectors = unit(vectors, rows)
         if len(np.unique(rows)) != len(rows):
             raise ValueError("rows to index must be distinct")
+        hubs = Hubs.of(vectors, hubness) if hubness and len(rows) else None
+        if hubs is not None:
+            vectors = hubs.corrected(vectors)
         if len(rows) <= FLAT_LIMIT:
             flat: Any = faiss.IndexFlatIP(vectors.shape[1])
             flat.add(vectors)
-            return cls(flat, rows, 1.0, None)
+            return cls(flat, rows, 1.0, hubs)
         index, order = _inverted(vectors)
-        recall = _choose_probes(index, vectors, order)
+        recall = _choose_probes(index, vectors, order, hubs is not None)
         folder = tempfile.TemporaryDirectory(prefix="recsys-index-")
         path = str(Path(folder.name) / "index")
         faiss.write_index(index, path)
-        return cls(faiss.read_index(path, faiss.IO_FLAG_MMAP), rows[order], recall, folder)
+        return cls(faiss.read_index(path, faiss.IO_FLAG_MMAP), rows[order], recall, hubs, folder)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def dim(self) -> int:
-        return int(self._index.d)
+        return int(self._index.d) - (self.hubs is not None)
+
+    def query(self, vector: Float32) -> Float32:
+        """What to search with for a unit vector [D]."""
+        return vector if self.hubs is None else np.append(vector, np.float32(1.0))
 
     def search(self, vector: Float32, k: int, searchable: UInt8) -> tuple[Int32, Float32]:
-        """The k best positions for a unit vector [D] among those whose bit is set in `searchable` (little bit order)."""
+        """The k best positions for a `query` among those whose bit is set in `searchable` (little bit order)."""
         k = min(k, len(self))
         if k == 0:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -127,7 +175,7 @@ class ItemIndex:
         return positions[0][found].astype(np.int32), scores[0][found]
 
     def search_among(self, vector: Float32, k: int, wanted: Bool) -> tuple[Int32, Float32]:
-        """The k best of the `wanted` positions [N]: all of them are compared when they are few, else those of enough lists.
+        """The k best for a `query` of the `wanted` positions [N]: all of them are compared when they are few, else those of enough lists.
 
         Lists without wanted items are passed over, so that a filter far from the user is answered as well as one near them.
         """
@@ -138,7 +186,7 @@ class ItemIndex:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         if self._inverted:
             lists = np.searchsorted(self._starts, positions, "right") - 1
-            places = positions * self.dim + self._offsets[lists]
+            places = positions * self._index.d + self._offsets[lists]
             scores = self._vectors[places].astype(np.float32) @ vector + (self._centroids @ vector)[lists]
         else:
             scores = self._vectors[positions] @ vector
@@ -180,7 +228,11 @@ class ItemIndex:
             faiss.write_index(self._index, str(temporary))
         with temporary.open("r+b") as file:
             file.seek(0, os.SEEK_END)
-            file.write(self.rows.astype("<i4").tobytes() + struct.pack("<dQ", self.recall, len(self)))
+            if self.hubs is not None:
+                file.write(self.hubs.bank.astype("<f4").tobytes())
+            file.write(self.rows.astype("<i4").tobytes())
+            bank, beta = (0, 0.0) if self.hubs is None else (len(self.hubs.bank), self.hubs.beta)
+            file.write(_TAIL.pack(self.recall, beta, bank, len(self)))
             file.flush()
             file.seek(0)
             checksum = _checksum(file, temporary.stat().st_size)
@@ -197,14 +249,21 @@ class ItemIndex:
             file.seek(max(size, 0))
             footer = file.read()
             file.seek(0)
-            if size < 16 or footer[4:] != _MAGIC or _checksum(file, size) != int.from_bytes(footer[:4], "little"):
+            if (
+                size < _TAIL.size
+                or footer[4:] != _MAGIC
+                or _checksum(file, size) != int.from_bytes(footer[:4], "little")
+            ):
                 raise corrupt
-            file.seek(size - 16)
-            recall, num_rows = struct.unpack("<dQ", file.read(16))
-            file.seek(size - 16 - 4 * num_rows)
+            file.seek(size - _TAIL.size)
+            recall, beta, num_bank, num_rows = _TAIL.unpack(file.read(_TAIL.size))
+            # FAISS reads from the front and stops where the index ends.
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+            width = index.d - 1
+            file.seek(size - _TAIL.size - 4 * num_rows - 4 * num_bank * width)
+            bank = np.frombuffer(file.read(4 * num_bank * width), "<f4").reshape(num_bank, width)
             rows = np.frombuffer(file.read(4 * num_rows), "<i4").astype(np.int32)
-        # FAISS reads from the front and stops where the index ends.
-        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP), rows, recall, None)
+        return cls(index, rows, recall, Hubs(bank, beta) if num_bank else None)
 
 
 def _inverted(vectors: Float32) -> tuple[Any, Int64]:
@@ -231,12 +290,15 @@ def _inverted(vectors: Float32) -> tuple[Any, Int64]:
     return index, order
 
 
-def _choose_probes(index: Any, vectors: Float32, order: Int64) -> float:
+def _choose_probes(index: Any, vectors: Float32, order: Int64, corrected: bool) -> float:
     """Set the least number of probes that finds nearly all of what comparing everything finds; returns the recall."""
     generator = np.random.default_rng(0)
     queries = vectors[generator.choice(len(vectors), _SAMPLE, replace=False)]
     queries = queries + _NOISE * generator.standard_normal(queries.shape, np.float32)
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    asked = queries[:, :-1] if corrected else queries
+    asked /= np.linalg.norm(asked, axis=1, keepdims=True)
+    if corrected:
+        queries[:, -1] = 1.0
     least = faiss.knn(queries, vectors, _TOP, metric=faiss.METRIC_INNER_PRODUCT)[0][:, -1:]
     recall = 0.0
     for probes in _PROBES:

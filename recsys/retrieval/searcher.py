@@ -30,7 +30,7 @@ class Searcher:
         self._searchable = np.packbits(np.ones(len(index), np.bool_), bitorder="little")
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._buffer_rows = np.full(16, -1, np.int32)
-        self._buffer = np.zeros((16, index.dim), np.float32)
+        self._buffer = np.zeros((16, index.dim + (index.hubs is not None)), np.float32)
         self._free: list[int] = []
         self._lock = threading.Lock()
         self.dropped = 0
@@ -47,6 +47,8 @@ class Searcher:
             raise ValueError(
                 f"vectors are {vectors.shape[1]} wide, the index {self._index.dim}: one generation, one tower"
             )
+        if self._index.hubs is not None:
+            vectors = self._index.hubs.corrected(vectors)
         with self._lock:
             for row, vector in zip(np.asarray(rows).tolist(), vectors, strict=True):
                 self._mask(row, searchable=False)
@@ -110,7 +112,7 @@ class Searcher:
             )
         if norm == 0.0 or k <= 0:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        vector = vector / np.float32(norm)
+        vector = self._index.query(vector / np.float32(norm))
         excluded = np.fromiter(exclude, np.int32, len(exclude))
         searchable = self._without(excluded)
         if allowed is None:

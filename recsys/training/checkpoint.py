@@ -174,7 +174,7 @@ class Checkpoints:
 
 
 def _dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Networks, the optimiser's moments and item frequencies, copied, under flat names."""
+    """Networks, the optimiser's moments, item frequencies and the bandit, copied, under flat names."""
     state: dict[str, torch.Tensor] = {}
     for name, part in _networks(trainer).items():
         for key, value in part.model.state_dict().items():
@@ -183,6 +183,8 @@ def _dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     if trainer.towers:
         for key, array in trainer.towers.frequency.state().items():
             state[f"frequency.{key}"] = torch.from_numpy(np.array(array))
+    if trainer.bandit:
+        state |= {f"bandit.{key}": torch.from_numpy(np.array(array)) for key, array in trainer.bandit.state().items()}
     return state
 
 
@@ -195,11 +197,19 @@ def _restore_dense(trainer: Trainer, state: dict[str, torch.Tensor]) -> None:
     if trainer.towers:
         arrays = {k.removeprefix("frequency."): v.numpy() for k, v in state.items() if k.startswith("frequency.")}
         trainer.towers.frequency.restore(arrays)
+    arrays = {k.removeprefix("bandit."): v.numpy() for k, v in state.items() if k.startswith("bandit.")}
+    if trainer.bandit and arrays:
+        trainer.bandit.restore(arrays)
 
 
 def network_bytes(trainer: Trainer) -> bytes:
-    """The networks alone, as serving needs them: safetensors with names `ranker.model.…` and `towers.model.…`."""
-    return safetensors.torch.save({k: v.contiguous() for k, v in _dense_state(trainer).items() if ".model." in k})
+    """What serving needs beside rows: safetensors with names `ranker.model.…`, `towers.model.…` and `clusters.…`."""
+    state: dict[str, torch.Tensor] = {}
+    for name, part in _networks(trainer).items():
+        state |= {f"{name}.model.{key}": value.contiguous() for key, value in part.model.state_dict().items()}
+    if trainer.bandit:
+        state |= {f"clusters.{key}": torch.from_numpy(array) for key, array in trainer.bandit.published().items()}
+    return safetensors.torch.save(state)
 
 
 def _networks(trainer: Trainer) -> dict[str, Any]:

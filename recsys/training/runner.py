@@ -245,7 +245,8 @@ class Runner:
             self._letters = []
 
     def _publish(self, *, force: bool = False) -> None:
-        training, now = self.config.training, time.monotonic()
+        training, now, bandit = self.config.training, time.monotonic(), self.trainer.bandit
+        force = force or (bandit is not None and bandit.moved)
         if force or now - self._last["rows"] >= training.publish_ms / 1000:
             if self._newest_epoch() > self.epoch:
                 raise Fenced(
@@ -257,6 +258,8 @@ class Runner:
         if force or now - self._last["dense"] >= training.dense_publish_s:
             self.publisher.publish_dense()
             self._last["dense"] = now
+            if bandit is not None:
+                bandit.moved = False
 
     def _checkpoint(self) -> None:
         if (positions := self.checkpoints.poll()) is not None:

@@ -21,6 +21,7 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
 from recsys.table.tables import Tables
+from recsys.training.bandit import BanditLearner
 from recsys.training.joiner import Emission, Joiner
 from recsys.training.learner import Batch, Learner
 from recsys.training.towers import TowerLearner
@@ -44,6 +45,8 @@ class StepReport:
     emissions: list[Emission] = field(default_factory=list)
     skipped_batches: dict[str, int] = field(default_factory=dict)
     """Batches not learned, by task whose gradient was not finite."""
+    rewards: list[str] = field(default_factory=list)
+    """What became of each reward of the bandit."""
     expired: int = 0
 
     def count(self, outcome: str) -> None:
@@ -51,7 +54,7 @@ class StepReport:
 
 
 class Trainer:
-    """Joiner, ranker and towers over one set of tables. Not thread-safe."""
+    """Joiner, ranker, towers and bandit over one set of tables. Not thread-safe."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config = config
@@ -63,6 +66,7 @@ class Trainer:
         self.towers = (
             TowerLearner(config, self.schema, self.tables, self.catalogue) if config.training.two_tower else None
         )
+        self.bandit = BanditLearner(config, self.tables) if config.explores else None
         self.steps = 0
         self.covers_ms = 0
         self.breaker_open = False
@@ -84,6 +88,9 @@ class Trainer:
         if learn:
             self._learn(report, now_ms)
             self._watch(report.emissions)
+        if self.bandit:
+            self.bandit.step(now_ms, learn)
+            report.rewards = self.bandit.take_outcomes()
         self.covers_ms = max(self.covers_ms, now_ms)
         self.steps += 1
         if self.steps % self.config.training.expire_every_steps == 0:
@@ -114,9 +121,17 @@ class Trainer:
             )
         if impression.features:
             decode(self.schema, impression.features)
+        served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
         report.count("impression_" + self.joiner.impression(impression, now_ms))
         if self.towers:
             self.towers.impression(impression)
+        if self.bandit and served:
+            self.bandit.impression(impression, served, now_ms)
+
+    def explored(self, impression: Impression, now_ms: int) -> None:
+        """Let the bandit alone learn from an impression."""
+        if self.bandit and (served := self.bandit.served(impression)):
+            self.bandit.impression(impression, served, now_ms)
 
     def feedback(self, feedback: Feedback, now_ms: int, report: StepReport) -> None:
         if feedback.type == FORGET:
@@ -129,6 +144,8 @@ class Trainer:
             report.count(outcome)
         if self.towers:
             self.towers.feedback(feedback, now_ms)
+        if self.bandit:
+            self.bandit.feedback(feedback, now_ms)
 
     def _learn(self, report: StepReport, now_ms: int) -> None:
         """Train in batches of at most `batch_size` items, never mixing first and later emissions of an item."""
@@ -184,7 +201,7 @@ class Trainer:
         self._rate.clear()
 
     def small_state(self) -> dict[str, Any]:
-        """Everything beside tables, networks and catalogue, as JSON-able values."""
+        """Everything beside tables, networks, bandit and catalogue, as JSON-able values."""
         return {
             "steps": self.steps,
             "covers_ms": self.covers_ms,

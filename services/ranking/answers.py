@@ -38,8 +38,8 @@ _BOOST = {
     "properties": {
         "filters": _FILTERS,
         "sources": {"type": "array", "items": {"type": "string"}},
-        "times": {"type": "number", "minimum": 0, "default": 1},
-        "plus": {"type": "number", "default": 0},
+        "times": {"type": "number", "minimum": 0, "maximum": 1e6, "default": 1},
+        "plus": {"type": "number", "minimum": -1e6, "maximum": 1e6, "default": 0},
     },
 }
 _PIN = {

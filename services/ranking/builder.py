@@ -148,7 +148,15 @@ def main(folder: Path, name: str) -> None:
             raise ParametersUnavailable("the parameter service did not answer")
         return vectors
 
-    job = Job(name=name, towers=towers.eval(), rows=np.asarray(rows), keys=keys, mask=mask, num_rows=len(rows))
+    job = Job(
+        name=name,
+        towers=towers.eval(),
+        rows=np.asarray(rows),
+        keys=keys,
+        mask=mask,
+        num_rows=len(rows),
+        hubness=config.retrieval.hubness,
+    )
     index = build_index(job, item_vectors)
     index.save(folder / "items.index")
     logger.info("%s: %d items indexed in %.1f s", name, len(index), time.monotonic() - started_s)

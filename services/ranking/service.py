@@ -25,6 +25,7 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused
 from recsys.ranking import catalogue_file, snapshot
+from recsys.ranking.bandit import Bandit
 from recsys.ranking.generation import Generations
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, AsOf, Request
@@ -59,11 +60,16 @@ class RankingService:
         self._parameters = GrpcParameters(config.parameter_address, self.schema.hash)
         self.sources = Sources(config, self.schema, Catalogue(self.schema))
         self.scorer = Scorer(config, self.schema, self._parameters)
-        self.generations = Generations(config, self.sources.catalogue, self.scorer, f"g{clock.now_ms():x}-")
+        self.bandit = Bandit(config, self.sources.catalogue, self.scorer) if config.explores else None
+        # A name tells the space of its vectors: no other process, nor this one after a restart, may give it again.
+        prefix = f"g{clock.now_ms():x}-"
+        self.generations = Generations(config, self.sources.catalogue, self.scorer, prefix, self.bandit)
         self.sources.on_counted = self.generations.touched
         self._folder = config.data_dir / "ranking"
         self._builder = Builder(config, self._folder / "generations")
-        self.pipeline = Pipeline(config, self.schema, self.store, self.sources, self.scorer, self.generations)
+        self.pipeline = Pipeline(
+            config, self.schema, self.store, self.sources, self.scorer, self.generations, self.bandit
+        )
         self.consumer = StateConsumer(config, log, clock, self.store, self.sources, self._on_bad)
         self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
         self._catalogue_saved: dict[int, int] = {}
@@ -261,6 +267,8 @@ class RankingService:
                 generations.recall,
             )
         generations.refresh(now_s)
+        if self.bandit is not None:
+            self.bandit.refresh()
         metrics.GENERATION_AGE_SECONDS.set(generations.age_s(now_s))
         metrics.GENERATION_ITEMS.set(generations.num_items)
         metrics.GENERATION_RECALL.set(generations.recall)

@@ -75,6 +75,8 @@ def observe(report: StepReport, seconds: float) -> None:
     for task, count in report.skipped_batches.items():
         metrics.SKIPPED_BATCHES.labels(task).inc(count)
         logger.error("%d batches skipped: the gradient of task %r was not finite", count, task)
+    for outcome in report.rewards:
+        metrics.BANDIT_REWARDS.labels(outcome).inc()
     metrics.TABLE_EXPIRED_ROWS.inc(report.expired)
 
 
@@ -97,6 +99,8 @@ def gauges(runner: Runner, published: list[int]) -> None:
         metrics.SKIPPED_BATCHES.labels(task)  # 0 from the start: an alert on its rate needs the series
     for reading in runner.trainer.learner.readings():
         show_reading(reading)
+    if runner.trainer.bandit:
+        metrics.BANDIT_CLUSTERS.set(len(runner.trainer.bandit.clusters))
     metrics.OPEN_IMPRESSIONS.set(len(runner.trainer.joiner))
     metrics.BREAKER_OPEN.set(runner.trainer.breaker_open)
     metrics.TRAINER_EPOCH.set(runner.epoch)

@@ -173,6 +173,19 @@ def test_sums_do_not_depend_on_order_batches_or_workers(seed: int, workers: int,
     np.testing.assert_allclose(as_of_now(shares), as_of_now([straight]), rtol=1e-9, atol=1e-12)
 
 
+def test_what_was_seen_long_ago_is_fresh_again() -> None:
+    world = BanditWorld(5, SMALL)
+    requests, _ = asked(world)
+    policy = make_policy(PolicyOptions(half_life_s=1.0), SHAPE, np.random.default_rng(0))
+    assert isinstance(policy, Ranked)
+    policy.update(events_of(world, requests, requests.starts[:-1], np.ones(SMALL.rate)))
+    for seconds, seen in ((10, True), (2000, False)):
+        later = replace(requests, now_ms=requests.now_ms + 1000 * seconds)
+        mean, fresh = policy.values.of(later, np.random.default_rng(0))
+        assert np.isfinite(mean).all() and fresh is not None
+        assert fresh[requests.starts[0]] != seen
+
+
 def test_impression_and_late_reward_are_one_event_in_two_parts() -> None:
     world = BanditWorld(5, SMALL)
     requests, _ = asked(world)

@@ -85,8 +85,9 @@ def test_built_beside_is_what_would_be_built_here_with_what_changed_meanwhile(co
     schema = Schema.of(config)
     past = [HistoryEvent(time_ms=1, event_id="e", item_id="item-3", type="click")]
     user = user_features(schema, catalogue, "user-1", past, {}, 10)
-    found, expected = generations.search(user, 400), here.search(user, 400)
-    assert found is not None and expected is not None
+    located, expected_at = generations.locate(user), here.locate(user)
+    assert located is not None and expected_at is not None
+    found, expected = located.search(400), expected_at.search(400)
     assert found[0].tolist() == expected[0].tolist() and len(found[0]) == 300
     np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
     assert catalogue.row("new") in found[0].tolist() and catalogue.row("item-7") not in found[0].tolist()
@@ -146,8 +147,8 @@ def test_searches_go_on_while_generations_are_swapped(config: Config, scorer: Sc
 
     def search() -> None:
         while generations.name != "g6":
-            found = generations.search(user, 50)
-            sizes.append(0 if found is None else len(found[0]))
+            located = generations.locate(user)
+            sizes.append(0 if located is None else len(located.search(50)[0]))
 
     threads = [threading.Thread(target=search) for _ in range(2)]
     for thread in threads:

@@ -13,8 +13,8 @@ import pytest
 from recsys.config import Config, load
 from recsys.evaluation.replay import Event, Options, Replay
 from recsys.events.files import merged
-from recsys.ranking.pipeline import Work
 from recsys.ranking.request import Answer
+from recsys.ranking.work import Work
 from recsys.state.memory import MemoryState
 from recsys.types import Feedback, HistoryEvent, Item, UserUpdate
 from services.cli.convert import convert_kuairand

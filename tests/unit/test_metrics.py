@@ -19,7 +19,19 @@ NO_UNIT = {
     "recsys_parameter_version_step",
     "recsys_parameter_device_info",
 }
-UNITS = ("_total", "_seconds", "_bytes", "_records", "_rows", "_items", "_impressions", "_ratio", "_loss", "_entropy")
+UNITS = (
+    "_total",
+    "_seconds",
+    "_bytes",
+    "_records",
+    "_rows",
+    "_items",
+    "_impressions",
+    "_clusters",
+    "_ratio",
+    "_loss",
+    "_entropy",
+)
 
 
 @pytest.mark.parametrize("name", exported())

@@ -194,3 +194,54 @@ def test_interests_are_searched_each_and_merged(small: tuple[Int32, Float32]) ->
     assert found.tolist() == rows[expected].tolist()
     np.testing.assert_allclose(scores, cosines.max(1)[expected], atol=1e-6)
     assert searcher.search(np.zeros((2, 8), np.float32), 5)[0].tolist() == []
+
+
+@pytest.mark.parametrize("size", [700, 51_000])
+def test_hubs_are_corrected_by_the_published_formula(size: int, tmp_path: Path) -> None:
+    vectors, beta = clustered(size, 8, 8), 6.0
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = np.arange(size, dtype=np.int32)
+    ItemIndex.build(rows, vectors, beta).save(tmp_path / "index")
+    index = ItemIndex.load(tmp_path / "index")
+    assert index.hubs is not None and index.dim == 8
+    new = clustered(3, 8, 9)
+    searcher = Searcher(index)
+    searcher.put(np.arange(size, size + 3, dtype=np.int32), new)
+    everything = np.concatenate([vectors, new / np.linalg.norm(new, axis=1, keepdims=True)]).astype(np.float64)
+    cosines = everything @ index.hubs.bank.astype(np.float64).T
+    weights = np.where(cosines < 1 - 1e-5, np.exp(beta * cosines), np.nan)
+    bias = np.log(np.nanmean(weights, axis=1)) / beta
+    hits = 0
+    for user in clustered(20, 8, 10):
+        truth = everything @ (user / np.linalg.norm(user)) - bias
+        found, scores = searcher.search(user, 30)
+        np.testing.assert_allclose(scores, truth[found], atol=2e-3)
+        hits += np.count_nonzero(truth[found] >= np.sort(truth)[-30] - 2e-3)
+        allowed = np.zeros(size + 3, np.bool_)
+        allowed[::7] = True
+        among = searcher.search(user, 30, (), allowed)[0]
+        assert len(set(among.tolist()) & set(np.argsort(-np.where(allowed, truth, -9))[:30].tolist())) >= 25
+    assert hits >= 0.95 * 20 * 30
+
+
+def test_corrected_hubs_are_in_fewer_lists() -> None:
+    generator = np.random.default_rng(0)
+    vectors = (generator.normal(size=(3000, 32)) + 0.6).astype(np.float32)  # a common part makes hubs
+    rows = np.arange(3000, dtype=np.int32)
+
+    def skewness(hubness: float) -> float:
+        """Of how often each item is among the ten nearest to another: the measure of hubness."""
+        searcher = Searcher(ItemIndex.build(rows, vectors, hubness))
+        counts = np.zeros(3000)
+        for vector in vectors[:1500]:
+            counts[searcher.search(vector, 10)[0]] += 1
+        centred = counts - counts.mean()
+        return float((centred**3).mean() / (centred**2).mean() ** 1.5)
+
+    assert skewness(20.0) < 0.7 * skewness(0.0)
+
+
+def test_items_that_all_look_the_same_are_found_whatever_is_corrected() -> None:
+    vectors = np.ones((60, 4), np.float32)
+    searcher = Searcher(ItemIndex.build(np.arange(60, dtype=np.int32), vectors, 20.0))
+    assert len(searcher.search(vectors[0], 10)[0]) == 10

@@ -135,6 +135,24 @@ def test_caps_diversity_and_coverage_spread_an_answer(diversity: str) -> None:
     assert all(len(set(window[at : at + 4])) == 4 for at in range(9))
 
 
+@pytest.mark.parametrize("kind", ["softmax", "epsilon", "squarecb"])
+def test_the_largest_boosts_and_scores_of_0_leave_probabilities_finite(kind: str) -> None:
+    pipeline, _, ids = ranked(draw_positions="all", draw_kind=kind)
+    boosts = tuple(
+        Boost(
+            filters=parse_filters({"category": f"kind-{n % 3}"}, ("category",)), times=1e6 if n % 2 else 0.0, plus=1e6
+        )
+        for n in range(20)
+    )
+    answer = ask(pipeline, candidates=ids, boosts=(Boost(sources=("caller",), times=0.0), *boosts))
+    assert len(answer.items) == 30
+    for item in answer.items:
+        assert item.pool is not None
+        chances = [p for _, p in item.pool]
+        assert min(chances) > 0
+        assert sum(chances) == pytest.approx(1.0)
+
+
 def test_a_cap_that_leaves_nothing_ends_the_answer_with_a_reason() -> None:
     pipeline, _, ids = ranked(caps=[{"attribute": "category", "most": 1}])
     answer = ask(pipeline, n=60, candidates=ids)
@@ -160,6 +178,11 @@ def test_the_policys_name_tells_configurations_apart() -> None:
         ({"boosts": [{"sources": ["nowhere"]}]}, "'nowhere' is not one of the sources"),
         ({"pins": [{"position": 1, "item_id": "a"}, {"position": 1, "item_id": "b"}]}, "each position"),
         ({"draw_positions": [0]}, "count from 1"),
+        ({"coverage": {"category": float("nan")}}, "slate.coverage.category"),
+        ({"coverage": {"category": -1.0}}, "slate.coverage.category"),
+        ({"fatigue": float("inf")}, "slate.fatigue"),
+        ({"boosts": [{"sources": ["trending"], "plus": float("nan")}]}, "slate.boosts.0.plus"),
+        ({"boosts": [{"sources": ["trending"], "times": 1e7}]}, "slate.boosts.0.times"),
         ({"seen_last": 1001}, "at most state.seen_len"),
         ({"filters": {"category": {"not": "x"}}}, "did you mean 'none'?"),
         ({"boosts": [{"filters": {"category": []}}]}, "slate.boosts[0].filters.category"),
@@ -179,6 +202,7 @@ def test_a_wrong_rule_is_refused_by_name(slate: dict[str, Any], says: str) -> No
         ({"boosts": [{}]}, "boosts[0]", "name filters or sources"),
         ({"boosts": [{"sources": ["nowhere"]}]}, "boosts[0].sources", "trending"),
         ({"boosts": [{"sources": ["trending"], "times": -1}]}, "boosts[0].times", "from 0"),
+        ({"boosts": [{"sources": ["trending"], "plus": 1e7}]}, "boosts[0].plus", "to 1e+06"),
         ({"boosts": [{"filters": {"categry": 1}}]}, "boosts[0].filters.categry", "did you mean 'category'?"),
         ({"pins": [{"position": 0, "item_id": "a"}]}, "pins[0].position", "from 1"),
         ({"pins": [{"position": 1}]}, "pins[0].item_id", "required"),

@@ -13,10 +13,11 @@ from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.ranking.parameters import ParameterStore, Reply
-from recsys.ranking.pipeline import Pipeline, Work
+from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
+from recsys.ranking.work import Work
 from recsys.state.memory import MemoryState
 from recsys.table.base import Layout, Segment, SlotPolicy
 from recsys.testing.world import World

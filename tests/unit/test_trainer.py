@@ -1,12 +1,14 @@
 """The trainer: a restart at any gap gives what running straight through gives, bit for bit."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from recsys.bandit.served import Served
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import Fenced, LogTruncated
@@ -25,7 +27,7 @@ from recsys.streams.memory import MemoryLog
 from recsys.testing.crash import Abort, AbortAt
 from recsys.testing.world import World
 from recsys.training.runner import Runner
-from recsys.types import Feedback
+from recsys.types import Feedback, Impression
 
 GAPS = (
     "journaled",
@@ -66,6 +68,8 @@ EVERYTHING: Mapping[str, Any] = {
         {"name": "both", "types": ["click", "like"], "window_s": 6, "labels": "es_dfm", "wait_s": 1, "group": "watch"},
     ],
     "features": {"sequences": {"clicks": ["click"], "likes": ["like"]}, "time_gaps": True},
+    "retrieval": {"sources": {"covisited": 20, "trending": 20, "bandit": 20}},
+    "bandit": {"clusters": 4, "half_life_s": 0.5, "reward_window_s": 5, "expiry_s": 20},
     "model": {
         "dim": 4,
         "expert_hidden": [8, 4],
@@ -109,7 +113,8 @@ def answered(config: Config) -> MemoryLog:
             candidates=tuple(i.item_id for i in world.items()[number % 40 : number % 40 + 15]),
         )
         answer = pipeline.recommend(request, clock.now_ms())
-        log.append("impression", [(request.user_id, messages.dump_impression(answer.impression))])
+        impressions = explored(answer.impression, number) if config.explores else [answer.impression]
+        log.append("impression", [(request.user_id, messages.dump_impression(one)) for one in impressions])
         shown = [item.item_id for item in answer.items]
         for item_id, clicked in zip(shown, world.clicks(user, shown), strict=True):
             if clicked:
@@ -123,6 +128,25 @@ def answered(config: Config) -> MemoryLog:
                 )
                 log.append("feedback", [(request.user_id, messages.dump_feedback(event))])
     return log
+
+
+def explored(impression: Impression, number: int) -> list[Impression]:
+    """The impression as a bandit would have served it, among three that only a bandit can learn from."""
+    rng, size = np.random.default_rng(number), min(4, 1 + number // 10)
+    found = []
+    for extra in range(4):
+        served = Served(
+            generation=f"g{number // 40}",
+            clusters=np.arange(size),
+            weights=np.sort(rng.dirichlet(np.ones(size)).astype(np.float32))[::-1],
+            vector=rng.normal(size=4).astype(np.float32),
+            edges=rng.integers(0, 2**size, len(impression.items)).astype(np.uint64),
+        )
+        found.append(replace(impression, bandit=served.encode()))
+        if extra:
+            other = f"{impression.request_id}-{extra}"
+            found[-1] = replace(found[-1], request_id=other, features=b"", schema="")
+    return found
 
 
 def turns(runner: Runner, clock: ManualClock, until: int) -> Iterator[int]:
@@ -187,6 +211,8 @@ def parameters(runner: Runner) -> dict[str, np.ndarray]:  # type: ignore[type-ar
         }
     for name, value in runner.trainer.learner.model.state_dict().items():
         found[f"dense.{name}"] = value.numpy()
+    if runner.trainer.bandit:
+        found |= {f"bandit.{name}": array for name, array in runner.trainer.bandit.state().items()}
     return found
 
 
@@ -219,6 +245,8 @@ def test_a_crash_changes_nothing_with_every_option_on(gap: str, tmp_path: Path) 
     runner, _, crashes = run(log, tmp_path / "crashed", gap, 47 if gap == "stepped" else 2, EVERYTHING)
     assert crashes == 1 and straight.trainer.towers is not None
     assert straight.trainer.steps > 40 and straight.trainer.learner.model.calibrator is not None
+    assert straight.trainer.bandit is not None and len(straight.trainer.bandit.clusters) > 1
+    assert len(straight.trainer.tables["edge"]) > 20
     crashed = parameters(runner)
     for name, expected in parameters(straight).items():
         np.testing.assert_array_equal(crashed[name], expected, err_msg=name)

@@ -1,0 +1,136 @@
+"""The graph of clusters and items, in which alone the bandit explores: each cluster's nearest items, and the newest ones.
+
+A graph is of one generation and never changes: the next one takes its place. Legend: C clusters, D dimensions, W nearest
+items of a cluster, G newest ones, E edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recsys.bandit.clusters import MEMBERS
+from recsys.types import Float32, Int32, Int64
+
+Search = Callable[[Float32, int], tuple[Int32, Float32]]
+"""The k rows nearest to a vector, best first, and their cosines."""
+MOVED = 0.995
+"""A cluster's nearest items are looked for again once its centroid's cosine to what they were found by is below this: .98 leaves
+a fifth of them stale, .999 searches all the time."""
+NEWEST_SHARE = 0.25
+"""Newest items of a cluster for each nearest one: double halves the time an item stays one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What the trainer tells of its clusters: ids, places [C], centroids [C, D] of a generation (0: not known), how many vectors
+    each is a mean of [C], and the edges' forward decay."""
+
+    ids: Int64
+    places: Int32
+    centroids: Float32
+    weights: Float32
+    generation: str
+    origin_ms: int
+    shift: int
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Published:
+        """From `BanditLearner.published`."""
+        origin_ms, shift = arrays["decay"].tolist()
+        names = ("ids", "places", "centroids", "weights")
+        return cls(
+            **{name: arrays[name] for name in names},
+            generation=arrays["generation"].tobytes().decode(),
+            origin_ms=origin_ms,
+            shift=shift,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """Clusters with a centroid, and the rows of the items that have an edge to each [C, W + G]; -1: none."""
+
+    published: Published
+    ids: Int64
+    places: Int32
+    centroids: Float32
+    rows: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class _Near:
+    """A cluster's nearest items, by which centroid they were found, and the least cosine among them (-1: there is room)."""
+
+    centroid: Float32
+    rows: Int32
+    floor: float
+
+
+class Space:
+    """The graph of one generation, kept up with the clusters and the newest items. One thread changes it, any may read `graph`."""
+
+    def __init__(self, search: Search, neighbours: int, own: Mapping[int, Float32]) -> None:
+        """`own`: what is known of clusters' centroids before the trainer knows them in this generation."""
+        self._search, self._size, self._own = search, neighbours, dict(own)
+        self._newest = int(neighbours * NEWEST_SHARE)
+        self._near: dict[int, _Near] = {}
+        self._rows, self._vectors = np.zeros(0, np.int32), np.zeros((0, 0), np.float32)
+        self.graph: Graph | None = None
+
+    @property
+    def newest(self) -> Int32:
+        """Rows of the items that arrived last."""
+        return self._rows
+
+    def arrive(self, rows: Int32, vectors: Float32, limit: int) -> None:
+        """Items came or changed: rows [n], unit vectors [n, D]. Of all, the newest `limit` are kept."""
+        if not len(rows):
+            return
+        kept = ~np.isin(self._rows, rows)
+        self._vectors = np.concatenate([self._vectors.reshape(-1, vectors.shape[1])[kept], vectors])[-limit:]
+        self._rows = np.concatenate([self._rows[kept], rows])[-limit:]
+
+    def follow(self, published: Published, generation: str) -> None:
+        """Make the next graph; clusters that hardly moved keep their nearest items."""
+        centroids = self._centroids(published, generation)
+        known = np.flatnonzero(centroids.any(1))
+        ids, centroids = published.ids[known], centroids[known]
+        near = {cluster: self._nearest(cluster, at) for cluster, at in zip(ids.tolist(), centroids, strict=True)}
+        self._near = near
+        rows = np.full((len(ids), self._size + self._newest), -1, np.int32)
+        for index, cluster in enumerate(ids.tolist()):
+            rows[index, : len(near[cluster].rows)] = near[cluster].rows
+        if len(self._rows) and len(ids):
+            self._add_newest(rows, centroids, np.array([near[cluster].floor for cluster in ids.tolist()]))
+        self.graph = Graph(published=published, ids=ids, places=published.places[known], centroids=centroids, rows=rows)
+
+    def _centroids(self, published: Published, generation: str) -> Float32:
+        """The trainer's, of this generation and of enough vectors; else our own; else what there is."""
+        same = published.generation == generation
+        centroids = published.centroids.copy() if same else np.zeros_like(published.centroids)
+        for index, cluster in enumerate(published.ids.tolist()):
+            if cluster in self._own and not (same and published.weights[index] >= MEMBERS):
+                centroids[index] = self._own[cluster]
+        return centroids
+
+    def _nearest(self, cluster: int, centroid: Float32) -> _Near:
+        before = self._near.get(cluster)
+        if before is not None and float(before.centroid @ centroid) >= MOVED:
+            return before
+        rows, cosines = self._search(centroid, self._size)
+        return _Near(centroid, rows, float(cosines[-1]) if len(rows) == self._size else -1.0)
+
+    def _add_newest(self, rows: Int32, centroids: Float32, floors: npt.NDArray[np.float64]) -> None:
+        """Each new item has an edge to the cluster nearest to it, and to all that it is among the nearest items of."""
+        cosines = self._vectors @ centroids.T
+        joins = cosines > floors
+        joins[np.arange(len(cosines)), cosines.argmax(1)] = True
+        for cluster in np.flatnonzero(joins.any(0)).tolist():
+            new = self._rows[joins[:, cluster]]
+            new = new[~np.isin(new, rows[cluster, : self._size])][-self._newest :]
+            rows[cluster, self._size : self._size + len(new)] = new

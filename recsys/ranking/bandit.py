@@ -1,0 +1,204 @@
+"""The source `bandit`: a user's clusters, their items, what the edges say of them, and what is logged of it.
+
+Legend: K active clusters, D dimensions, N shown items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from recsys import metrics
+from recsys.bandit.graph import NEWEST_SHARE, Graph, Published, Space
+from recsys.bandit.score import Edges, Rule, Scores, best, choose, cluster_weights, score, warm_up
+from recsys.bandit.served import Served
+from recsys.config import Config
+from recsys.decay import ForwardDecay
+from recsys.features.build import UserFeatures
+from recsys.features.catalogue import Catalogue
+from recsys.model.plan import Block
+from recsys.model.two_tower import TwoTower
+from recsys.ranking.scorer import Scorer
+from recsys.retrieval.searcher import Searcher
+from recsys.types import Bool, Float32, Int32, Int64
+
+RECENT = 2000
+"""Requests of late by which clusters find their place in a new generation: half leaves 256 clusters 4 each, double takes
+another 4 MB and as many vectors to compute."""
+AT_ONCE = 250
+"""Their vectors are computed so many at a time, so that no request waits long for the interpreter."""
+
+
+class Recent(NamedTuple):
+    """A request of late: its user, and the cluster nearest to them."""
+
+    user: UserFeatures
+    cluster: int
+
+
+@dataclass(slots=True)
+class Active:
+    """What a request's user is to the bandit: their vector and active clusters [K], nearest first; the graph, once there is one."""
+
+    generation: str
+    vector: Float32
+    graph: Graph | None
+    at: Int64
+    """Which of the graph's clusters are active [K]."""
+    clusters: Int64
+    weights: Float32
+    fresh: Int64
+    """Rows of items with an edge to them of which some edge was never shown; filled by `candidates`."""
+
+
+class Bandit:
+    """Graphs of the generations in use. One thread prepares and refreshes; requests come from any."""
+
+    def __init__(self, config: Config, catalogue: Catalogue, scorer: Scorer) -> None:
+        self._config, self._catalogue, self._scorer = config.bandit, catalogue, scorer
+        self._newest = int(config.bandit.neighbours * NEWEST_SHARE) * config.bandit.clusters
+        self._rule = Rule(published=not config.bandit.normalised, fresh_above=config.bandit.fresh_above)
+        self._spaces: dict[str, Space] = {}
+        self._published: Published | None = None
+        self.recent: deque[Recent] = deque(maxlen=RECENT)
+
+    def prepare(self, name: str, searcher: Searcher, towers: TwoTower, changed: Sequence[int] = ()) -> None:
+        """Find the clusters' places and items in a generation that is about to be used; the one before stays for requests under way.
+
+        `changed`: rows that are new in it.
+        """
+        warm_up()  # not in the first request
+        space = Space(searcher.search, self._config.neighbours, self._own_centroids(towers))
+        older = list(self._spaces.values())[-1:]
+        rows = np.concatenate([*(space.newest for space in older), np.array(changed, np.int32)])[-self._newest :]
+        self._arrive(space, rows[self._catalogue.alive[rows]], towers)
+        published = self._scorer.clusters
+        if published is not None:
+            space.follow(published, name)
+        self._spaces = {**dict(list(self._spaces.items())[-1:]), name: space}
+
+    def _own_centroids(self, towers: TwoTower) -> dict[int, Float32]:
+        """Each cluster's mean of its users of late, as these towers see them."""
+        recent = list(self.recent)
+        sums: dict[int, Float32] = {}
+        for start in range(0, len(recent), AT_ONCE):
+            part = recent[start : start + AT_ONCE]
+            vectors = self._scorer.user_vectors([one.user for one in part], towers)
+            for one, vector in zip(part, map(_of_interests, vectors), strict=True):
+                if np.isfinite(vector).all():
+                    sums[one.cluster] = sums.get(one.cluster, np.float32(0)) + vector
+        norms = {cluster: float(np.linalg.norm(vector)) for cluster, vector in sums.items()}
+        return {cluster: vector / np.float32(norms[cluster]) for cluster, vector in sums.items() if norms[cluster] > 0}
+
+    def arrived(self, name: str, rows: Sequence[int], towers: TwoTower) -> None:
+        """Items are new, or changed: they get their edges with the next `refresh`."""
+        if rows and name in self._spaces:
+            self._arrive(self._spaces[name], np.array(rows, np.int32)[-self._newest :], towers)
+            self._published = None
+
+    def _arrive(self, space: Space, rows: Int32, towers: TwoTower) -> None:
+        if not len(rows):
+            return
+        vectors = self._scorer.item_vectors(self._catalogue.keys[rows], self._catalogue.mask[rows], towers)
+        known = np.isfinite(vectors).all(1) & vectors.any(1)
+        space.arrive(rows[known], vectors[known], self._newest)
+
+    def refresh(self) -> None:
+        """Follow what the trainer tells of its clusters, and the items that arrived."""
+        published = self._scorer.clusters
+        if published is None or published is self._published:
+            return
+        for name, space in list(self._spaces.items())[-1:]:
+            space.follow(published, name)
+        self._published = published
+
+    def activate(self, name: str, user: UserFeatures, vector: Float32) -> Active | None:
+        """The clusters nearest to a user's vector [D] (of several interests [I, D]: to their mean) in a generation; before any has
+        a centroid, the first one. None: there is none."""
+        vector = _of_interests(vector)
+        space = self._spaces.get(name)
+        graph = space.graph if space else None
+        published = graph.published if graph else self._scorer.clusters
+        if published is None or not np.isfinite(vector).all() or not vector.any():
+            return None
+        nothing, at = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        clusters, weights = published.ids[:1], np.ones(1, np.float32)
+        if graph is not None and len(graph.ids):
+            at, weights = cluster_weights(vector, graph.centroids, self._config.active, self._config.temperature)
+            clusters = graph.ids[at]
+        self.recent.append(Recent(user, int(clusters[0])))
+        return Active(name, vector, graph, at, clusters, weights, nothing)
+
+    def candidates(
+        self, active: Active, quota: int, request_id: str, now_ms: int, forbidden: Collection[int], allowed: Bool | None
+    ) -> tuple[Int32, Float32]:
+        """The `quota` best items with an edge to an active cluster, best first, and scores that fall with their rank."""
+        if active.graph is None or not len(active.at):
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        cluster, rows = self._edges(active.graph.rows[active.at], forbidden, allowed)
+        places = active.graph.places[active.at][cluster]
+        d, n, b = self._scorer.rows(Block(layout="edge", slots=places, keys=self._catalogue.keys[rows, 0])).T.copy()
+        scale = self._decayed(active.graph.published, now_ms)
+        scores = score(active.weights, Edges(cluster, rows, d, n, b, scale), self._rule)
+        chosen = self._choose(scores, quota, request_id)
+        active.fresh = scores.items[scores.fresh]
+        return scores.items[chosen].astype(np.int32), np.arange(len(chosen), 0, -1, dtype=np.float32)
+
+    def _edges(self, rows: Int32, forbidden: Collection[int], allowed: Bool | None) -> tuple[Int64, Int64]:
+        """Which of the clusters and which item, for each edge among rows [K, W + G] that may be shown."""
+        passing = self._catalogue.alive if allowed is None else allowed
+        keep = (rows >= 0) & (rows < len(passing))
+        keep[keep] = passing[rows[keep]]
+        if forbidden:
+            keep &= ~np.isin(rows, np.fromiter(forbidden, np.int32, len(forbidden)))
+        return np.nonzero(keep)[0], rows[keep].astype(np.int64)
+
+    def _decayed(self, published: Published, now_ms: int) -> float:
+        if not self._config.half_life_s:
+            return 1.0
+        decay = ForwardDecay(self._config.half_life_s)
+        decay.restore(published.origin_ms, published.shift)
+        return decay.decay(now_ms)
+
+    def _choose(self, scores: Scores, quota: int, request_id: str) -> Int64:
+        """The rows of the chosen scores, best first; what is random is seeded by the request."""
+        digest = hashlib.blake2b(request_id.encode(), digest_size=8, person=b"bandit").digest()
+        rng, bandit = np.random.default_rng(int.from_bytes(digest, "little")), self._config
+        if bandit.policy == "diag_linucb":
+            return choose(scores, quota, bandit.alpha, rng)
+        if bandit.policy == "thompson":
+            noise = rng.standard_normal(len(scores.mean), np.float32)
+            return best(scores.mean + np.float32(bandit.alpha) * scores.width * noise, quota, rng, scores.fresh)
+        order = best(scores.mean, len(scores.mean), rng)
+        drawn = rng.random(len(order)) < bandit.epsilon * (np.arange(len(order)) < quota)
+        order[:quota][drawn[:quota]] = rng.permutation(order[quota:])[: drawn[:quota].sum()]
+        return order[:quota]
+
+    def served(self, active: Active, shown: Int32) -> bytes:
+        """What an impression of the items at rows `shown` [N] says of the bandit."""
+        edges = np.zeros(len(shown), np.uint64)
+        if active.graph is not None and len(active.at):
+            rows = active.graph.rows[active.at]
+            has = (rows[None] == shown[:, None, None]).any(2)
+            known, fresh = has.any(1), np.isin(shown, active.fresh)
+            metrics.BANDIT_SHOWN.labels("fresh").inc(int((known & fresh).sum()))
+            metrics.BANDIT_SHOWN.labels("known").inc(int((known & ~fresh).sum()))
+            edges = (has.astype(np.uint64) << np.arange(len(active.at), dtype=np.uint64)).sum(1, dtype=np.uint64)
+        return Served(
+            generation=active.generation,
+            clusters=active.clusters,
+            weights=active.weights,
+            vector=active.vector,
+            edges=edges,
+        ).encode()
+
+
+def _of_interests(vector: Float32) -> Float32:
+    """One vector [D] for a user: the mean of several interests."""
+    mean: Float32 = vector if vector.ndim == 1 else vector.mean(0)
+    return mean

@@ -1,0 +1,268 @@
+"""The bandit, learning: impressions and rewards of logged requests become sums on edges, user vectors become clusters.
+
+An edge is a row of the table `edge`: slot = the cluster's place, key = the item's, values d = Σ w², n = Σ w (added when the
+item counts as shown) and b = Σ w r (added when it is rewarded), w being the cluster's weight as served. A sum does not care
+for order, batch or who adds it. With a half-life, what is added at log time t weighs 2^(t / half-life) (forward decay), by
+the impression's time, so that a late reward weighs as much as what it rewards.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recsys.bandit.clusters import Clusters, Drop, Split
+from recsys.bandit.served import Served, UInt64, decode
+from recsys.config import Config
+from recsys.decay import ForwardDecay
+from recsys.errors import BadInput
+from recsys.events.recent import Recent
+from recsys.keys import joined, key_of, split
+from recsys.table.base import Rows, Table
+from recsys.table.tables import Tables
+from recsys.types import Feedback, Float32, Impression, Int32, Int64, UInt8
+
+Arrays = dict[str, npt.NDArray[Any]]
+MAX_EXPONENT = 64
+"""Half-lives after which all edges are rescaled: float32 holds 127, and a sum may be large itself."""
+SHOWN, REWARDED = 1, 2
+"""Bits of what became of an item of an open impression."""
+CURSOR = "edges of a place"
+_VIEW = "view"
+
+
+@dataclass(slots=True)
+class _Open:
+    """An impression that may still be rewarded: its active clusters [K], their weights, its items' keys [N] and edges [N]."""
+
+    time_ms: int
+    clusters: Int64
+    weights: Float32
+    keys: Int64
+    edges: UInt64
+    became: UInt8
+
+
+class BanditLearner:
+    """Pure: everything is decided by the records and the log times passed in. Not thread-safe."""
+
+    def __init__(self, config: Config, tables: Tables) -> None:
+        bandit = config.bandit
+        self._table: Table = tables["edge"]
+        self._dim = config.model.tower_dim
+        self.clusters = Clusters(self._dim, bandit.clusters)
+        self._decay = ForwardDecay(bandit.half_life_s, MAX_EXPONENT) if bandit.half_life_s else None
+        self._rewards, self._window_ms = set(bandit.reward_types), int(bandit.reward_window_s * 1000)
+        self._requests = Recent()
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._early: OrderedDict[str, tuple[int, list[tuple[int, str]]]] = OrderedDict()
+        """Feedback ahead of its impression: (item key, type) by request."""
+        self._due: list[tuple[_Open, Int64, int]] = []
+        """Items (by number) of an impression that count as shown, or as rewarded, since the last step."""
+        self._outcomes: list[str] = []
+        self.moved = False
+        """Clusters were split or dropped, or sums rescaled, and nobody was told yet."""
+
+    def served(self, impression: Impression) -> Served | None:
+        """What an impression says of the bandit; BadInput for what it cannot mean."""
+        if not impression.bandit:
+            return None
+        served = decode(impression.bandit, len(impression.items))
+        if len(served.vector) != self._dim:
+            raise BadInput(
+                f"bandit has a user vector of {len(served.vector)}, model.tower_dim is {self._dim}: restart ranking and trainer with "
+                "one configuration",
+                field="bandit",
+            )
+        return served
+
+    def impression(self, message: Impression, served: Served, now_ms: int) -> None:
+        """Learn the user's vector; count edges shown, and open them for rewards. A duplicate does nothing."""
+        if not self._requests.add(message.request_id, now_ms):
+            return
+        self.clusters.add(served.vector, served.generation, served.clusters)
+        with_edge = np.flatnonzero(served.edges)
+        opened = _Open(
+            time_ms=now_ms,
+            clusters=served.clusters,
+            weights=served.weights,
+            keys=np.array([key_of(message.items[index].item_id) for index in with_edge.tolist()], np.int64),
+            edges=served.edges[with_edge],
+            became=np.zeros(len(with_edge), np.uint8),
+        )
+        self._open[message.request_id] = opened
+        if message.activation != "deferred":
+            opened.became[:] = SHOWN
+            self._due.append((opened, np.arange(len(with_edge)), SHOWN))
+        _, early = self._early.pop(message.request_id, (0, []))
+        for key, kind in early:
+            self._happened(opened, key, kind, now_ms)
+
+    def feedback(self, message: Feedback, now_ms: int) -> None:
+        """Reward an item, or count it as shown (`view`, where that was deferred)."""
+        if message.request_id is None or not (message.type in self._rewards or message.type == _VIEW):
+            return
+        opened, key = self._open.get(message.request_id), key_of(message.item_id)
+        if opened is not None:
+            self._happened(opened, key, message.type, now_ms)
+        elif self._requests.contains(message.request_id):
+            self._settle(message.type, "too_late")
+        else:
+            self._early.setdefault(message.request_id, (now_ms, []))[1].append((key, message.type))
+
+    def _happened(self, opened: _Open, key: int, kind: str, now_ms: int) -> None:
+        at = np.flatnonzero(opened.keys == key)
+        if now_ms - opened.time_ms > self._window_ms:
+            self._settle(kind, "too_late")
+        elif not len(at):
+            self._settle(kind, "no_edge")
+        elif kind in self._rewards:
+            self._settle(kind, "duplicate" if opened.became[at[0]] & REWARDED else "rewarded")
+            self._becomes(opened, at, REWARDED)
+        else:
+            self._becomes(opened, at, SHOWN)
+
+    def _becomes(self, opened: _Open, at: Int64, what: int) -> None:
+        """A reward of an item that does not count as shown yet waits until it does."""
+        before = int(opened.became[at[0]])
+        opened.became[at[0]] |= what
+        for bit in (SHOWN, REWARDED):
+            ready = before | what
+            if ready & SHOWN and ready & bit and not (before & SHOWN and before & bit):
+                self._due.append((opened, at, bit))
+
+    def _settle(self, kind: str, outcome: str) -> None:
+        if kind in self._rewards:
+            self._outcomes.append(outcome)
+
+    def take_outcomes(self) -> list[str]:
+        """What became of each reward since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def step(self, now_ms: int, learn: bool) -> None:
+        """Add up what is due, forget impressions that cannot be rewarded any more, split and drop clusters."""
+        due, self._due = self._due, []
+        if self._decay is not None and (factor := self._decay.rescale(now_ms)) is not None:
+            self._rescale(factor)
+        if due and learn:
+            self._add(due, now_ms)
+        oldest = now_ms - self._window_ms
+        while self._open and next(iter(self._open.values())).time_ms < oldest:
+            self._open.popitem(last=False)
+        while self._early and next(iter(self._early.values()))[0] < oldest:
+            _, (_, never) = self._early.popitem(last=False)
+            for _, kind in never:
+                self._settle(kind, "no_impression")
+        for change in self.clusters.step():
+            self._follow(change)
+
+    def _add(self, due: Sequence[tuple[_Open, Int64, int]], now_ms: int) -> None:
+        place_of = dict(zip(self.clusters.ids.tolist(), self.clusters.places.tolist(), strict=True))
+        slots, keys, sums = zip(*(self._sums(*one, place_of) for one in due), strict=True)
+        self.add_sums(np.concatenate(slots), np.concatenate(keys), np.concatenate(sums), now_ms)
+
+    def _sums(self, opened: _Open, items: Int64, what: int, place_of: dict[int, int]) -> tuple[Int32, Int64, Float32]:
+        """The edges of some items of an impression, and what is added to each: slots, keys [E], sums [E, 3]."""
+        active = np.arange(len(opened.clusters), dtype=np.uint64)
+        bits = opened.edges[items][:, None] >> active & np.uint64(1)
+        places = np.array([place_of.get(cluster, -1) for cluster in opened.clusters.tolist()], np.int32)
+        item, cluster = np.nonzero(bits.astype(np.bool_) & (places >= 0))
+        weights = opened.weights[cluster].astype(np.float64)
+        scale = 1.0 if self._decay is None else self._decay.weight(opened.time_ms)
+        sums = np.zeros((len(item), 3), np.float32)
+        if what == SHOWN:
+            sums[:, 0], sums[:, 1] = weights * weights * scale, weights * scale
+        else:
+            sums[:, 2] = weights * scale
+        return places[cluster], opened.keys[items][item], sums
+
+    def add_sums(self, slots: Int32, keys: Int64, sums: Float32, now_ms: int) -> None:
+        """Add sums [E, 3] to edges; edges that are not there yet begin at 0."""
+        self._table.lookup_train(slots, keys, now_ms)
+        self._table.apply_gradients(slots, keys, -sums, now_ms)
+
+    def _follow(self, change: Split | Drop) -> None:
+        self.moved = True
+        rows = self._rows(change.parent if isinstance(change, Split) else change.place)
+        if isinstance(change, Drop):
+            self._table.remove(rows.slots, rows.keys)
+            return
+        rows = replace(rows, values=rows.values * np.float32(0.5))
+        self._table.restore(rows)
+        self._table.restore(replace(rows, slots=np.full_like(rows.slots, change.child)))
+
+    def _rows(self, place: int | None = None) -> Rows:
+        """All edges, or those of one place."""
+        touched = self._table.touched(CURSOR)
+        self._table.release(CURSOR)
+        chosen = np.ones(len(touched.keys), np.bool_) if place is None else touched.slots == place
+        return self._table.export(touched.slots[chosen], touched.keys[chosen])
+
+    def _rescale(self, factor: float) -> None:
+        self.moved = True
+        rows = self._rows()
+        self._table.restore(replace(rows, values=rows.values * np.float32(factor)))
+
+    def published(self) -> Arrays:
+        """What serving needs beside the edges: clusters' ids, places and centroids, of which generation; the decay's origin."""
+        origin = (-(2**63), 0) if self._decay is None else self._decay.state()
+        return {
+            "ids": self.clusters.ids.copy(),
+            "places": self.clusters.places.copy(),
+            "centroids": self.clusters.centroids(),
+            "weights": self.clusters.weights(),
+            "generation": np.frombuffer(self.clusters.generation.encode(), np.uint8).copy(),
+            "decay": np.array(origin, np.int64),
+        }
+
+    def state(self) -> Arrays:
+        """Everything but the edges, as arrays."""
+        opened = list(self._open.values())
+        early = [(r, t, k, kind) for r, (t, events) in self._early.items() for k, kind in events]
+        return {
+            **{f"clusters.{name}": array for name, array in self.clusters.state().items()},
+            **{f"requests.{name}": array for name, array in self._requests.state().items()},
+            "decay": np.array((-(2**63), 0) if self._decay is None else self._decay.state(), np.int64),
+            "open.ids": joined(self._open),
+            "open.times": np.array([o.time_ms for o in opened], np.int64),
+            "open.sizes": np.array([(len(o.clusters), len(o.keys)) for o in opened], np.int64).reshape(-1, 2),
+            "open.clusters": _flat([o.clusters for o in opened], np.int64),
+            "open.weights": _flat([o.weights for o in opened], np.float32),
+            "open.keys": _flat([o.keys for o in opened], np.int64),
+            "open.edges": _flat([o.edges.view(np.int64) for o in opened], np.int64),
+            "open.became": _flat([o.became for o in opened], np.uint8),
+            "early.ids": joined(r for r, _, _, _ in early),
+            "early.types": joined(kind for _, _, _, kind in early),
+            "early.events": np.array([(t, k) for _, t, k, _ in early], np.int64).reshape(-1, 2),
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Load what `state` returned."""
+        self.clusters.restore(_part(state, "clusters."))
+        self._requests.restore(_part(state, "requests."))
+        if self._decay is not None:
+            self._decay.restore(*state["decay"].tolist())
+        opened = _part(state, "open.")
+        clusters_end, items_end = opened["sizes"].cumsum(0).T
+        of_clusters = [np.split(opened[name], clusters_end[:-1]) for name in ("clusters", "weights")]
+        of_items = [np.split(opened[name], items_end[:-1]) for name in ("keys", "edges", "became")]
+        rows = zip(split(opened["ids"]), opened["times"].tolist(), *of_clusters, *of_items, strict=False)
+        self._open = OrderedDict((r, _Open(t, c, w, k, e.view(np.uint64), b.copy())) for r, t, c, w, k, e, b in rows)
+        for r, (t, key), kind in zip(
+            split(state["early.ids"]), state["early.events"].tolist(), split(state["early.types"]), strict=True
+        ):
+            self._early.setdefault(r, (t, []))[1].append((key, kind))
+
+
+def _flat(parts: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, kind), *parts])
+
+
+def _part(state: Arrays, prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}

@@ -1,0 +1,299 @@
+"""The bandit's learner: sums as by hand, each reward once, in any order; clusters split and dropped with their edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys.bandit.clusters import Drop, Split
+from recsys.bandit.served import Served, decode
+from recsys.config import Config, parse
+from recsys.errors import BadInput
+from recsys.keys import key_of
+from recsys.model.layouts import edges
+from recsys.table.segments import shard_of
+from recsys.table.tables import Tables
+from recsys.training.bandit import BanditLearner
+from recsys.types import Feedback, Float32, Impression, ShownItem
+
+DIM = 4
+T0 = 1_000_000_000
+
+
+def config(**bandit: Any) -> Config:
+    return parse(
+        {
+            "model": {"tower_dim": DIM},
+            "retrieval": {"sources": {"bandit": 10}},
+            "table": {"capacity": 5000},
+            "bandit": {"clusters": 8, "half_life_s": 0, "reward_window_s": 60} | bandit,
+        }
+    )
+
+
+def learner(**bandit: Any) -> BanditLearner:
+    settings = config(**bandit)
+    return BanditLearner(settings, Tables([edges(settings.bandit, 5000)], "reference"))
+
+
+def shown(
+    request: str, items: Sequence[str], clusters: Sequence[int], weights: Sequence[float], bits: Sequence[int]
+) -> Impression:
+    served = Served(
+        generation="g1",
+        clusters=np.array(clusters, np.int64),
+        weights=np.array(weights, np.float32),
+        vector=np.ones(DIM, np.float32),
+        edges=np.array(bits, np.uint64),
+    )
+    return Impression(
+        request_id=request,
+        user_id="u",
+        time_ms=0,
+        items=tuple(ShownItem(item_id=i, position=n) for n, i in enumerate(items, start=1)),
+        bandit=served.encode(),
+    )
+
+
+def show(bandit: BanditLearner, impression: Impression, now_ms: int = T0) -> None:
+    served = bandit.served(impression)
+    assert served is not None
+    bandit.impression(impression, served, now_ms)
+
+
+def act(request: str | None, item: str, kind: str = "click") -> Feedback:
+    return Feedback(event_id="e", user_id="u", item_id=item, type=kind, time_ms=0, request_id=request)
+
+
+def sums(bandit: BanditLearner, place: int, item: str) -> list[float]:
+    """d, n, b of an edge."""
+    values, _ = bandit._table.lookup(np.array([place], np.int32), np.array([key_of(item)]))
+    return [float(v) for v in values[0]]
+
+
+def three_clusters(bandit: BanditLearner) -> None:
+    """Clusters 0, 1, 2 at places 0, 1, 2."""
+    state = bandit.clusters.state()
+    for name in ("sums", "weights", "mass"):
+        state[name] = np.repeat(state[name], 3, 0)
+    state |= {"ids": np.arange(3), "places": np.arange(3, dtype=np.int32), "counts": np.array([3, 0, 0])}
+    bandit.clusters.restore(state)
+
+
+def test_an_impression_adds_squares_and_weights_and_a_reward_adds_its_weight() -> None:
+    bandit = learner()
+    three_clusters(bandit)
+    show(bandit, shown("r", ["a", "b", "c"], [2, 0, 1], [0.5, 0.3, 0.2], [0b111, 0b010, 0]))
+    bandit.feedback(act("r", "a"), T0 + 5)
+    bandit.step(T0 + 10, learn=True)
+    assert sums(bandit, 2, "a") == pytest.approx([0.25, 0.5, 0.5])
+    assert sums(bandit, 0, "a") == pytest.approx([0.09, 0.3, 0.3])
+    assert sums(bandit, 1, "a") == pytest.approx([0.04, 0.2, 0.2])
+    assert sums(bandit, 0, "b") == pytest.approx([0.09, 0.3, 0.0])
+    assert sums(bandit, 1, "b") == [0, 0, 0], "no edge, no sums"
+    assert len(bandit._table) == 4 and bandit.take_outcomes() == ["rewarded"]
+
+
+def test_each_item_of_a_request_is_rewarded_once_and_only_where_it_was_shown_in_time() -> None:
+    bandit = learner()
+    show(bandit, shown("r", ["a", "b", "c"], [0], [1.0], [1, 1, 0]))
+    show(bandit, shown("r", ["a", "b", "c"], [0], [1.0], [1, 1, 0]))  # a duplicate
+    for request, item, kind, after_ms in [
+        ("r", "a", "click", 1),
+        ("r", "a", "like", 2),  # duplicate
+        ("r", "b", "rating", 3),  # no reward
+        ("r", "c", "click", 4),  # no edge
+        (None, "a", "click", 5),  # of no request
+        ("r", "b", "click", 60_001),  # too late
+        ("other", "b", "click", 60_002),  # never shown
+    ]:
+        bandit.feedback(act(request, item, kind), T0 + after_ms)
+    bandit.step(T0 + 60_003, learn=True)
+    assert sums(bandit, 0, "a") == [1, 1, 1] and sums(bandit, 0, "b") == [1, 1, 0]
+    bandit.feedback(act("r", "b"), T0 + 60_004)
+    bandit.step(T0 + 200_000, learn=True)
+    outcomes = ["rewarded", "duplicate", "no_edge", "too_late", "too_late", "no_impression"]
+    assert bandit.take_outcomes() == outcomes
+    assert sums(bandit, 0, "b") == [1, 1, 0]
+
+
+def test_a_reward_ahead_of_its_impression_waits_for_it() -> None:
+    bandit = learner()
+    bandit.feedback(act("r", "a"), T0)
+    bandit.step(T0 + 1, learn=True)
+    show(bandit, shown("r", ["a"], [0], [1.0], [1]), T0 + 2)
+    bandit.step(T0 + 3, learn=True)
+    assert sums(bandit, 0, "a") == [1, 1, 1] and bandit.take_outcomes() == ["rewarded"]
+
+
+def test_deferred_items_count_once_viewed() -> None:
+    bandit = learner()
+    show(bandit, replace(shown("r", ["a", "b"], [0], [0.5], [1, 1]), activation="deferred"))
+    bandit.feedback(act("r", "a"), T0 + 1)
+    bandit.step(T0 + 2, learn=True)
+    assert len(bandit._table) == 0, "rewarded, but it does not count as shown yet"
+    bandit.feedback(act("r", "a", "view"), T0 + 3)
+    bandit.feedback(act("r", "a", "view"), T0 + 4)
+    bandit.step(T0 + 5, learn=True)
+    assert sums(bandit, 0, "a") == [0.25, 0.5, 0.5] and sums(bandit, 0, "b") == [0, 0, 0]
+
+
+def test_a_cluster_that_is_gone_is_ignored() -> None:
+    bandit = learner()
+    show(bandit, shown("r", ["a"], [99, 0], [0.75, 0.25], [0b11]))
+    bandit.step(T0, learn=True)
+    assert len(bandit._table) == 1 and sums(bandit, 0, "a") == [0.0625, 0.25, 0]
+
+
+def test_nothing_is_added_while_learning_is_skipped() -> None:
+    bandit = learner()
+    show(bandit, shown("r", ["a"], [0], [1.0], [1]))
+    bandit.step(T0, learn=False)
+    bandit.step(T0 + 1, learn=True)
+    assert len(bandit._table) == 0
+
+
+def test_forgetting_keeps_means_and_halves_what_counts() -> None:
+    """Each half-life, what is known weighs half; the mean stays, and a late reward weighs as much as its impression."""
+    bandit = learner(half_life_s=1.0)
+    for number in range(400):  # 200 half-lives: more than float32 holds without rescaling
+        now = T0 + 500 * number
+        show(bandit, shown(f"r{number}", ["a"], [0], [0.5], [1]), now)
+        if number % 4 == 0:
+            bandit.feedback(act(f"r{number}", "a"), now + 400)
+        bandit.step(now + 400, learn=True)
+    d, n, b = sums(bandit, 0, "a")
+    assert bandit._decay is not None
+    factor = bandit._decay.decay(now)
+    ages = 0.5 * np.arange(399, -1, -1.0)
+    weights = 0.5**ages
+    assert n * factor == pytest.approx(0.5 * weights.sum(), rel=1e-5)
+    assert d * factor == pytest.approx(0.25 * weights.sum(), rel=1e-5)
+    assert b * factor == pytest.approx(0.5 * weights[::4].sum(), rel=1e-5)
+    assert bandit.moved, "serving must hear of the new scale"
+
+
+def test_a_split_halves_every_edge_of_the_parent_and_a_drop_removes_them() -> None:
+    bandit = learner()
+    three_clusters(bandit)
+    show(bandit, shown("r", ["a", "b"], [0, 1], [0.5, 0.25], [0b11, 0b01]))
+    bandit.feedback(act("r", "b"), T0)
+    bandit.step(T0, learn=True)
+    bandit._follow(Split(parent=0, child=5))
+    for place in (0, 5):
+        assert sums(bandit, place, "a") == [0.125, 0.25, 0] and sums(bandit, place, "b") == [0.125, 0.25, 0.25]
+    assert sums(bandit, 1, "a") == [0.0625, 0.25, 0]
+    seen = bandit._table.export(np.array([5], np.int32), np.array([key_of("a")])).last_seen_ms
+    assert seen[0] == T0, "a split does not make an edge look as if it was shown"
+    bandit._follow(Drop(place=0))
+    assert sums(bandit, 0, "a") == [0, 0, 0] and len(bandit._table) == 3
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.integers(0, 4),  # item
+        st.lists(st.floats(2**-7, 1.0, width=32), min_size=3, max_size=3),
+        st.integers(1, 7),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+def collected(events: Sequence[Any], order: Sequence[int], cuts: set[int], workers: int = 1) -> Float32:
+    """Sums [3 places, 5 items, 3] after the impressions and rewards in this order, a step after each cut; by so many workers,
+    each with the edges that are its own."""
+    total = np.zeros((3, 5, 3), np.float32)
+    slots, keys = (a.ravel() for a in np.meshgrid(np.arange(3, dtype=np.int32), np.arange(5), indexing="ij"))
+    for worker in range(workers):
+        bandit = learner()
+        three_clusters(bandit)
+        mine = shard_of(slots, keys, workers) == worker
+        for number, index in enumerate(order):
+            item, weights, bits, rewarded = events[index]
+            for edge in range(3):
+                if not mine[(slots == edge) & (keys == item)][0]:
+                    bits &= ~(1 << edge)
+            show(bandit, shown(f"r{index}", [str(item)], [0, 1, 2], weights, [bits]))
+            if rewarded:
+                bandit.feedback(act(f"r{index}", str(item)), T0)
+            if number in cuts:
+                bandit.step(T0, learn=True)
+        bandit.step(T0, learn=True)
+        total += bandit._table.lookup(slots, keys)[0].reshape(3, 5, 3)
+    return total
+
+
+@given(events=EVENTS, data=st.data())
+@settings(deadline=None, max_examples=30)
+def test_sums_do_not_depend_on_order_batch_or_number_of_workers(events: Sequence[Any], data: st.DataObject) -> None:
+    """Within float32's rounding of each addition: 40 of them, half an ulp each."""
+    expected = np.zeros((3, 5, 3))
+    for item, weights, bits, rewarded in events:
+        for edge in range(3):
+            if bits >> edge & 1:
+                w = float(np.float32(weights[edge]))
+                expected[edge, item] += (w * w, w, w * rewarded)
+    order = data.draw(st.permutations(range(len(events))))
+    cuts = data.draw(st.sets(st.integers(0, len(events) - 1)))
+    for workers in (1, 3):
+        np.testing.assert_allclose(collected(events, order, cuts, workers), expected, rtol=len(events) * 2**-24)
+
+
+def test_a_restored_learner_goes_on_as_the_one_saved() -> None:
+    bandit = learner(half_life_s=100.0)
+    show(bandit, shown("r", ["a", "b"], [0], [0.5], [1, 1]))
+    show(bandit, shown("none", ["a"], [0], [0.5], [0]))
+    bandit.feedback(act("r", "a"), T0)
+    bandit.feedback(act("early", "b"), T0)
+    bandit.step(T0, learn=True)
+    other = learner(half_life_s=100.0)
+    other.restore(bandit.state())
+    other._table.restore(bandit._rows())
+    for one in (bandit, other):
+        one.feedback(act("r", "a"), T0 + 1)
+        one.feedback(act("r", "b"), T0 + 1)
+        show(one, shown("early", ["b"], [0], [0.25], [1]), T0 + 2)
+        one.step(T0 + 3, learn=True)
+    assert sums(bandit, 0, "b") == sums(other, 0, "b") and sums(bandit, 0, "b")[2] > 0.7
+    for name, array in bandit.state().items():
+        np.testing.assert_array_equal(other.state()[name], array, err_msg=name)
+
+
+def test_what_was_served_is_read_back() -> None:
+    impression = shown("r", ["a", "b"], [3, 2**40], [0.75, 0.25], [0b10, 0b11])
+    served = decode(impression.bandit, 2)
+    assert (served.generation, served.clusters.tolist(), served.weights.tolist()) == ("g1", [3, 2**40], [0.75, 0.25])
+    assert served.edges.tolist() == [2, 3] and served.vector.tolist() == [1.0] * DIM
+
+
+@pytest.mark.parametrize(
+    ("data", "items", "reason"),
+    [
+        (b"\x02" * 20, 1, "version"),
+        (b"", 1, "version"),
+        (shown("r", ["a"], [0], [1.0], [1]).bandit[:-1], 1, "cut or padded"),
+        (shown("r", ["a"], [0], [1.0], [1]).bandit, 2, "shows 2"),
+        (shown("r", ["a"], [0, 0], [0.5, 0.5], [1]).bandit, 1, "twice"),
+        (shown("r", ["a"], [0], [1.5], [1]).bandit, 1, "weights"),
+        (shown("r", ["a"], [0], [1.0], [2]).bandit, 1, "not active"),
+        (shown("r", ["a"], [], [], [0]).bandit, 1, "0 active"),
+    ],
+)
+def test_what_cannot_be_is_refused(data: bytes, items: int, reason: str) -> None:
+    with pytest.raises(BadInput, match=reason):
+        decode(data, items)
+
+
+def test_a_vector_of_another_width_is_refused() -> None:
+    impression = shown("r", ["a"], [0], [1.0], [1])
+    other = replace(decode(impression.bandit, 1), vector=np.ones(DIM + 1, np.float32))
+    with pytest.raises(BadInput, match="tower_dim"):
+        learner().served(replace(impression, bandit=other.encode()))

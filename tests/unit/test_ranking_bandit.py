@@ -1,0 +1,275 @@
+"""The source `bandit`: from a user's vector to candidates, by what the edges say; and what is logged of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recsys.bandit.graph import Published
+from recsys.bandit.served import decode
+from recsys.config import Config, parse
+from recsys.errors import ParametersUnavailable
+from recsys.features.build import UserFeatures, user_features
+from recsys.features.catalogue import Catalogue
+from recsys.features.schema import Schema
+from recsys.keys import key_of
+from recsys.model.layouts import layouts
+from recsys.model.plan import Block
+from recsys.ranking.bandit import Active, Bandit
+from recsys.ranking.generation import Generations
+from recsys.ranking.parameters import ParameterStore, Reply
+from recsys.ranking.scorer import Scorer
+from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.searcher import Searcher
+from recsys.types import Float32, HistoryEvent, Item
+
+DIM, NUM = 8, 60
+VECTORS = np.random.default_rng(0).normal(size=(NUM, DIM)).astype(np.float32)
+CENTROIDS = np.eye(DIM, dtype=np.float32)[:3]
+
+
+class Away(ParameterStore):
+    """A parameter store that can be away."""
+
+    away = False
+
+    def lookup(self, blocks: Sequence[Block]) -> Reply:
+        if self.away:
+            raise ParametersUnavailable("away")
+        return super().lookup(blocks)
+
+
+class World:
+    """A bandit over 60 items, three clusters and a store of edges."""
+
+    def __init__(self, **options: Any) -> None:
+        bandit: dict[str, Any] = {"clusters": 4, "active": 2, "neighbours": 10, "half_life_s": 0, "alpha": 0.1}
+        self.config: Config = parse(
+            {
+                "model": {"tower_dim": DIM, "dim": 4, "expert_hidden": [4], "attention": [4]},
+                "retrieval": {"sources": {"bandit": 10}},
+                "table": {"capacity": 5000},
+                "bandit": bandit | options,
+            }
+        )
+        self.schema = Schema.of(self.config)
+        self.catalogue = Catalogue(self.schema)
+        for number in range(NUM):
+            self.catalogue.apply(Item(item_id=f"i{number}", attributes={"category": f"c{number % 3}"}))
+        self.store = Away(layouts(self.config, self.schema), self.schema.hash, "reference")
+        self.scorer = Scorer(self.config, self.schema, self.store)
+        self.scorer._told = lambda: self.published
+        self.published = Published(
+            ids=np.array([5, 6, 7]),
+            places=np.array([0, 1, 2], np.int32),
+            centroids=CENTROIDS,
+            weights=np.full(3, 100, np.float32),
+            generation="g",
+            origin_ms=0,
+            shift=0,
+        )
+        self.bandit = Bandit(self.config, self.catalogue, self.scorer)
+        self.searcher = Searcher(ItemIndex.build(np.arange(NUM, dtype=np.int32), VECTORS))
+
+    def prepare(self, name: str = "g") -> None:
+        self.bandit.prepare(name, self.searcher, self.scorer.towers)
+
+    def user(self, clicked: str = "i1") -> UserFeatures:
+        history = [HistoryEvent(time_ms=1, event_id="e", item_id=clicked, type="click")]
+        return user_features(self.schema, self.catalogue, "u", history, {}, 2)
+
+    def active(self, vector: Float32, name: str = "g") -> Active:
+        active = self.bandit.activate(name, self.user(), vector)
+        assert active is not None
+        return active
+
+    def set_edges(self, place: int, sums: dict[int, tuple[float, float, float]]) -> None:
+        keys = np.array([key_of(f"i{row}") for row in sums])
+        self.store.tables["edge"].write(
+            np.full(len(keys), place, np.int32), keys, np.array(list(sums.values()), np.float32), 0
+        )
+
+    def found(self, active: Active, quota: int = 10, request: str = "r", **more: Any) -> list[int]:
+        arguments: dict[str, Any] = {"forbidden": (), "allowed": None} | more
+        rows, scores = self.bandit.candidates(active, quota, request, 0, **arguments)
+        assert (np.diff(scores) < 0).all() and (scores > 0).all()
+        return [int(row) for row in rows]
+
+
+def test_active_clusters_are_the_nearest_and_their_weights_a_softmax() -> None:
+    world = World()
+    world.prepare()
+    vector = np.array([0.8, 0.1, 0.6, *[0.0] * 5], np.float32)
+    active = world.active(vector)
+    assert active.clusters.tolist() == [5, 7]
+    expected = np.exp(np.array([0.8, 0.6]) / 0.1)
+    np.testing.assert_allclose(active.weights, expected / expected.sum(), rtol=1e-5)
+
+
+def test_what_nothing_is_known_of_comes_first_then_the_best_by_ucb() -> None:
+    world = World(active=1)
+    world.prepare()
+    active = world.active(CENTROIDS[0])
+    assert active.graph is not None
+    near = active.graph.rows[active.at[0], :10].tolist()
+    world.set_edges(0, {row: (100.0, 100.0, float(10 * n)) for n, row in enumerate(near[:8])})
+    found = world.found(active)
+    assert set(found[:2]) == set(near[8:]) == set(active.fresh)
+    assert found[2:] == near[7::-1], "by the mean reward, falling"
+    narrow = world.found(active, quota=3)
+    assert set(narrow[:2]) == set(near[8:]) and narrow[2] == near[7]
+
+
+def test_a_wide_edge_beats_a_better_known_one_when_alpha_is_large() -> None:
+    for alpha, first in ((0.0, 0), (1.0, 1)):
+        world = World(active=1, alpha=alpha)
+        world.prepare()
+        active = world.active(CENTROIDS[0])
+        assert active.graph is not None
+        near = active.graph.rows[active.at[0], :10].tolist()
+        world.set_edges(0, dict.fromkeys(near, (1e6, 1e6, 0.0)))
+        world.set_edges(0, {near[0]: (1e6, 1e6, 5e5), near[1]: (2.0, 2.0, 0.8)})
+        assert world.found(active, quota=1) == [near[first]]
+
+
+def test_only_alive_allowed_and_not_forbidden_items_are_found() -> None:
+    world = World(active=1)
+    world.prepare()
+    active = world.active(CENTROIDS[0])
+    assert active.graph is not None
+    near = active.graph.rows[active.at[0], :10].tolist()
+    world.catalogue.apply(Item(item_id=f"i{near[0]}", deleted=True))
+    allowed = world.catalogue.alive.copy()
+    allowed[near[1]] = False
+    assert set(world.found(active, forbidden={near[2]})) == set(near) - {near[0], near[2]}
+    assert set(world.found(active, allowed=allowed)) == set(near[2:])
+
+
+def test_the_choice_is_seeded_by_the_request() -> None:
+    world = World()
+    world.prepare()
+    active = world.active(np.float32([0.6, 0.6, 0.6, *[0.1] * 5]))
+    assert world.found(active, request="a") == world.found(active, request="a")
+    assert len({tuple(world.found(active, request=str(n))) for n in range(20)}) > 10, "fresh items in random order"
+
+
+@pytest.mark.parametrize("policy", ["thompson", "epsilon_greedy"])
+def test_other_policies_choose_the_better_ones_more_often(policy: str) -> None:
+    world = World(active=1, policy=policy, alpha=1.0, epsilon=0.3)
+    world.prepare()
+    active = world.active(CENTROIDS[0])
+    assert active.graph is not None
+    near = active.graph.rows[active.at[0], :10].tolist()
+    world.set_edges(0, {row: (100.0, 100.0, 50.0 if n < 3 else 30.0) for n, row in enumerate(near)})
+    often = np.zeros(NUM)
+    for number in range(300):
+        found = world.found(active, quota=3, request=str(number))
+        assert len(set(found)) == 3
+        often[found] += 1
+    assert often[near[:3]].min() > 2 * often[near[3:]].max() > 0
+
+
+def test_what_is_logged_says_which_shown_items_have_which_edges() -> None:
+    world = World()
+    world.prepare()
+    active = world.active(np.float32([0.7, 0.0, 0.6, *[0.0] * 5]))
+    assert active.graph is not None
+    rows = active.graph.rows[active.at]
+    shown = np.array([rows[0, 0], rows[1, 0], 59], np.int32)
+    served = decode(world.bandit.served(active, shown), 3)
+    expected = [sum(1 << k for k in range(2) if row in rows[k]) for row in shown.tolist()]
+    assert served.edges.tolist() == expected and expected[0] & 1 and expected[1] & 2
+    assert (served.generation, served.clusters.tolist()) == ("g", [5, 7])
+    np.testing.assert_array_equal(served.vector, active.vector)
+
+
+def test_before_any_centroid_is_known_the_first_cluster_is_logged_and_nothing_is_found() -> None:
+    world = World()
+    world.published = Published(
+        ids=np.array([3]),
+        places=np.array([0], np.int32),
+        centroids=np.zeros((1, DIM), np.float32),
+        weights=np.zeros(1, np.float32),
+        generation="",
+        origin_ms=0,
+        shift=0,
+    )
+    world.prepare()
+    active = world.active(CENTROIDS[0])
+    assert world.found(active) == []
+    served = decode(world.bandit.served(active, np.array([1, 2], np.int32)), 2)
+    assert (served.clusters.tolist(), served.weights.tolist(), served.edges.tolist()) == ([3], [1.0], [0, 0])
+    world.published = Published(
+        ids=np.array([3]),
+        places=np.array([0], np.int32),
+        centroids=CENTROIDS[:1],
+        weights=np.ones(1, np.float32),
+        generation="g",
+        origin_ms=0,
+        shift=0,
+    )
+    world.bandit.refresh()
+    assert len(world.found(world.active(CENTROIDS[0]))) == 10
+
+
+def test_without_a_vector_or_a_trainer_there_is_no_bandit() -> None:
+    world = World()
+    world.prepare()
+    assert world.bandit.activate("g", world.user(), np.zeros(DIM, np.float32)) is None
+    world.scorer._told = None
+    assert Bandit(world.config, world.catalogue, world.scorer).activate("g", world.user(), CENTROIDS[0]) is None
+
+
+def test_in_a_new_generation_clusters_are_where_their_users_of_late_are() -> None:
+    world = World()
+    world.prepare()
+    for _ in range(5):
+        world.active(CENTROIDS[0])  # i1 was clicked by users of cluster 5
+    world.prepare("g2")
+    active = world.active(VECTORS[0], "g2")
+    assert active.graph is not None and active.graph.ids.tolist() == [5], "of the others nothing is known there"
+    expected = world.scorer.user_vector(world.user(), world.scorer.towers)
+    assert expected is not None
+    np.testing.assert_allclose(active.graph.centroids[0], expected, rtol=1e-5)
+    assert world.active(CENTROIDS[0]).generation == "g", "requests under way still find the one before"
+
+
+def test_a_new_item_is_found_as_soon_as_it_has_a_vector() -> None:
+    world = World(active=1)
+    world.prepare()
+    row = world.catalogue.apply(Item(item_id="new"))
+    world.bandit.arrived("g", [row], world.scorer.towers)
+    world.bandit.refresh()
+    found = [row in world.found(world.active(centroid)) for centroid in CENTROIDS]
+    assert any(found), "wherever it is, it is tried where it is least far"
+    world.prepare("g2")
+    assert world.bandit._spaces["g2"].newest.tolist() == [row], "it stays new in the next generation"
+
+
+def test_the_last_known_edges_serve_while_parameter_is_away() -> None:
+    world = World(active=1)
+    world.prepare()
+    active = world.active(CENTROIDS[0])
+    assert active.graph is not None
+    near = active.graph.rows[active.at[0], :10].tolist()
+    world.set_edges(0, {row: (100.0, 100.0, float(n)) for n, row in enumerate(near)})
+    before = world.found(active)
+    world.store.away = True
+    assert world.found(active) == before and not world.scorer.available
+
+
+def test_generations_prepare_the_graph_before_they_are_used() -> None:
+    world = World()
+    world.scorer.adopt(world.scorer._networks.ranker, None, lambda: world.published)
+    generations = Generations(world.config, world.catalogue, world.scorer, bandit=world.bandit)
+    assert generations.due(0.0)
+    generations.build(0.0)
+    located = generations.locate(world.user())
+    assert located is not None and world.bandit._spaces.keys() == {generations.name}
+    row = world.catalogue.apply(Item(item_id="new", attributes={"category": "c1"}))
+    generations.changed(row)
+    generations.refresh(1.0)
+    assert world.bandit._spaces[generations.name].newest.tolist() == [row]
