@@ -27,6 +27,9 @@ class BanditConfig(Section):
     fresh_above: float = Field(0.5, ge=0, le=1)
     """diag_linucb, thompson: an item is fresh, and comes before all others, while edges never shown carry more than this share of its
     weight; 0: while there is any, 1: none is."""
+    prior: float = Field(0.0, ge=0)
+    """Impressions without reward that every edge begins with: with any, no item is fresh and α decides what is tried; .3 learned fastest
+    from nothing in the simulated stream."""
     alpha: float = Field(0.3, ge=0)
     """diag_linucb: what a unit of width adds to the mean; 0: exploit."""
     epsilon: float = Field(0.1, ge=0, le=1)

@@ -189,6 +189,8 @@ class RetrievalConfig(Section):
         default_factory=lambda: {"bandit": 50, "covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
     )
     """Source name → most candidates: bandit, covisited, followed, following (with `features.transitions`), nearest, trending."""
+    learn_quotas: bool = False
+    """Let the quotas follow how often each source's shown items are acted upon, within half and twice of what is configured."""
     trending_half_life_s: float = Field(1800.0, gt=0)
     """Half-life of the trending counts."""
     covisit_half_life_s: float = Field(86_400.0, gt=0)

@@ -62,7 +62,8 @@ class Bandit:
     def __init__(self, config: Config, catalogue: Catalogue, scorer: Scorer) -> None:
         self._config, self._catalogue, self._scorer = config.bandit, catalogue, scorer
         self._newest = int(config.bandit.neighbours * NEWEST_SHARE) * config.bandit.clusters
-        self._rule = Rule(published=not config.bandit.normalised, fresh_above=config.bandit.fresh_above)
+        bandit = config.bandit
+        self._rule = Rule(not bandit.normalised, bandit.fresh_above, bandit.prior)
         self._spaces: dict[str, Space] = {}
         self._published: Published | None = None
         self.recent: deque[Recent] = deque(maxlen=RECENT)

@@ -106,11 +106,13 @@ class Pipeline:
         if filters := self.rules.filters + work.request.filters:
             work.allowed = self._catalogue.matching(filters)
         work.forbidden = self.forbidden(work)
+        with self._sources.lock:
+            work.quotas = self._sources.quotas.current(work.now_ms)
         if work.request.candidates is not None:
             rows = self._catalogue.rows(list(dict.fromkeys(work.request.candidates)))
             found = [("caller", rows[rows >= 0], np.zeros(int((rows >= 0).sum()), np.float32))]
         else:
-            found = [(name, *self._source(name, quota, work)) for name, quota in self._quotas.items() if quota]
+            found = [(name, *self._source(name, quota, work)) for name, quota in work.quotas.items()]
         allowed = self._allowed(found, work)
         work.rows, work.source_scores, masks = mix(allowed, limit=MIX_LIMIT)
         if len(work.rows) < work.request.n and work.request.candidates is None:
@@ -152,7 +154,7 @@ class Pipeline:
         if forbidden:
             keep &= ~np.isin(every, np.fromiter(forbidden, np.int32, len(forbidden)))
         kept = np.split(keep, np.cumsum([len(rows) for _, rows, _ in found])[:-1])
-        quotas = [self._quotas.get(name) for name, _, _ in found]
+        quotas = [work.quotas.get(name) for name, _, _ in found]
         return [(n, rows[k][:q], scores[k][:q]) for (n, rows, scores), k, q in zip(found, kept, quotas, strict=True)]
 
     def user_of(self, work: Work) -> UserFeatures:

@@ -11,6 +11,7 @@ from recsys.config import Config
 from recsys.errors import BadInput, ConfigError
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Filters
+from recsys.features.schema import Schema
 from recsys.ranking.filters import parse_filters
 from recsys.ranking.request import Boost, Request
 from recsys.ranking.slate import Limit, Rules, Term
@@ -44,6 +45,11 @@ class RuleBook:
         self._pins = {pin.position: pin.item_id for pin in config.slate.pins}
         self._alike = config.slate.diversity_by or attributes
         self.uses_seen = bool(config.slate.seen_last or config.slate.seen_s or config.slate.fatigue)
+
+    @classmethod
+    def of(cls, config: Config) -> RuleBook:
+        """The rules over an empty catalogue. ConfigError where the configuration's are wrong."""
+        return cls(config, Catalogue(Schema.of(config)))
 
     def seen(self, state: UserState, now_ms: int) -> set[str]:
         """Items that are not shown again yet."""

@@ -19,6 +19,7 @@ from recsys.ranking.following import Following
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.followed import Followed
 from recsys.retrieval.mix import PRIORS
+from recsys.retrieval.quotas import Quotas
 from recsys.retrieval.trending import Trending
 from recsys.types import Feedback, HistoryEvent, Impression, Int32, Int64, Item
 
@@ -44,6 +45,7 @@ class Sources:
         self.followed = Followed()
         self.counting = Counting(config, schema, catalogue)
         self.following = Following(config, schema, catalogue) if config.features.transitions else None
+        self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
         self._seen = Recent()
@@ -96,6 +98,7 @@ class Sources:
             self.counting.happened(feedback, row, bool(before), now_ms)
             if counted:
                 self.on_counted(row)
+                self.quotas.acted(feedback.request_id, feedback.item_id, now_ms)
                 self.trending.add(row, now_ms)
                 self.followed.note(row, 1.0)
                 self.covisits.add(row, before, now_ms)
@@ -106,7 +109,11 @@ class Sources:
     def impression(self, impression: Impression, now_ms: int) -> bool:
         """Count one impression's items as shown; False for a duplicate."""
         with self.lock:
-            return self.counting.shown(impression, now_ms)
+            counted = self.counting.shown(impression, now_ms)
+            if counted:
+                items = ((item.item_id, item.sources) for item in impression.items)
+                self.quotas.shown(impression.request_id, items, now_ms)
+            return counted
 
     def forget(self, user_id: str) -> None:
         """Drop what is counted of a user as a person; anonymous item counts stay."""

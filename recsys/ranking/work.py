@@ -29,6 +29,8 @@ class Work:
     """Position → catalogue row of items with a place of their own."""
     allowed: Bool | None = None
     """Which catalogue rows pass the request's filters; None: all do. Rows beyond its end are newer: not allowed."""
+    quotas: dict[str, int] = field(default_factory=dict)
+    """Most candidates of each source."""
     forbidden: set[int] = field(default_factory=set)
     """Rows that rules leave out of this answer, whatever they are."""
     candidates: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))

@@ -323,7 +323,9 @@ def _config_show(options: argparse.Namespace) -> int:
 
 
 def _config_check(options: argparse.Namespace) -> int:
-    config.load(options.config)
+    from recsys.ranking.rules import RuleBook
+
+    RuleBook.of(config.load(options.config))  # reads what a configuration's filters say, too
     emit(options, {"ok": True}, "the configuration is valid")
     return DONE
 

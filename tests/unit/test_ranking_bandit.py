@@ -123,6 +123,20 @@ def test_what_nothing_is_known_of_comes_first_then_the_best_by_ucb() -> None:
     assert set(narrow[:2]) == set(near[8:]) and narrow[2] == near[7]
 
 
+def test_with_a_prior_nothing_is_fresh_and_alpha_decides_whether_the_unknown_is_tried() -> None:
+    """Unknown: 0 + α √(1/.5); known: about its mean."""
+    for alpha, unknown_first in ((0.1, False), (1.0, True)):
+        world = World(active=1, prior=0.5, alpha=alpha)
+        world.prepare()
+        active = world.active(CENTROIDS[0])
+        assert active.graph is not None
+        near = active.graph.rows[active.at[0], :10].tolist()
+        world.set_edges(0, dict.fromkeys(near[:8], (1e6, 1e6, 5e5)))
+        found = world.found(active)
+        assert len(active.fresh) == 0
+        assert set(found[:2] if unknown_first else found[8:]) == set(near[8:])
+
+
 def test_a_wide_edge_beats_a_better_known_one_when_alpha_is_large() -> None:
     for alpha, first in ((0.0, 0), (1.0, 1)):
         world = World(active=1, alpha=alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from recsys.ranking.filters import parse_filters
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, Boost, Request
 from recsys.types import HistoryEvent, Item, UserUpdate
+from services.cli.main import main
 from services.ranking.parse import recommend
 from tests.unit.test_scorer import world
 
@@ -192,6 +194,14 @@ def test_a_wrong_rule_is_refused_by_name(slate: dict[str, Any], says: str) -> No
     with pytest.raises(ConfigError) as refused:
         world(slate)
     assert says in str(refused.value)
+
+
+def test_config_check_reads_the_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rules.toml"
+    for condition, code in (('["a"]', 0), ("[]", 2)):
+        file.write_text(f"[[slate.boosts]]\nfilters = {{ category = {condition} }}\n")
+        assert main(["config", "check", "--config", str(file)]) == code
+    assert "slate.boosts[0].filters.category" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
