@@ -24,13 +24,17 @@ COLOURS = (
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def line_chart(title: str, x_title: str, y_title: str, series: Series, log_x: bool = True) -> str:
-    """Lines of points (x, y); y from 0 on, x on a logarithmic scale unless told. ValueError without a point."""
+def line_chart(title: str, x_title: str, y_title: str, series: Series, log_x: bool = True, zoom: bool = False) -> str:
+    """Lines of points (x, y); y from 0 on, or (`zoom`) around the values; x on a logarithmic scale unless told. ValueError without a point."""
     points = [point for line in series.values() for point in line]
     if not points:
         raise ValueError(f"chart {title!r} has no point")
     low, high = min(x for x, _ in points), max(x for x, _ in points)
-    top = _nice(max(y for _, y in points))
+    bottom, top = 0.0, _nice(max(y for _, y in points))
+    if zoom:
+        step = _nice(max(y for _, y in points) - min(y for _, y in points)) / 4 or top / 100
+        bottom = step * math.floor(min(y for _, y in points) / step)
+        top = bottom + 5 * step
 
     def across(x: float) -> float:
         scale = math.log10 if log_x else float
@@ -38,7 +42,7 @@ def line_chart(title: str, x_title: str, y_title: str, series: Series, log_x: bo
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def up(y: float) -> float:
-        return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - (y - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
@@ -48,7 +52,7 @@ def line_chart(title: str, x_title: str, y_title: str, series: Series, log_x: bo
         f'<text x="{LEFT - 54}" y="{TOP - 10}">{escape(y_title)}</text>',
     ]
     for n in range(6):
-        y = top * n / 5
+        y = bottom + (top - bottom) * n / 5
         parts.append(
             f'<line x1="{LEFT}" y1="{up(y):.1f}" x2="{WIDTH - RIGHT}" y2="{up(y):.1f}" stroke="#ddd"/>'
             f'<text x="{LEFT - 8}" y="{up(y) + 4:.1f}" text-anchor="end">{y:g}</text>'

@@ -175,7 +175,7 @@ def scoring(report: Report, rng: np.random.Generator, rounds: int) -> None:
     settings = serving()
     schema = Schema.of(settings)
     store = ParameterStore(layouts(settings, schema), schema.hash)
-    for table in store.tables.values():
+    for table in (store.tables["deep"], store.tables["wide"]):
         for number in table.layout.slots:
             table.lookup_train(np.full(IDS, number, np.int32), np.arange(IDS), 0)
     features = some_features(schema, rng, CANDIDATES, HISTORY, lambda _, shape: rng.integers(0, IDS, shape))

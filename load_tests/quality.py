@@ -1,7 +1,7 @@
 """What the replays of `quality.toml` come to: the judged figures, the tables of docs/quality.md, the curve.
 
 `python -m load_tests.quality` reads load_tests/results/quality/, writes load_tests/results/quality.json, docs/quality.md's tables
-and docs/quality_sync.svg. It runs nothing: `recsys experiment run load_tests/quality.toml` does.
+and docs/quality_sync_*.svg. It runs nothing: `recsys experiment run load_tests/quality.toml` does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,19 @@ from load_tests.common import RESULTS, ROOT, Figure, read_budgets
 FOLDER = RESULTS / "quality"
 DOCUMENT = ROOT / "docs" / "quality.md"
 TASKS = ("click", "long_view", "like")
+CHOICES = {
+    "": "(as configured)",
+    "calibrate": "+ calibrator",
+    "error_memory": "+ ReLoop2's error memory, .3",
+    "without_norm": "- HoME's expert normalisation",
+    "without_hierarchy": "- HoME's hierarchy mask",
+    "without_feature_gate": "- HoME's feature gate",
+    "without_self_gate": "- HoME's self gate",
+    "without_home_parts": "- all four",
+    "prelu": "PReLU for Dice",
+    "softmax": "attention weights that sum to 1",
+    "published": "published sizes: attention 80-40, expert layers 128-64",
+}
 PARTS = {
     "counters": "streaming counters",
     "crosses": "crosses",
@@ -25,7 +38,9 @@ PARTS = {
     "history": "more than the newest event of the history (DIN)",
     "home_parts": "HoME's normalisation, hierarchy, feature gate and self gate",
 }
-SYNC_S = (18_000, 1_800, 60, 0)
+SYNC_S = (18_000, 1_800, 60, 1, 0)
+DELAYS_S = (0, 1, 60, 1_800, 18_000, 86_400)
+AGES = {86_400: "1 d", 18_000: "5 h", 1_800: "30 min", 60: "60 s", 1: "1 s", 0: "nothing (at once)"}
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -74,10 +89,21 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def ablation(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What each part brings, seed 0: AUC with its 95% interval."""
-    lines = ["| without | " + " | ".join(f"{task} AUC / NE" for task in TASKS) + " |", "| --- | --- | --- | --- |"]
-    for name, title in {"": "(everything in)", **PARTS}.items():
-        run = runs.get(f"kuairand_without_{name}" if name else "kuairand_online_0")
-        if run is None:
+    names = {"kuairand_online_0": "(everything in)"} | {f"kuairand_without_{n}": title for n, title in PARTS.items()}
+    return tasks_table("without", runs, names)
+
+
+def choices(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What was tried where choices are made: the days before the reported ones."""
+    names = {f"kuairand_dev_{name}" if name else "kuairand_dev": title for name, title in CHOICES.items()}
+    return tasks_table("days 3–4", runs, names)
+
+
+def tasks_table(head: str, runs: dict[str, dict[str, Any]], names: dict[str, str]) -> list[str]:
+    """AUC with its 95% interval, and normalised entropy, of each run that there is."""
+    lines = [f"| {head} | " + " | ".join(f"{task} AUC / NE" for task in TASKS) + " |", "| --- | --- | --- | --- |"]
+    for name, title in names.items():
+        if (run := runs.get(name)) is None:
             continue
         cells = []
         for task in TASKS:
@@ -88,29 +114,46 @@ def ablation(runs: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def sync_series(runs: dict[str, dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """AUC by age of what scoring knows; at once is drawn at a second."""
+def by_age(runs: dict[str, dict[str, Any]], stream: str) -> list[tuple[int, dict[str, Any]]]:
+    """The runs of a stream by how old what scoring knows may be, the oldest first."""
+    at_once = {"kuairand": "kuairand_online_0", "globo": "globo_delay_0"}[stream]
+    names = [(age, f"{stream}_sync_{age}" if age else at_once) for age in SYNC_S]
+    return [(age, runs[name]) for age, name in names if name in runs]
+
+
+def sync_series(runs: dict[str, dict[str, Any]], stream: str) -> dict[str, list[tuple[float, float]]]:
+    """AUC or hit rate by age of what scoring knows; at once is drawn at a tenth of a second."""
     series: dict[str, list[tuple[float, float]]] = {}
-    for task in TASKS:
-        points = []
-        for interval in SYNC_S:
-            run = runs.get(f"kuairand_sync_{interval}" if interval else "kuairand_online_0")
-            if run is not None:
-                points.append((float(max(interval, 1)), run["tasks"][task]["auc"]))
-        series[task] = points
+    for age, run in by_age(runs, stream):
+        # Likes are far above, and would flatten the other two.
+        values = {task: run["tasks"][task]["auc"] for task in TASKS[:2]} if "tasks" in run else {}
+        for name, value in (values or {"hit rate": run["next_item"]["hit_rate_at_20"]}).items():
+            series.setdefault(name, []).append((float(max(age, 0.1)), value))
     return series
 
 
 def sync_table(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """The curve as a table."""
-    lines = ["| what scoring knows is at most … old | " + " | ".join(TASKS) + " |", "| --- | --- | --- | --- |"]
-    names = {18_000: "5 h", 1_800: "30 min", 60: "60 s", 0: "nothing (at once)"}
-    for interval in SYNC_S:
-        run = runs.get(f"kuairand_sync_{interval}" if interval else "kuairand_online_0")
-        if run is not None:
-            cells = " | ".join(f"{run['tasks'][task]['auc']:.4f}" for task in TASKS)
-            lines.append(f"| {names[interval]} | {cells} |")
+    """The curves as a table."""
+    lines = [
+        "| what scoring knows is at most … old | click | long_view | like | Globo hit rate / MRR |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    kuairand, globo = dict(by_age(runs, "kuairand")), dict(by_age(runs, "globo"))
+    for age in SYNC_S:
+        cells = [f"{kuairand[age]['tasks'][task]['auc']:.4f}" if age in kuairand else "" for task in TASKS]
+        lines.append(f"| {AGES[age]} | {' | '.join(cells)} | {_next(globo.get(age))} |")
     return lines
+
+
+def delay_table(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """Globo by delay: everybody else's events and the parameters are this old, the own session is not."""
+    lines = ["| delay | hit rate / MRR |", "| --- | --- |"]
+    found = [(delay, runs.get(f"globo_delay_{delay}")) for delay in DELAYS_S]
+    return lines + [f"| {AGES[delay].split(' (')[0]} | {_next(run)} |" for delay, run in found if run]
+
+
+def _next(run: dict[str, Any] | None) -> str:
+    return f"{run['next_item']['hit_rate_at_20']:.4f} / {run['next_item']['mrr_at_20']:.4f}" if run else ""
 
 
 def written(text: str, tables: dict[str, list[str]]) -> str:
@@ -127,10 +170,20 @@ def main() -> int:
     runs = results()
     result = report(runs)
     (RESULTS / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    tables = {"judged": judged(result["results"]), "ablation": ablation(runs), "sync": sync_table(runs)}
+    tables = {
+        "judged": judged(result["results"]),
+        "ablation": ablation(runs),
+        "choices": choices(runs),
+        "sync": sync_table(runs),
+        "delay": delay_table(runs),
+    }
     DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
-    chart = line_chart("KuaiRand, days 5-8: AUC by the age of what scoring knows", "seconds", "AUC", sync_series(runs))
-    (ROOT / "docs" / "quality_sync.svg").write_text(chart, encoding="utf-8")
+    for stream, title, what in (
+        ("kuairand", "KuaiRand, days 5-8: AUC by the age of what scoring knows", "AUC"),
+        ("globo", "Globo, days 3-5: hit rate by the age of what scoring knows", "hit rate at 20"),
+    ):
+        chart = line_chart(title, "seconds", what, sync_series(runs, stream), zoom=True)
+        (ROOT / "docs" / f"quality_sync_{stream}.svg").write_text(chart, encoding="utf-8")
     print("\n".join(tables["judged"]))
     return 0 if all(row["met"] for row in result["results"]) else 1
 

@@ -9,7 +9,6 @@ import hashlib
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.model.plan import Block
 from recsys.model.two_tower import TwoTower
+from recsys.ranking.recent_users import Recent
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.searcher import Searcher
 from recsys.types import Bool, Float32, Int32, Int64
@@ -32,13 +32,6 @@ RECENT = 2000
 another 4 MB and as many vectors to compute."""
 AT_ONCE = 250
 """Their vectors are computed so many at a time, so that no request waits long for the interpreter."""
-
-
-class Recent(NamedTuple):
-    """A request of late: its user, and the cluster nearest to them."""
-
-    user: UserFeatures
-    cluster: int
 
 
 @dataclass(slots=True)
@@ -134,6 +127,10 @@ class Bandit:
             clusters = graph.ids[at]
         self.recent.append(Recent(user, int(clusters[0])))
         return Active(name, vector, graph, at, clusters, weights, nothing)
+
+    def forget(self, user_key: int) -> None:
+        """Drop what is kept of a user."""
+        self.recent = deque((one for one in self.recent if one.user.shared_keys[0] != user_key), self.recent.maxlen)
 
     def candidates(
         self, active: Active, quota: int, request_id: str, now_ms: int, forbidden: Collection[int], allowed: Bool | None

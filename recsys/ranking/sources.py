@@ -51,6 +51,8 @@ class Sources:
         self._seen = Recent()
         self.on_counted: Callable[[int], None] = lambda row: None
         """Called with the row of each counted feedback."""
+        self.on_forgotten: Callable[[int], None] = lambda user_key: None
+        """Called with the key of each user to be forgotten."""
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
@@ -119,6 +121,7 @@ class Sources:
         """Drop what is counted of a user as a person; anonymous item counts stay."""
         with self.lock:
             self.counting.forget(key_of(user_id))
+        self.on_forgotten(key_of(user_id))
 
     def session_rows(self, history: Sequence[HistoryEvent], event: HistoryEvent) -> list[int]:
         """Catalogue rows of the same session's earlier counted events, newest first, without the event's own item."""

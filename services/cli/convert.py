@@ -130,7 +130,7 @@ def convert_globo(
 def convert_movielens(
     folder: Path | str, out: Path | str, *, jsonl: bool = False, progress: Progress | None = None
 ) -> dict[str, int]:
-    """MovieLens: one event `rating` a rating, its stars as `value` (a task sets `min_value = 4`); there are no impressions."""
+    """MovieLens: a rating of 4 or 5 stars is a `click`, a lower one a `rating`, its stars the `value`; there are no impressions."""
     folder = Path(folder)
     movies = _table(folder / "ml1m_movies.parquet", ("movie_id", "title", "genres"))
     ratings = _table(folder / "ml1m_ratings.parquet", ("user_id", "movie_id", "rating", "timestamp"))
@@ -144,7 +144,7 @@ def convert_movielens(
             event_id=f"{user}-{movie}",
             user_id=str(user),
             item_id=str(movie),
-            type="rating",
+            type="click" if rating >= 4 else "rating",
             time_ms=seconds * 1000,
             value=float(rating),
         )

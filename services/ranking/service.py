@@ -24,7 +24,7 @@ from recsys.events.recent import Recent
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused
-from recsys.ranking import catalogue_file, snapshot
+from recsys.ranking import catalogue_file, recent_users, snapshot
 from recsys.ranking.bandit import Bandit
 from recsys.ranking.generation import Generations
 from recsys.ranking.pipeline import Pipeline
@@ -65,6 +65,8 @@ class RankingService:
         prefix = f"g{clock.now_ms():x}-"
         self.generations = Generations(config, self.sources.catalogue, self.scorer, prefix, self.bandit)
         self.sources.on_counted = self.generations.touched
+        if self.bandit is not None:
+            self.sources.on_forgotten = self.bandit.forget
         self._folder = config.data_dir / "ranking"
         self._builder = Builder(config, self._folder / "generations")
         self.pipeline = Pipeline(
@@ -91,6 +93,8 @@ class RankingService:
             if self._stop.wait(POLL_S):
                 return
         snapshot.load(self._folder, self.sources, self.consumer, self.schema, self.clock.now_ms())
+        if self.bandit is not None:
+            self.bandit.recent.extend(recent_users.load(self._folder, self.schema))
         self._run("state", self._follow_state, POLL_S)
         self._run("dense", self._follow_dense, 0.2)
         self._run("generations", self._build_generation, 0.1)
@@ -278,6 +282,8 @@ class RankingService:
         if self.state_ready:
             try:
                 self._save_catalogue()
+                if self.bandit is not None:
+                    recent_users.save(self._folder, self.bandit.recent, self.schema)
                 saved = snapshot.save(self._folder, self.sources, self.consumer, self.schema)
             except OSError as error:
                 logger.error("catalogue or counters not saved (%s): they will be read again from the log", error)

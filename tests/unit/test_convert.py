@@ -178,7 +178,7 @@ def test_movielens_ratings_are_in_time_order_with_their_stars(tmp_path: Path, js
     ]
     assert events(tmp_path / "out", Feedback) == [
         Feedback(event_id="7-2", user_id="7", item_id="2", type="rating", time_ms=10_000, value=3.0),
-        Feedback(event_id="6-1", user_id="6", item_id="1", type="rating", time_ms=20_000, value=5.0),
+        Feedback(event_id="6-1", user_id="6", item_id="1", type="click", time_ms=20_000, value=5.0),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
+from recsys.ranking import recent_users
 from recsys.ranking.bandit import Active, Bandit
 from recsys.ranking.generation import Generations
 from recsys.ranking.parameters import ParameterStore, Reply
@@ -287,3 +289,45 @@ def test_generations_prepare_the_graph_before_they_are_used() -> None:
     generations.changed(row)
     generations.refresh(1.0)
     assert world.bandit._spaces[generations.name].newest.tolist() == [row]
+
+
+def test_after_a_restart_clusters_are_found_by_the_users_before_it(tmp_path: Path) -> None:
+    world = World()
+    world.prepare()
+    for centroid in (CENTROIDS[0], CENTROIDS[1], CENTROIDS[1]):
+        world.active(centroid)
+    recent_users.save(tmp_path, world.bandit.recent, world.schema)
+    after = World()
+    after.bandit.recent.extend(recent_users.load(tmp_path, after.schema))
+    assert [one.cluster for one in after.bandit.recent] == [5, 6, 6]
+    after.prepare("g2")
+    active = after.active(VECTORS[0], "g2")
+    assert active.graph is not None and active.graph.ids.tolist() == [5, 6]
+    world.prepare("g2")
+    expected = world.active(VECTORS[0], "g2").graph
+    assert expected is not None
+    np.testing.assert_array_equal(active.graph.centroids, expected.centroids)
+
+
+def test_a_forgotten_user_is_in_no_file(tmp_path: Path) -> None:
+    world = World()
+    world.prepare()
+    world.active(CENTROIDS[0])
+    world.bandit.forget(key_of("another"))
+    assert len(world.bandit.recent) == 1
+    world.bandit.forget(key_of("u"))
+    recent_users.save(tmp_path, world.bandit.recent, world.schema)
+    assert recent_users.load(tmp_path, world.schema) == []
+
+
+def test_users_of_another_schema_or_a_torn_file_are_not_used(tmp_path: Path) -> None:
+    world = World()
+    assert recent_users.load(tmp_path, world.schema) == []
+    world.prepare()
+    world.active(CENTROIDS[0])
+    recent_users.save(tmp_path, world.bandit.recent, world.schema)
+    other = Schema.of(parse({"features": {"context": ["hour"]}}))
+    assert recent_users.load(tmp_path, other) == []
+    path = tmp_path / recent_users.NAME
+    path.write_bytes(path.read_bytes()[:-10])
+    assert recent_users.load(tmp_path, world.schema) == []

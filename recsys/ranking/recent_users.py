@@ -1,0 +1,83 @@
+"""Users of the last requests, kept across a restart: by them clusters find their place in another generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from recsys.events.deltas import metadata
+from recsys.features.build import UserFeatures
+from recsys.features.schema import Schema
+from recsys.files import write_file
+
+NAME = "recent_users.safetensors"
+logger = logging.getLogger("recsys")
+
+
+class Recent(NamedTuple):
+    """A request of late: its user, and the cluster nearest to them."""
+
+    user: UserFeatures
+    cluster: int
+
+
+def save(folder: Path, recent: Iterable[Recent], schema: Schema) -> None:
+    """Write them; whole, or not at all."""
+    users = list(recent)
+    arrays: dict[str, Any] = {
+        "clusters": np.array([one.cluster for one in users], np.int64),
+        "lengths": np.array([len(one.user.history_keys) for one in users], np.int64),
+    }
+    for name, width, kind in _arrays(schema):
+        rows = [np.atleast_2d(getattr(one.user, name)) for one in users if getattr(one.user, name).size]
+        arrays[name] = np.concatenate([np.zeros((0, width), kind), *rows])
+    write_file(folder / NAME, safetensors.numpy.save(arrays, {"schema": schema.hash}))
+
+
+def load(folder: Path, schema: Schema) -> list[Recent]:
+    """Read them back; none, loudly, where the file is of another schema or torn."""
+    try:
+        data = (folder / NAME).read_bytes()
+        if metadata(data).get("schema") != schema.hash:
+            raise ValueError("another schema")
+        arrays = safetensors.numpy.load(data)
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, SafetensorError) as error:
+        logger.error("%s not used (%s): clusters of users will be found anew", folder / NAME, error)
+        return []
+    ends = np.cumsum(arrays["lengths"])[:-1]
+    keys, mask = (np.split(arrays[name], ends) for name in ("history_keys", "history_mask"))
+    return [
+        Recent(
+            UserFeatures(
+                shared_keys=shared_keys,
+                shared_mask=shared_mask.astype(np.bool_),
+                history_keys=history_keys,
+                history_mask=history_mask.astype(np.bool_),
+                history_kinds=np.zeros(len(history_keys), np.uint8),
+                history_gaps=np.zeros(len(history_keys), np.uint8),
+            ),
+            int(cluster),
+        )
+        for shared_keys, shared_mask, history_keys, history_mask, cluster in zip(
+            arrays["shared_keys"], arrays["shared_mask"], keys, mask, arrays["clusters"], strict=False
+        )
+    ]
+
+
+def _arrays(schema: Schema) -> list[tuple[str, int, type[Any]]]:
+    """What a vector is computed from: name, width, kind."""
+    shared, past = len(schema.shared_slots), len(schema.history_slots)
+    return [
+        ("shared_keys", shared, np.int64),
+        ("shared_mask", shared, np.bool_),
+        ("history_keys", past, np.int64),
+        ("history_mask", past, np.bool_),
+    ]
