@@ -157,5 +157,8 @@ class Served:
         self._report.add("start", time.time() - created, "s")
 
     def _started(self) -> int | None:
-        process = self._running.processes().get("ranking")
+        try:
+            process = self._running.processes().get("ranking")
+        except psutil.Error:  # it ends just now
+            return None
         return process.pid if process else None
