@@ -84,8 +84,10 @@ def settings() -> str:
     return text.replace("window_s = 60\n", "window_s = 1\n").replace("[training]\n", "[training]\ncheckpoint_s = 1e6\n")
 
 
-def play(system: Services, events: Path) -> None:
-    """Every converted request with its own candidates, and what the user did right after it."""
+def play(system: Services, events: Path) -> set[str]:
+    """Every converted request with its own candidates, and what the user did right after it; which were answered from rows that
+    ranking knew, the parameter service not being in time: those have no version."""
+    degraded = set()
     items = [{"version": 1, "item_id": i.item_id, "attributes": dict(i.attributes)} for i in read_items(events)]
     system.call("PUT", "/v1/items", {"items": items})
     wait_for(lambda: system.metric("recsys_catalogue_items") == len(items), "the catalogue")
@@ -105,9 +107,12 @@ def play(system: Services, events: Path) -> None:
         candidates = [item.item_id for item in request.items]
         asked = {"user_id": request.user_id, "context": dict(request.context), "candidates": candidates, "n": 1}
         answer = system.call("POST", "/v1/recommend", asked)
+        if answer["degraded"]:
+            degraded.add(answer["request_id"])
         did = [{"user_id": f.user_id, "item_id": f.item_id, "type": f.type} for f in outcomes[request.request_id]]
         if did:
             system.click(*({**one, "request_id": answer["request_id"]} for one in did))
+    return degraded
 
 
 class Direct:
@@ -124,13 +129,13 @@ class Direct:
         return 0, b""
 
 
-def served(log: EventLog) -> dict[int, list[Impression]]:
-    """The impressions made with trained networks, by the step of the rows that they were scored with."""
+def served(log: EventLog, degraded: set[str]) -> dict[int, list[Impression]]:
+    """The impressions made with trained networks, by the step of the rows that they were scored with; none of `degraded`."""
     found: dict[int, list[Impression]] = defaultdict(list)
     for record in all_of(log, "impression"):
         impression = messages.parse_impression(record.value)
         _, step, dense = map(int, impression.model_version.split("."))
-        if dense > 1:
+        if dense > 1 and impression.request_id not in degraded:
             found[step].append(impression)
     return found
 
@@ -148,13 +153,13 @@ def all_of(log: EventLog, topic: str, start: int = 0, end: int | None = None) ->
 def test_the_journal_run_again_gives_equal_predictions_and_bit_equal_rows(tmp_path: Path) -> None:
     events = kuairand(tmp_path)
     with contextlib.closing(Services(tmp_path / "system", settings())) as system:
-        play(system.start(), events)
+        degraded = play(system.start(), events)
         wait_for(lambda: system.metric("recsys_open_impressions", "trainer") == 0, "all windows closed")
         for name in ("trainer", "ranking", "parameter"):
             system.kill(name)
         config = system.loaded
     log = open_log(config, SystemClock(), "test")
-    expected, dense = served(log), dict[int, bytes]()
+    expected, dense = served(log, degraded), dict[int, bytes]()
     wanted = {int(i.model_version.split(".")[2]) for found in expected.values() for i in found}
     torch.set_num_threads(1)  # as the services: more would sum in another order
     trainer = Trainer(config, tmp_path / "again")
