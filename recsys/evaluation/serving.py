@@ -55,6 +55,7 @@ class ServingCopy:
         self._trainer, self._live, self._each_step = trainer, live, each_step
         self._store = ParameterStore(layouts(config, schema), schema.hash, config.table.implementation)
         self._later: deque[tuple[int, Delta]] = deque()
+        self._captured = 0
         direct = live and trainer is not None
         self.scorer = Scorer(config, schema, _Direct(trainer.tables) if direct and trainer else self._store)
         if direct and trainer:
@@ -77,8 +78,9 @@ class ServingCopy:
     def capture(self, now_ms: int) -> None:
         """Remember what changed since the last capture, until it may be seen."""
         trainer = self._trainer
-        if trainer is None:
+        if trainer is None or trainer.steps == self._captured:
             return
+        self._captured = trainer.steps
         rows, acknowledge = row_deltas(trainer)
         delta = Delta(
             version=Version(epoch=1, step=trainer.steps),

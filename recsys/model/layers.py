@@ -16,6 +16,9 @@ from recsys.model import fused, kernels
 
 MOMENTUM = 0.01
 """Share of a batch in running statistics once they are warm: half follows a drift half as fast, double is noisier."""
+BATCH = 256
+"""Rows of the batch that `MOMENTUM` and the start are meant for; a smaller one counts by its share of it, so that statistics do not
+depend on how a stream is cut. Half forgets twice as fast, double is slower to leave the start."""
 MIN_BATCH = 32
 """Smaller batches do not carry gradients through their own mean and variance: of one row nothing would be left."""
 
@@ -63,13 +66,13 @@ class StreamingNorm(nn.Module):
 
     The value always comes from running statistics (in training: this batch included), so that training and serving
     see the same function however small or skewed a batch is; the gradient goes through the batch's own mean and
-    variance, as in batch normalisation. Running statistics start at mean 0, variance 1 and forget that start as one batch
+    variance, as in batch normalisation. Running statistics start at mean 0, variance 1 and forget that start as BATCH rows
     of many; the variance between batches counts, too. `shape` is that of x without N.
     """
 
     mean: torch.Tensor
     var: torch.Tensor
-    steps: torch.Tensor
+    rows: torch.Tensor
 
     def __init__(self, *shape: int, affine: bool = False, momentum: float = MOMENTUM, epsilon: float = 1e-5) -> None:
         super().__init__()
@@ -77,7 +80,7 @@ class StreamingNorm(nn.Module):
         stats = (*shape[:-1], 1, shape[-1])
         self.register_buffer("mean", torch.zeros(stats))
         self.register_buffer("var", torch.ones(stats))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
         self.gain = nn.Parameter(torch.ones(stats)) if affine else None
         self.bias = nn.Parameter(torch.zeros(stats)) if affine else None
 
@@ -89,7 +92,7 @@ class StreamingNorm(nn.Module):
             moments = np.empty((2, x.shape[0], x.shape[2]))
             kernels.moments(x.detach().contiguous().numpy(), moments)
             mean, var = torch.from_numpy(moments).to(x.dtype).unsqueeze(2)
-            self._update(mean.view_as(self.mean), var.view_as(self.var))
+            self._update(mean.view_as(self.mean), var.view_as(self.var), x.shape[1])
             if x.shape[1] >= MIN_BATCH:
                 batch = torch.stack([mean.squeeze(1), torch.rsqrt(var.squeeze(1) + self._epsilon)])
         return self.running().view(2, x.shape[0], x.shape[2]), batch
@@ -110,21 +113,21 @@ class StreamingNorm(nn.Module):
     def _learn(self, x: torch.Tensor) -> torch.Tensor:
         """Update the running statistics; return x itself in value, with the gradient of a batch-normalised x."""
         var, mean = torch.var_mean(x, -2, correction=0, keepdim=True)
-        self._update(mean.detach(), var.detach())
+        self._update(mean.detach(), var.detach(), x.shape[-2])
         if x.shape[-2] < MIN_BATCH:
             return x
         std = torch.sqrt(var + self._epsilon)
         return torch.addcmul(mean.detach(), (x - mean) / std, std.detach())
 
     @torch.no_grad()
-    def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        rate = (1.0 / (self.steps + 2)).clamp(min=self._momentum).to(mean.dtype)
+    def _update(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+        self.rows += count
+        rate = (count / (self.rows + BATCH)).clamp(min=self._momentum * min(1.0, count / BATCH)).to(mean.dtype)
         delta = mean - self.mean
         new_var = torch.lerp(self.var, var + (1 - rate) * delta.square(), rate)
         sound = torch.isfinite(new_var)  # one overflow must not poison the statistics for ever
         self.mean.copy_(torch.where(sound, self.mean + rate * delta, self.mean))
         self.var.copy_(torch.where(sound, new_var, self.var))
-        self.steps += 1
 
 
 class Dice(nn.Module):

@@ -81,7 +81,7 @@ class Counting:
             for kind in task.types:
                 self._tasks.setdefault(kind, []).append(index)
         self._types = set(config.retrieval.count_types)
-        self._counts_events = any("events" in counter.values for counter in config.features.counters)
+        self.counts_events = any("events" in counter.values for counter in config.features.counters)
         self._elsewhere = config.features.elsewhere_types
         self._last: dict[bool, OrderedDict[str, str]] = {live: OrderedDict() for live in (False, True)}
         """Item of each user's last event of the first type elsewhere; those that are counted live on their own."""
@@ -141,7 +141,7 @@ class Counting:
         self, counters: Counters, feedback: Feedback, row: int, tasks: Iterable[int], later: bool, now_ms: int
     ) -> None:
         values = [f"positive {self._schema.tasks[task]}" for task in tasks]
-        if self._counts_events and feedback.type in self._types:
+        if self.counts_events and feedback.type in self._types:
             values += ["events", "later"] if later else ["events"]
         if feedback.request_id is None and feedback.type in self._elsewhere:
             values += self._elsewhere_values(feedback, counters is self.live)

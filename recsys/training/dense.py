@@ -1,8 +1,12 @@
-"""The optimiser of dense weights: all of them in one flat vector, so that a step is three calls, not three a weight."""
+"""The optimiser of dense weights: all of them in one flat vector, so that a step is a few calls, not a few a weight.
+
+Legend: r, a batch's share of a whole one. How polling cuts the stream into batches is chance; what is learned from it should not
+be. So time is counted in whole batches: a batch of share r moves weights and moments by r as much.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,45 +14,60 @@ from torch import nn
 CLIP_NORM = 10.0
 """Largest norm of the dense gradient; half slows the first minutes, double lets one odd batch move everything."""
 
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+
 
 class DenseOptimizer:
-    """Adam or Adagrad over a module's parameters, which become views of one vector. Owns their gradients."""
+    """Adam (Kingma & Ba 2015) or Adagrad over a module's parameters, which become views of one vector. Owns their gradients."""
 
     def __init__(self, module: nn.Module, kind: Literal["adam", "adagrad"], learning_rate: float) -> None:
         parameters = list(module.parameters())
-        self._weights = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
-        self._weights.grad = torch.zeros_like(self._weights)
+        self._weights = torch.cat([p.detach().reshape(-1) for p in parameters])
+        self.gradient = torch.zeros_like(self._weights)
+        """The flat gradient; backward passes add to it."""
         start = 0
         for p in parameters:
             span = slice(start, start + p.numel())
-            p.data = self._weights.data[span].view_as(p)
-            p.grad = self._weights.grad[span].view_as(p)
+            p.data = self._weights[span].view_as(p)
+            p.grad = self.gradient[span].view_as(p)
             start += p.numel()
-        optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
-        self._optimizer = optimizers[kind]([self._weights], lr=learning_rate, fused=True)
-
-    @property
-    def gradient(self) -> torch.Tensor:
-        """The flat gradient; backward passes add to it."""
-        assert self._weights.grad is not None
-        return self._weights.grad
+        self._adam, self._rate = kind == "adam", learning_rate
+        self._time = 0.0
+        self._mean, self._square = torch.zeros_like(self._weights), torch.zeros_like(self._weights)
 
     def zero(self) -> None:
         self.gradient.zero_()
 
-    def step(self) -> None:
-        """One update with the gradient, its norm bounded by CLIP_NORM; the gradient must be finite."""
-        norm = float(self.gradient.norm())
+    @torch.no_grad()
+    def step(self, share: float = 1.0) -> None:
+        """One update with the gradient of a batch's mean loss, its norm bounded by CLIP_NORM; it must be finite.
+
+        `share` r in (0, 1]: Adam's decay rates and step are taken to the power of, and times, r, and the square of a mean over
+        fewer examples counts r times: it is larger by chance. With r = 1 it is as published. Adagrad needs none of it: r times
+        the gradient, in both its step and its sum of squares, is the same step.
+        """
+        gradient = self.gradient
+        norm = float(gradient.norm())
         if norm > CLIP_NORM:
-            self.gradient.mul_(CLIP_NORM / norm)
-        self._optimizer.step()
+            gradient.mul_(CLIP_NORM / norm)
+        if not self._adam:
+            self._square.addcmul_(gradient, gradient)
+            self._weights.addcdiv_(gradient, self._square.sqrt().add_(_EPSILON), value=-self._rate)
+            return
+        self._time += share
+        keep1, keep2 = _BETA1**share, _BETA2**share
+        self._mean.lerp_(gradient, 1 - keep1)
+        self._square.mul_(keep2).addcmul_(gradient, gradient, value=(1 - keep2) * share)
+        root = self._square.div(1 - _BETA2**self._time).sqrt_().add_(_EPSILON)
+        self._weights.addcdiv_(self._mean, root, value=-self._rate * share / (1 - _BETA1**self._time))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Moments and step count, copied."""
-        moments = self._optimizer.state_dict()["state"].get(0, {})
-        return {name: value.detach().clone() for name, value in moments.items()}
+        """Moments and time, copied."""
+        time = torch.tensor(self._time, dtype=torch.float64)
+        return {"time": time, "mean": self._mean.clone(), "square": self._square.clone()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Load what `state` returned."""
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+        self._time = float(state["time"])
+        self._mean.copy_(state["mean"])
+        self._square.copy_(state["square"])

@@ -41,6 +41,7 @@ class Learner:
     def __init__(self, config: Config, schema: Schema, tables: Tables) -> None:
         self._schema = schema
         self._dim, self._l2 = config.model.dim, config.model.row_l2
+        self._batch_size = config.training.batch_size
         self.tables = tables
         self.model = build.ranker(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
@@ -70,7 +71,7 @@ class Learner:
         if self._l2:
             regularise(gradients[0], deep.detach().numpy(), _occurrences(lay) * admit, self._dim, self._l2)
         self.model.observe(logits, hidden, labels, weights * mask)
-        self.optimizer.step()
+        self.optimizer.step(min(1.0, len(labels) / self._batch_size))
         for block, gradient in zip((lay.deep, lay.wide), gradients, strict=True):
             self.tables[block.layout].apply_gradients(block.slots, block.keys, gradient, now_ms)
         self._last = batch.features

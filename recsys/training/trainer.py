@@ -71,6 +71,8 @@ class Trainer:
         self.covers_ms = 0
         self.breaker_open = False
         self._rate: deque[tuple[int, int]] = deque()
+        self._watched = 0
+        """Examples in `_rate`."""
 
     def step(self, records: Sequence[Record], now_ms: int, learn: bool = True) -> StepReport:
         """Take the records in order, close what is due at log time `now_ms`, train on it."""
@@ -187,11 +189,11 @@ class Trainer:
             known = emission.shown & emission.final[:, 0]
             if known.any():
                 self._rate.append((int(known.sum()), int(emission.labels[known, 0].sum())))
-        total = sum(n for n, _ in self._rate)
-        while self._rate and total - self._rate[0][0] >= training.breaker_examples:
-            total -= self._rate.popleft()[0]
-        if total >= training.breaker_examples:
-            rate = sum(k for _, k in self._rate) / total
+                self._watched += self._rate[-1][0]
+        while self._rate and self._watched - self._rate[0][0] >= training.breaker_examples:
+            self._watched -= self._rate.popleft()[0]
+        if self._watched >= training.breaker_examples:
+            rate = sum(k for _, k in self._rate) / self._watched
             low, high = training.breaker_rate
             self.breaker_open = rate <= low or rate >= high
 
@@ -199,6 +201,7 @@ class Trainer:
         """An operator said to go on."""
         self.breaker_open = False
         self._rate.clear()
+        self._watched = 0
 
     def small_state(self) -> dict[str, Any]:
         """Everything beside tables, networks, bandit and catalogue, as JSON-able values."""
@@ -214,6 +217,7 @@ class Trainer:
     def restore_small(self, state: dict[str, Any]) -> None:
         self.steps, self.covers_ms, self.breaker_open = state["steps"], state["covers_ms"], state["breaker_open"]
         self._rate = deque((n, k) for n, k in state["rate"])
+        self._watched = sum(n for n, _ in self._rate)
         self.joiner.restore(state["joiner"])
         if self.towers and state["towers"]:
             self.towers.restore(state["towers"])

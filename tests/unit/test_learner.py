@@ -133,6 +133,31 @@ def test_flat_adam_is_adam_with_its_norm_bounded() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("kind", ["adam", "adagrad"])
+def test_how_a_stream_is_cut_into_batches_hardly_changes_what_is_learned(kind: str) -> None:
+    """256 examples a step, or 16, or 1: noisy regression ends at nearly the same weights; unscaled steps of 1 do not."""
+    generator = seeded(3)
+    x = torch.randn(256 * 60, 4, generator=generator)
+    y = x @ torch.tensor([0.4, -0.2, 0.1, 0.0]) + 3 * torch.randn(len(x), generator=generator)
+
+    def learned(size: int, share: float) -> torch.Tensor:
+        model = torch.nn.Linear(4, 1)
+        torch.nn.init.zeros_(model.weight)
+        torch.nn.init.zeros_(model.bias)
+        optimizer = DenseOptimizer(model, kind, 0.01)  # type: ignore[arg-type]
+        for xs, ys in zip(x.split(size), y.split(size), strict=True):
+            optimizer.zero()
+            (model(xs).squeeze(1) - ys).square().mean().backward()
+            optimizer.step(share)
+        return model.weight.detach()
+
+    whole = learned(256, 1.0)
+    for size in (16, 1):
+        assert (learned(size, size / 256) - whole).abs().max() < 0.1
+    if kind == "adam":
+        assert (learned(1, 1.0) - whole).abs().max() > 0.2
+
+
 def test_regulariser_sums_to_its_weight_over_the_occurrences() -> None:
     """With the row frozen and n final, one occurrence a batch: l2 w in all; rows that do not occur get none."""
     rows = np.array([[0.5, -2.0, 0.0, 7.0], [1.0, 1.0, 0.0, 3.0]], np.float32)

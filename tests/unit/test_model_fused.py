@@ -107,7 +107,7 @@ def test_warm_norms_have_the_gradient_of_batch_normalisation() -> None:
     """Once running statistics are those of the batch, the fused gradient is that of the plain batch-normalised form."""
     x, weight = normal(2, 64, 4), normal(2, 64, 4)
     norm, dice = StreamingNorm(2, 4, affine=True).double(), Dice(4).double()
-    for _ in range(2500):
+    for _ in range(8000):
         norm.prepare(x)
         dice.norm.prepare(x[:1])
     with torch.no_grad():

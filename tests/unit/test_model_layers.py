@@ -44,7 +44,7 @@ def test_warm_norm_has_value_and_gradient_of_batch_normalisation() -> None:
     norm = StreamingNorm(2, 3)
     x = (torch.randn(2, 64, 3, generator=seeded(0)) * 2 + 1).requires_grad_()
     weight = torch.randn(2, 64, 3, generator=seeded(1))
-    for _ in range(2000):
+    for _ in range(8000):
         norm(x.detach())
     (norm(x) * weight).sum().backward()
     y = x.detach().clone().requires_grad_()
@@ -63,6 +63,17 @@ def test_running_statistics_find_the_variance_between_constant_batches() -> None
     assert norm.var.sqrt().item() == pytest.approx(2, abs=0.6)
 
 
+def test_statistics_do_not_depend_on_how_the_rows_are_cut() -> None:
+    x = 4 + 3 * torch.randn(64 * 256, 2, generator=seeded(5))
+    norms = {size: StreamingNorm(2) for size in (256, 32, 1)}
+    for size, norm in norms.items():
+        for part in x.split(size):
+            norm(part)
+    for norm in norms.values():
+        torch.testing.assert_close(norm.mean, norms[256].mean, atol=0.2, rtol=0)
+        torch.testing.assert_close(norm.var, norms[256].var, atol=0, rtol=0.2)
+
+
 def test_one_row_trains_and_an_overflow_does_not_poison() -> None:
     norm = StreamingNorm(2)
     x = torch.ones(1, 2, requires_grad=True)
@@ -78,4 +89,4 @@ def test_one_row_trains_and_an_overflow_does_not_poison() -> None:
 def test_eval_changes_no_statistic() -> None:
     norm = StreamingNorm(2).eval()
     norm(torch.randn(64, 2, generator=seeded(0)))
-    assert norm.steps == 0 and (norm.var == 1).all()
+    assert norm.rows == 0 and (norm.var == 1).all()
