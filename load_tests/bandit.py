@@ -104,19 +104,9 @@ class Runner:
         for events in self.waiting.pop(now, ()):
             self.policy.update(events)
         drawn = self.policy.choose(requests).drawn
-        items = requests.items[drawn]
-        self.impressions.append(items)
-        ones, nothing = np.ones(len(items), np.float32), np.zeros(len(items), np.float32)
-        shown = Events(
-            clusters=requests.clusters,
-            weights=requests.weights,
-            items=items,
-            edges=world.edges_of(requests.clusters, items),
-            impressions=ones,
-            rewards=(coins < truth[drawn]).astype(np.float32),
-            times_ms=np.full(len(items), now * 1000, np.int64),
-            hidden=None if requests.hidden is None else requests.hidden[drawn],
-        )
+        self.impressions.append(requests.items[drawn])
+        shown = world.events(requests, drawn, coins < truth[drawn])
+        nothing = np.zeros(len(drawn), np.float32)
         if self.shown_at_once:
             self._later(now + 1, replace(shown, rewards=nothing))
             self._later(now + self.delay_s, replace(shown, impressions=nothing))

@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 
 from load_tests.common import ROUNDS, Report, percentile
-from recsys.bandit.base import Events, Policy, Requests
+from recsys.bandit.base import Policy, Requests
 from recsys.bandit.policy import PolicyOptions, Shape, make_policy
 from recsys.bandit.score import Edges, Grouped, Rule, choose, cluster_weights, score, score_grouped
 from recsys.bandit.sums import EdgeSums
@@ -37,7 +37,8 @@ def costs(report: Report, policies: Mapping[str, PolicyOptions], options: Bandit
         batches = [*batches[-TIMED + 1 :], (requests, truth)]
         if number < TRAINED:
             for policy in made.values():
-                policy.update(_events(world, requests, policy.choose(requests).drawn, truth, rng))
+                drawn = policy.choose(requests).drawn
+                policy.update(world.events(requests, drawn, rng.random(len(drawn)) < truth[drawn]))
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(ROUNDS):
         for name, policy in made.items():
@@ -48,29 +49,13 @@ def costs(report: Report, policies: Mapping[str, PolicyOptions], options: Bandit
     report.add("cost_vs_linucb", median(ratios))
 
 
-def _events(
-    world: BanditWorld, requests: Requests, drawn: np.ndarray, truth: np.ndarray, rng: np.random.Generator
-) -> Events:
-    items = requests.items[drawn]
-    return Events(
-        clusters=requests.clusters,
-        weights=requests.weights,
-        items=items,
-        edges=world.edges_of(requests.clusters, items),
-        impressions=np.ones(len(items), np.float32),
-        rewards=(rng.random(len(items)) < truth[drawn]).astype(np.float32),
-        times_ms=np.full(len(items), requests.now_ms, np.int64),
-        hidden=None if requests.hidden is None else requests.hidden[drawn],
-    )
-
-
 def _timed(
     world: BanditWorld, policy: Policy, requests: Requests, truth: np.ndarray, rng: np.random.Generator
 ) -> float:
     started = time.perf_counter()
     drawn = policy.choose(requests).drawn
     chosen = time.perf_counter()
-    events = _events(world, requests, drawn, truth, rng)
+    events = world.events(requests, drawn, rng.random(len(drawn)) < truth[drawn])
     again = time.perf_counter()
     policy.update(events)
     return chosen - started + time.perf_counter() - again

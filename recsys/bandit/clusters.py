@@ -59,7 +59,7 @@ class Clusters:
         self._weights = np.zeros(1)
         """What each sum's vectors weigh together in this generation; 0: no centroid is known."""
         self._mass = np.zeros(1)
-        self._remembered = np.zeros((0, dim), np.float32)
+        self._ring = np.zeros((REMEMBERED, dim), np.float32)
         """The newest vectors of this generation [M, D], a ring."""
         self._count = 0
         self._since = 0
@@ -68,6 +68,10 @@ class Clusters:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def _remembered(self) -> Float32:
+        return self._ring[: self._count]
 
     def centroids(self) -> Float32:
         """Unit vectors [C, D]; 0 where none is known in this generation."""
@@ -94,10 +98,7 @@ class Clusters:
         self._sums[at] = self._sums[at] * (1 - 1 / FULL) + unit
         self._weights[at] = self._weights[at] * (1 - 1 / FULL) + 1
         self._mass[at] += 1
-        if len(self._remembered) < REMEMBERED:
-            self._remembered = np.concatenate([self._remembered, unit[None].astype(np.float32)])
-        else:
-            self._remembered[self._count % REMEMBERED] = unit
+        self._ring[self._count % REMEMBERED] = unit
         self._count += 1
         self._since += 1
 
@@ -109,7 +110,7 @@ class Clusters:
             self._older = [*self._older, self.generation][-OLD_SPACES:]
         self.generation = generation
         self._sums[:], self._weights[:] = 0, 0
-        self._remembered, self._count = self._remembered[:0], 0
+        self._count = 0
         return True
 
     def _nearest(self, unit: Float64, logged: Int64) -> int:
@@ -181,7 +182,8 @@ class Clusters:
         """Load what `state` returned."""
         self.ids, self.places = np.array(state["ids"], np.int64), np.array(state["places"], np.int32)
         self._sums, self._weights = np.array(state["sums"]), np.array(state["weights"])
-        self._mass, self._remembered = np.array(state["mass"]), np.array(state["remembered"])
+        self._mass, remembered = np.array(state["mass"]), state["remembered"]
+        self._ring[: len(remembered)] = remembered
         self._next, self._count, self._since = (int(v) for v in np.asarray(state["counts"], np.int64))
         self.generation, *self._older = bytes(state["generations"]).decode().split("\n")
 

@@ -13,7 +13,7 @@ from recsys.bandit.base import Choices, Events, Policy, Requests, Values, needed
 from recsys.bandit.draw import Chances, Float64, draw, even, floored, inverse_gap, mostly_best, only_best
 from recsys.bandit.linucb import LinUcb
 from recsys.bandit.neural import LastLayer
-from recsys.bandit.score import Grouped, Rule, score_grouped
+from recsys.bandit.score import Grouped, Rule, score_grouped, valued
 from recsys.bandit.sums import EdgeSums
 from recsys.errors import BadInput
 from recsys.types import Bool, Float32, Int64
@@ -127,9 +127,7 @@ class EdgeValues:
         scores = score_grouped(requests.weights.ravel(), grouped, self.sums.sums, scale, rule, num)
         if not self._explore:
             return scores.mean, None
-        alpha = np.float32(options.alpha)
-        amount = alpha * rng.standard_normal(num, np.float32) if self._sampled else alpha
-        return scores.mean + amount * scores.width, scores.fresh
+        return valued(scores, options.alpha, rng if self._sampled else None), scores.fresh
 
     def learn(self, events: Events) -> None:
         self.sums.add(events.edges, events.weights, events.impressions, events.rewards, events.times_ms)

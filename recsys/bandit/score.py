@@ -198,9 +198,17 @@ def _largest(values: Float32, k: int, ties: Any) -> Int64:
     return rows[np.lexsort((ties[rows], -values[rows]))[:k]]
 
 
-def choose(scores: Scores, k: int, alpha: float, rng: np.random.Generator) -> Int64:
-    """The rows of the min(k, M) best by UCB, best first, the fresh tier before all in random order."""
-    return best(scores.mean + np.float32(alpha) * scores.width, k, rng, scores.fresh)
+def valued(scores: Scores, alpha: float, sampled: np.random.Generator | None = None) -> Float32:
+    """What items are ranked by [M]: UCB, or (Thompson sampling) a normal draw around the mean, alpha widths its deviation."""
+    amount = np.float32(alpha)
+    widths = amount if sampled is None else amount * sampled.standard_normal(len(scores.mean), np.float32)
+    values: Float32 = scores.mean + widths * scores.width
+    return values
+
+
+def choose(scores: Scores, k: int, alpha: float, rng: np.random.Generator, *, sampled: bool = False) -> Int64:
+    """The rows of the min(k, M) best by UCB or sampled, best first, the fresh tier before all in random order."""
+    return best(valued(scores, alpha, rng if sampled else None), k, rng, scores.fresh)
 
 
 def warm_up() -> None:

@@ -167,11 +167,8 @@ class Bandit:
         """The rows of the chosen scores, best first; what is random is seeded by the request."""
         digest = hashlib.blake2b(request_id.encode(), digest_size=8, person=b"bandit").digest()
         rng, bandit = np.random.default_rng(int.from_bytes(digest, "little")), self._config
-        if bandit.policy == "diag_linucb":
-            return choose(scores, quota, bandit.alpha, rng)
-        if bandit.policy == "thompson":
-            noise = rng.standard_normal(len(scores.mean), np.float32)
-            return best(scores.mean + np.float32(bandit.alpha) * scores.width * noise, quota, rng, scores.fresh)
+        if bandit.policy != "epsilon_greedy":
+            return choose(scores, quota, bandit.alpha, rng, sampled=bandit.policy == "thompson")
         order = best(scores.mean, len(scores.mean), rng)
         drawn = rng.random(len(order)) < bandit.epsilon * (np.arange(len(order)) < quota)
         order[:quota][drawn[:quota]] = rng.permutation(order[quota:])[: drawn[:quota].sum()]

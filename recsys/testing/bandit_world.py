@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from recsys.bandit.base import Requests
+from recsys.bandit.base import Events, Requests
 from recsys.bandit.score import cluster_weights
 from recsys.types import Float32, Int64
 
@@ -132,6 +132,20 @@ class BanditWorld:
     def edges_of(self, clusters: Int64, items: Int64) -> Int64:
         """Places [N, K] of the items' edges with their requests' clusters [N, K]; -1 where there is none."""
         return np.where(self._edge[clusters, items[:, None]], clusters * self.num_items + items[:, None], -1)
+
+    def events(self, requests: Requests, drawn: Int64, rewards: Any) -> Events:
+        """What each request's drawn candidate [B] earned [B], as events: shown, and rewarded at once."""
+        items = requests.items[drawn]
+        return Events(
+            clusters=requests.clusters,
+            weights=requests.weights,
+            items=items,
+            edges=self.edges_of(requests.clusters, items),
+            impressions=np.ones(len(items), np.float32),
+            rewards=np.asarray(rewards, np.float32),
+            times_ms=np.full(len(items), requests.now_ms, np.int64),
+            hidden=None if requests.hidden is None else requests.hidden[drawn],
+        )
 
 
 def _unit(vectors: Any) -> Float64:

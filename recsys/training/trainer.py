@@ -71,8 +71,8 @@ class Trainer:
         self.covers_ms = 0
         self.breaker_open = False
         self._rate: deque[tuple[int, int]] = deque()
-        self._watched = 0
-        """Examples in `_rate`."""
+        self._watched = np.zeros(2, np.int64)
+        """Examples and positives in `_rate`, together."""
 
     def step(self, records: Sequence[Record], now_ms: int, learn: bool = True) -> StepReport:
         """Take the records in order, close what is due at log time `now_ms`, train on it."""
@@ -189,11 +189,11 @@ class Trainer:
             known = emission.shown & emission.final[:, 0]
             if known.any():
                 self._rate.append((int(known.sum()), int(emission.labels[known, 0].sum())))
-                self._watched += self._rate[-1][0]
-        while self._rate and self._watched - self._rate[0][0] >= training.breaker_examples:
-            self._watched -= self._rate.popleft()[0]
-        if self._watched >= training.breaker_examples:
-            rate = sum(k for _, k in self._rate) / self._watched
+                self._watched += self._rate[-1]
+        while self._rate and self._watched[0] - self._rate[0][0] >= training.breaker_examples:
+            self._watched -= self._rate.popleft()
+        if self._watched[0] >= training.breaker_examples:
+            rate = float(self._watched[1] / self._watched[0])
             low, high = training.breaker_rate
             self.breaker_open = rate <= low or rate >= high
 
@@ -201,7 +201,7 @@ class Trainer:
         """An operator said to go on."""
         self.breaker_open = False
         self._rate.clear()
-        self._watched = 0
+        self._watched[:] = 0
 
     def small_state(self) -> dict[str, Any]:
         """Everything beside tables, networks, bandit and catalogue, as JSON-able values."""
@@ -217,7 +217,7 @@ class Trainer:
     def restore_small(self, state: dict[str, Any]) -> None:
         self.steps, self.covers_ms, self.breaker_open = state["steps"], state["covers_ms"], state["breaker_open"]
         self._rate = deque((n, k) for n, k in state["rate"])
-        self._watched = sum(n for n, _ in self._rate)
+        self._watched[:] = np.array(self._rate, np.int64).reshape(-1, 2).sum(0)
         self.joiner.restore(state["joiner"])
         if self.towers and state["towers"]:
             self.towers.restore(state["towers"])

@@ -306,14 +306,12 @@ def test_a_released_cursor_holds_nothing_and_begins_anew(make: type[Table]) -> N
     table = make(layout_of())
     table.release("never was")
     table.lookup_train(*keyed(1, 2, 3), now_ms=0)
-    table.acknowledge("publish", table.touched("publish").version)
     version = table.touched("passing").version
     table.release("passing")
     with pytest.raises(ValueError, match="never given"):
         table.acknowledge("passing", version)
     table.remove(*keyed(2))
-    assert live(table.touched("passing")) == {(0, 1), (0, 3)} and gone(table.touched("passing")) == set()
-    assert gone(table.touched("publish")) == {(0, 2)}
+    assert live(table.touched("passing")) == {(0, 1), (0, 3)} and not gone(table.touched("passing"))
 
 
 def test_a_version_never_given_is_refused(make: type[Table]) -> None:

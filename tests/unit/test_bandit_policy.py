@@ -31,20 +31,6 @@ def asked(world: BanditWorld) -> tuple[Requests, Any]:
     return replace(requests, scores=truth.astype(np.float32)), truth
 
 
-def events_of(world: BanditWorld, requests: Requests, drawn: Any, rewards: Any) -> Events:
-    items = requests.items[drawn]
-    return Events(
-        clusters=requests.clusters,
-        weights=requests.weights,
-        items=items,
-        edges=world.edges_of(requests.clusters, items),
-        impressions=np.ones(len(items), np.float32),
-        rewards=np.asarray(rewards, np.float32),
-        times_ms=np.full(len(items), requests.now_ms, np.int64),
-        hidden=None if requests.hidden is None else requests.hidden[drawn],
-    )
-
-
 def check(requests: Requests, choices: Choices, size: int, floor: float) -> None:
     for request, (start, end) in enumerate(zip(requests.starts[:-1], requests.starts[1:], strict=True)):
         pool = choices.pool[request][choices.pool[request] >= 0]
@@ -74,7 +60,7 @@ def test_every_policy_draws_from_its_pool_by_its_probabilities_while_it_learns(
         choices = policy.choose(requests)
         check(requests, choices, size, floor)
         np.testing.assert_array_equal(choices.drawn, again.choose(requests).drawn)
-        events = events_of(world, requests, choices.drawn, coins.random(SMALL.rate) < truth[choices.drawn])
+        events = world.events(requests, choices.drawn, coins.random(SMALL.rate) < truth[choices.drawn])
         policy.update(events)
         again.update(events)
 
@@ -111,7 +97,7 @@ def test_one_active_cluster_makes_diag_linucb_full_linucb(published: bool) -> No
         values, _ = diag.of(requests, rng)
         np.testing.assert_allclose(values, exact, rtol=2e-5, atol=1e-7)
         drawn = requests.starts[:-1] + rng.integers(np.diff(requests.starts))
-        events = events_of(world, requests, drawn, rng.random(one.rate) < truth[drawn])
+        events = world.events(requests, drawn, rng.random(one.rate) < truth[drawn])
         full.learn(events)
         diag.learn(events)
 
@@ -124,7 +110,7 @@ def test_linucb_is_the_ridge_regression_of_a_float64_oracle() -> None:
         requests, _ = asked(world)
         drawn = requests.starts[:-1] + rng.integers(np.diff(requests.starts))
         late = second % 2 == 1
-        events = events_of(world, requests, drawn, np.zeros(SMALL.rate) if late else rng.random(SMALL.rate))
+        events = world.events(requests, drawn, np.zeros(SMALL.rate) if late else rng.random(SMALL.rate))
         several = [events, replace(events, impressions=0 * events.rewards, rewards=events.rewards + 1)]
         for one in several[: 1 + late]:
             full.learn(one)
@@ -178,7 +164,7 @@ def test_what_was_seen_long_ago_is_fresh_again() -> None:
     requests, _ = asked(world)
     policy = make_policy(PolicyOptions(half_life_s=1.0), SHAPE, np.random.default_rng(0))
     assert isinstance(policy, Ranked)
-    policy.update(events_of(world, requests, requests.starts[:-1], np.ones(SMALL.rate)))
+    policy.update(world.events(requests, requests.starts[:-1], np.ones(SMALL.rate)))
     for seconds, seen in ((10, True), (2000, False)):
         later = replace(requests, now_ms=requests.now_ms + 1000 * seconds)
         mean, fresh = policy.values.of(later, np.random.default_rng(0))
@@ -190,7 +176,7 @@ def test_impression_and_late_reward_are_one_event_in_two_parts() -> None:
     world = BanditWorld(5, SMALL)
     requests, _ = asked(world)
     drawn = requests.starts[:-1]
-    whole = events_of(world, requests, drawn, np.ones(SMALL.rate))
+    whole = world.events(requests, drawn, np.ones(SMALL.rate))
     for name in ("diag_linucb", "linucb"):
         options = PolicyOptions(policy=name, pool=0, half_life_s=60.0, alpha=0.3)
         one, two = (make_policy(options, SHAPE, np.random.default_rng(0)) for _ in range(2))
@@ -329,6 +315,6 @@ def test_what_a_policy_lacks_and_what_is_not_finite_is_said() -> None:
     broken = replace(requests, hidden=np.full((len(requests.items), SMALL.hidden), np.nan, np.float32))
     with pytest.raises(BadInput, match="last hidden layer for policy 'neural' are not finite"):
         make_policy(PolicyOptions(policy="neural"), SHAPE, rng).choose(broken)
-    events = events_of(world, requests, requests.starts[:-1], np.full(SMALL.rate, np.nan))
+    events = world.events(requests, requests.starts[:-1], np.full(SMALL.rate, np.nan))
     with pytest.raises(BadInput, match="drop these events"):
         make_policy(PolicyOptions(), SHAPE, rng).update(events)
