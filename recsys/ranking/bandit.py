@@ -25,6 +25,7 @@ from recsys.model.two_tower import TwoTower
 from recsys.ranking.recent_users import Recent
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.searcher import Searcher
+from recsys.retrieval.trending import among
 from recsys.types import Bool, Float32, Int32, Int64
 
 RECENT = 2000
@@ -149,12 +150,12 @@ class Bandit:
 
     def _edges(self, rows: Int32, forbidden: Collection[int], allowed: Bool | None) -> tuple[Int64, Int64]:
         """Which of the clusters and which item, for each edge among rows [K, W + G] that may be shown."""
-        passing = self._catalogue.alive if allowed is None else allowed
-        keep = (rows >= 0) & (rows < len(passing))
-        keep[keep] = passing[rows[keep]]
+        kept = among(rows.ravel(), self._catalogue.alive if allowed is None else allowed)
+        found = rows.ravel()[kept].astype(np.int64)
         if forbidden:
-            keep &= ~np.isin(rows, np.fromiter(forbidden, np.int32, len(forbidden)))
-        return np.nonzero(keep)[0], rows[keep].astype(np.int64)
+            free = ~np.isin(found, np.fromiter(forbidden, np.int32, len(forbidden)))
+            kept, found = kept[free], found[free]
+        return kept // rows.shape[1], found
 
     def _decayed(self, published: Published, now_ms: int) -> float:
         if not self._config.half_life_s:
