@@ -86,6 +86,7 @@ class Report:
         self._reference: dict[str, float] = budgets["calibration"]
         self._budgeted = {name: Figure(name=name, **budget) for name, budget in budgets[test].items()}
         self._values: dict[str, tuple[Figure, float | None]] = {}
+        self._kept: Mapping[str, Any] = {"results": []}
         self._rounds = calibrate.measure()
 
     @property
@@ -100,6 +101,10 @@ class Report:
             raise ValueError(f"figure {name!r} has no unit, no budget, or was reported already: look at budgets.toml")
         self._values[name] = (figure, value)
 
+    def keep(self, result: Mapping[str, Any]) -> None:
+        """Let an earlier result's figures stand, scaled as they were then, where this run measures none of that name."""
+        self._kept = result
+
     def percentiles(self, name: str, values_ms: Sequence[float]) -> None:
         """Two figures in ms, NAME_p50 and NAME_p99, over all values."""
         for percent in (50, 99):
@@ -107,24 +112,33 @@ class Report:
             self.add(f"{name}_p{percent}", value, "ms")
 
     def finish(self) -> dict[str, Any]:
-        """The result: budgeted figures first, those never measured with value null."""
+        """The result: budgeted figures first, those never measured with value null; `kept`: of which commit an earlier figure is."""
         for loop, seconds in calibrate.measure().items():
             self._rounds[loop] = self._rounds[loop] + seconds
         slowness = slowness_of(self._rounds, self._reference)
+        kept = {
+            row["name"]: row
+            for row in self._kept["results"]
+            if row["value"] is not None and row["name"].removesuffix("_raw") not in self._values
+        }
         rows = []
         for name in [*self._budgeted, *(n for n in self._values if n not in self._budgeted)]:
             figure, value = self._values.get(name, (self._budgeted.get(name), None))
             assert figure is not None
-            if value is not None and figure.scaled(1.0, 2.0) != 1.0:
+            if name in kept:
+                rows.append(kept[name])
+            elif value is not None and figure.scaled(1.0, 2.0) != 1.0:
                 rows.append(figure.row(figure.scaled(value, slowness)))
                 rows.append(Figure(name=f"{name}_raw", unit=figure.unit, better=figure.better).row(value))
             else:
                 rows.append(figure.row(value))
+        rows += [row for name, row in kept.items() if name not in self._budgeted]
         return {
             **commit(),
             "hardware": hardware(),
             "seed": self._load.get("seed"),
             "load": self._load,
+            "kept": {name: self._kept.get("kept", {}).get(name, self._kept["commit"]) for name in kept},
             "calibration": {
                 "rounds_s": self._rounds,
                 "median_s": {loop: median(seconds) for loop, seconds in self._rounds.items()},

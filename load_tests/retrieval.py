@@ -59,24 +59,10 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         "world": lambda: _world(report, options),
         "served": lambda: retrieval_served.measure(report, options.items, options.seed),
     }
-    kept = _saved()
+    if (saved := RESULTS / "retrieval.json").exists():
+        report.keep(json.loads(saved.read_text(encoding="utf-8")))
     for part in options.parts:
-        names = set(report.names)
         measured[part]()
-        kept = {name: row for name, row in kept.items() if name not in set(report.names) - names}
-    for name, row in kept.items():
-        report.add(name, row["value"], row["unit"], row["better"])
-
-
-def _saved() -> dict[str, dict[str, Any]]:
-    """The figures of the committed result that were measured; times that are scaled to the reference machine as they were."""
-    path = RESULTS / "retrieval.json"
-    rows = {row["name"]: row for row in json.loads(path.read_text())["results"]} if path.exists() else {}
-    return {
-        name: rows.get(f"{name}_raw", row)
-        for name, row in rows.items()
-        if row["value"] is not None and not name.endswith("_raw")
-    }
 
 
 def _chosen(report: Report, options: argparse.Namespace) -> None:

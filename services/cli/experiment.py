@@ -8,6 +8,7 @@ import difflib
 import io
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from recsys.files import write_file
 from services.cli.main import DONE, MISSED, emit, parser
 from services.cli.replay import config_of
 
-KEYS = {"name", "set"}
+KEYS = {"name", "set", "group"}
 """Of a run, beside the options of `recsys replay`."""
 
 
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         text = f"{len(todo)} of {len(runs)} runs started in the background (process {child.pid}); see {log}"
         emit(options, state | {"pid": child.pid, "log": str(log)}, text)
         return DONE
-    failed = [each.name for each in _one_after_another(todo, out)]
+    failed = [each.name for each in _one_after_another(todo, out, _circumstances(options.file.resolve().parent))]
     state |= {"done": len(runs) - len(failed), "failed": failed}
     emit(
         options,
@@ -79,12 +80,17 @@ def read(path: Path) -> tuple[list[Run], Path]:
         raise BadInput(f"experiment file {str(path)!r} does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise BadInput(f"experiment file {str(path)!r} cannot be read: {error}") from None
-    _known(given, {"out", "defaults", "runs"}, str(path))
+    _known(given, {"out", "defaults", "groups", "runs"}, str(path))
     out = path.parent / str(given.get("out", "results"))
     listed = given.get("runs")
     if not isinstance(listed, list) or not listed or not all(isinstance(each, dict) for each in listed):
         raise BadInput(f"{path} lists no runs: write a [[runs]] table with a name for each")
-    runs = [_run(given.get("defaults", {}) | each, path, out) for each in listed]
+    groups = {"": {}} | given.get("groups", {})
+    if unknown := [each["group"] for each in listed if each.get("group", "") not in groups]:
+        raise BadInput(
+            f"{path}: a run is of group {unknown[0]!r}: write a [groups.{unknown[0]}] table, or leave group out"
+        )
+    runs = [_run(given.get("defaults", {}) | groups[each.get("group", "")] | each, path, out) for each in listed]
     names = [each.name for each in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadInput(f"{path} has two runs named {twice[0]!r}: each has a result file of its own")
@@ -142,7 +148,16 @@ def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:
             raise BadInput(f"{where}: {key!r} is not known; did you mean {near[0]!r}?")
 
 
-def _one_after_another(todo: list[Run], out: Path) -> Iterator[Run]:
+def _circumstances(folder: Path) -> dict[str, str]:
+    """What else a result depends on: the commit of the folder that holds the experiment (empty: none), and the machine."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"commit": head.stdout.strip(), "hardware": f"{os.cpu_count()} cores, {(models or [platform.machine()])[0]}"}
+
+
+def _one_after_another(todo: list[Run], out: Path, circumstances: Mapping[str, str]) -> Iterator[Run]:
     """Run them, and yield those that failed."""
     lock = out / "experiment.pid"
     try:
@@ -163,7 +178,12 @@ def _one_after_another(todo: list[Run], out: Path) -> Iterator[Run]:
                 print(f"{each.name} failed with exit code {done.returncode}", file=sys.stderr, flush=True)
                 yield each
                 continue
-            result = {"name": each.name, "arguments": each.arguments, **json.loads(done.stdout)}
+            result = {
+                "name": each.name,
+                "arguments": each.arguments,
+                **circumstances,
+                **json.loads(done.stdout),
+            }
             write_file(each.result, json.dumps(result, indent=1).encode() + b"\n")
     finally:
         lock.unlink(missing_ok=True)

@@ -50,11 +50,13 @@ def experiment(folder: Path, runs: str, defaults: str = 'events = ["events"]\nco
 
 
 RUNS = """
+[groups.late]
+delay = 30
 [[runs]]
 name = "live"
 [[runs]]
 name = "late"
-delay = 30
+group = "late"
 set = { "retrieval.trending_half_life_s" = 60, "seed" = 3 }
 """
 
@@ -69,6 +71,8 @@ def test_each_run_has_a_result_and_a_second_call_runs_only_what_has_none(
     live, late = (json.loads((folder / "out" / f"{name}.json").read_text()) for name in ("live", "late"))
     assert live["next_item"]["predictions"] == late["next_item"]["predictions"] > 0
     assert live["next_item"]["hit_rate_at_20"] >= late["next_item"]["hit_rate_at_20"]
+    assert "--delay" in late["arguments"] and "--delay" not in live["arguments"]
+    assert live["hardware"] and live["commit"] == ""  # not under version control
     assert late["arguments"][-4:] == ["--set", "retrieval.trending_half_life_s=60", "--set", "seed=3"]
     (folder / "out" / "live.json").unlink()
     before = (folder / "out" / "late.json").stat().st_mtime_ns
@@ -102,6 +106,7 @@ def test_in_the_background_it_answers_at_once_and_a_second_one_waits_its_turn(
         ("[[runs]]\ndelay = 3", "needs a name"),
         ('[[runs]]\nname = "a/b"', "needs a name"),
         ('[[runs]]\nname = "a"\n[[runs]]\nname = "a"', "two runs named 'a'"),
+        ('[[runs]]\nname = "a"\ngroup = "b"', "write a [groups.b] table"),
         ('[[runs]]\nname = "a"\ndelays = 3', "did you mean 'delay'"),
         ('[[runs]]\nname = "a"\ndelay = "soon"', "is not a command"),
         ('[[runs]]\nname = "a"\nevents = ["nowhere"]', "nowhere' does not exist"),

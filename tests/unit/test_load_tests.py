@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +86,22 @@ def test_every_budgeted_figure_is_in_the_result_even_if_never_measured() -> None
     assert rows["memory_ranking"]["value"] == 5
     assert result["seed"] == 3
     assert {"commit", "dirty", "hardware", "seed", "calibration", "results"} <= set(result)
+
+
+def test_kept_figure_is_not_scaled_again_and_says_its_commit() -> None:
+    def row(name: str, value: float | None) -> dict[str, Any]:
+        return {"name": name, "value": value, "unit": "s", "better": "lower", "budget": None, "met": value is not None}
+
+    report = Report("ingest", {})
+    report.add("build", 1.0, "s")
+    old = [row("build", 9.0), row("build_raw", 9.0), row("start", 2.0), row("start_raw", 4.0), row("never", None)]
+    report.keep({"commit": "b" * 40, "kept": {"start": "a" * 40, "start_raw": "a" * 40}, "results": old})
+    result = report.finish()
+    values = {row["name"]: row["value"] for row in result["results"]}
+    assert values["build_raw"] == 1.0
+    assert (values["start"], values["start_raw"]) == (2.0, 4.0)
+    assert "never" not in values
+    assert result["kept"] == {"start": "a" * 40, "start_raw": "a" * 40}
 
 
 def test_figure_reported_twice_or_without_unit_is_refused() -> None:
