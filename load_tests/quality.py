@@ -1,7 +1,7 @@
 """What the replays of `quality.toml` come to: the judged figures, the tables of docs/quality.md, the curve.
 
 `python -m load_tests.quality` reads load_tests/results/quality/, writes load_tests/results/quality.json, docs/quality.md's tables
-and docs/quality_sync_*.svg. It runs nothing: `recsys experiment run load_tests/quality.toml` does.
+and docs/quality_*.svg. It runs nothing: `recsys experiment run load_tests/quality.toml` does.
 """
 
 from __future__ import annotations
@@ -30,15 +30,20 @@ CHOICES = {
     "prelu": "PReLU for Dice",
     "softmax": "attention weights that sum to 1",
     "published": "published sizes: attention 80-40, expert layers 128-64",
+    "rates_half": "all learning rates halved",
+    "rates_double": "all learning rates doubled",
 }
 PARTS = {
-    "counters": "streaming counters",
-    "crosses": "crosses",
-    "wide": "the wide part's learning",
-    "history": "more than the newest event of the history (DIN)",
-    "home_parts": "HoME's normalisation, hierarchy, feature gate and self gate",
+    "without_counters": "- streaming counters",
+    "without_crosses": "- crosses",
+    "without_wide": "- the wide part's learning",
+    "without_history": "- all but the newest event of the history (DIN)",
+    "without_home_parts": "- HoME's normalisation, hierarchy, feature gate and self gate",
+    "with_calibrate": "+ calibrator",
+    "with_error_memory": "+ ReLoop2's error memory, .3",
 }
 SYNC_S = (18_000, 1_800, 60, 1, 0)
+WITH = {"delay": "models alone", "with_bandit": "with the bandit"}
 DELAYS_S = (0, 1, 60, 1_800, 18_000, 86_400)
 AGES = {86_400: "1 d", 18_000: "5 h", 1_800: "30 min", 60: "60 s", 1: "1 s", 0: "nothing (at once)"}
 
@@ -62,9 +67,14 @@ def figures(runs: dict[str, dict[str, Any]]) -> dict[str, float | None]:
         found[f"kuairand_{task}_ne"] = seeds(runs, "kuairand_online_", task, "normalized_entropy")
         found[f"kuairand_{task}_gauc"] = seeds(runs, "kuairand_frozen_", task, "gauc")
     for delay in (0, 60):
-        shown = runs.get(f"globo_delay_{delay}", {}).get("next_item", {})
-        found[f"globo_delay_{delay}_hit_rate_at_20"] = shown.get("hit_rate_at_20")
-        found[f"globo_delay_{delay}_mrr_at_20"] = shown.get("mrr_at_20")
+        for metric in ("hit_rate_at_20", "mrr_at_20"):
+            name = f"globo_delay_{delay}"
+            values = [
+                run["next_item"][metric]
+                for key, run in runs.items()
+                if key in (name, f"{name}_seed_1", f"{name}_seed_2")
+            ]
+            found[f"{name}_{metric}"] = mean(values) if values else None
     return found
 
 
@@ -89,8 +99,8 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def ablation(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What each part brings, seed 0: AUC with its 95% interval."""
-    names = {"kuairand_online_0": "(everything in)"} | {f"kuairand_without_{n}": title for n, title in PARTS.items()}
-    return tasks_table("without", runs, names)
+    names = {"kuairand_online_0": "(as configured)"} | {f"kuairand_{n}": title for n, title in PARTS.items()}
+    return tasks_table("days 5–8", runs, names)
 
 
 def choices(runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -147,9 +157,25 @@ def sync_table(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 def delay_table(runs: dict[str, dict[str, Any]]) -> list[str]:
     """Globo by delay: everybody else's events and the parameters are this old, the own session is not."""
-    lines = ["| delay | hit rate / MRR |", "| --- | --- |"]
-    found = [(delay, runs.get(f"globo_delay_{delay}")) for delay in DELAYS_S]
-    return lines + [f"| {AGES[delay].split(' (')[0]} | {_next(run)} |" for delay, run in found if run]
+    lines = [
+        "| delay | hit rate / MRR | with the bandit | candidate recall at 300, with the bandit |",
+        "| --- | --- | --- | --- |",
+    ]
+    for delay in DELAYS_S:
+        plain, explored = (runs.get(f"globo_{kind}_{delay}") for kind in WITH)
+        recall = f"{explored['next_item']['candidate_recall_at_300']:.4f}" if explored else ""
+        lines.append(f"| {AGES[delay].split(' (')[0]} | {_next(plain)} | {_next(explored)} | {recall} |")
+    return lines
+
+
+def delay_series(runs: dict[str, dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Hit rate by delay, without and with the bandit; none is drawn at a tenth of a second."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for kind, title in WITH.items():
+        for delay in DELAYS_S:
+            if run := runs.get(f"globo_{kind}_{delay}"):
+                series.setdefault(title, []).append((max(delay, 0.1), run["next_item"]["hit_rate_at_20"]))
+    return series
 
 
 def _next(run: dict[str, Any] | None) -> str:
@@ -178,12 +204,23 @@ def main() -> int:
         "delay": delay_table(runs),
     }
     DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
-    for stream, title, what in (
-        ("kuairand", "KuaiRand, days 5-8: AUC by the age of what scoring knows", "AUC"),
-        ("globo", "Globo, days 3-5: hit rate by the age of what scoring knows", "hit rate at 20"),
+    for name, title, what, series in (
+        (
+            "sync_kuairand",
+            "KuaiRand, days 5-8: AUC by the age of what scoring knows",
+            "AUC",
+            sync_series(runs, "kuairand"),
+        ),
+        (
+            "sync_globo",
+            "Globo, days 3-5: hit rate by the age of what scoring knows",
+            "hit rate at 20",
+            sync_series(runs, "globo"),
+        ),
+        ("delay_globo", "Globo, days 3-5: hit rate by delay", "hit rate at 20", delay_series(runs)),
     ):
-        chart = line_chart(title, "seconds", what, sync_series(runs, stream), zoom=True)
-        (ROOT / "docs" / f"quality_sync_{stream}.svg").write_text(chart, encoding="utf-8")
+        chart = line_chart(title, "seconds", what, series, zoom=True)
+        (ROOT / "docs" / f"quality_{name}.svg").write_text(chart, encoding="utf-8")
     print("\n".join(tables["judged"]))
     return 0 if all(row["met"] for row in result["results"]) else 1
 
