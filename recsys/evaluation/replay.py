@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.config import Config
+from recsys.config import Config, parse
 from recsys.evaluation.metrics import NextItem, Progressive
 from recsys.evaluation.serving import ServingCopy
 from recsys.features.build import Features, encode
@@ -47,6 +47,9 @@ class Options:
     """Scoring sees parameters and others' counters exactly this old; the user's own history live."""
     sync_interval_s: float = 0.0
     """Scoring sees them as at the last multiple of this since the first impression (or feedback)."""
+    label_delay_s: float | None = None
+    """Labels are final this long after their impression; None: after each task's window, in a click log at once, since the click
+    that labels a pool also opens it."""
     freeze_user: bool = False
     """The user's own history and counters are as old, too."""
     sample: float = 1.0
@@ -61,6 +64,10 @@ class Replay:
 
     def __init__(self, config: Config, options: Options, folder: Path) -> None:
         unhurried = config.ranking.model_copy(update={"deadline_ms": float("inf")})
+        wait_s = 0.0 if options.label_delay_s is None and options.click_log else options.label_delay_s
+        if wait_s is not None:
+            raw = config.model_dump(mode="json")
+            config = parse(raw | {"tasks": [task | {"window_s": wait_s} for task in raw["tasks"]]})
         self.config = config = config.model_copy(update={"ranking": unhurried})
         self.options = options
         self.schema = Schema.of(config)

@@ -50,6 +50,7 @@ def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
         until_ms=until_ms,
         delay_s=arguments.delay,
         sync_interval_s=arguments.sync_interval,
+        label_delay_s=arguments.label_delay,
         freeze_user=arguments.freeze_user,
         sample=arguments.sample,
         click_log=click_log,
@@ -69,8 +70,6 @@ def config_of(arguments: argparse.Namespace) -> config.Config:
         if wrong := [name for name in names if name not in known]:
             raise BadInput(f"--tasks: {wrong[0]!r} is not one of {known}", field="tasks")
         raw["tasks"] = [task for task in raw["tasks"] if task["name"] in names]
-    if arguments.label_delay is not None:
-        raw["tasks"] = [task | {"window_s": arguments.label_delay} for task in raw["tasks"]]
     return config.parse(raw)
 
 

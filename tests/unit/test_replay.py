@@ -200,6 +200,19 @@ def test_an_impression_of_an_unknown_item_is_counted_but_not_scored(tmp_path: Pa
     assert result["tasks"]["click"]["examples"] == 3
 
 
+def test_the_pools_of_a_click_log_have_their_labels_at_once_whatever_the_window(tmp_path: Path) -> None:
+    def learned(window_s: float, **options: Any) -> list[float]:
+        raw = learning().model_dump(mode="json")
+        raw["tasks"] = [task | {"window_s": window_s} for task in raw["tasks"]]
+        replay = Replay(parse(raw), Options(**options), tmp_path / f"{window_s}-{len(options)}")
+        for event in [*catalogue("x", "y", "z"), *(click(f"u{n // 3}", "xyz"[n % 3], n) for n in range(60))]:
+            replay.step(*event)  # the end, which makes all labels final, does not come
+        assert replay.trainer is not None
+        return [p.detach().abs().sum().item() for p in replay.trainer.learner.model.parameters()]
+
+    assert learned(60) == learned(0) != learned(60, label_delay_s=1000)
+
+
 @pytest.mark.parametrize(("rule", "hit"), [({}, 2), ({"seen_last": 30}, 1), ({"seen_s": 1.5}, 2), ({"seen_s": 3}, 1)])
 def test_what_a_replay_has_shown_is_seen(rule: dict[str, Any], hit: int, tmp_path: Path) -> None:
     """x is shown before the click at 2 s, and again before that at 4 s unless the rule forbids it."""
