@@ -83,7 +83,7 @@ class ModelConfig(Section):
     dim: int = Field(16, ge=4, le=128)
     """Width of each embedding."""
     attention: tuple[int, ...] = (32, 16)
-    """DIN attention layers."""
+    """DIN attention layers; none: the mean of the history."""
     attention_activation: Literal["dice", "prelu"] = "dice"
     """Activation of the attention's layers."""
     attention_softmax: bool = False
