@@ -20,7 +20,10 @@ def run(options: argparse.Namespace) -> int:
     """Replay both side by side with progress on stderr; what differs, on stdout."""
     set_threads(options)
     first, second = (_config(options, path) for path in (options.first, options.second))
-    replay = options_of(options, click_log=not files.count_rows(options.events)["impression"])
+    rows = files.count_rows(options.events)
+    if not rows["item"]:
+        raise BadInput("no prediction to compare: no event file has items: name one that has", field="events")
+    replay = options_of(options, click_log=not rows["impression"])
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(first, second, replay, Path(folder))
         metric = _metric(options.metric, comparison.metrics)
@@ -28,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             result = comparison.run(files.merged(options.events), progress)
     found = verdict(result["paired"], metric)
     names = {"a": str(options.first), "b": str(options.second)}
-    met = found == "better" if options.expect == "better" else found != "worse" if options.expect else True
+    met = not options.expect or found == "better" or (options.expect == "not_worse" and found == "undecided")
     result |= {"configurations": names, "metric": metric, "verdict": found, "expected": options.expect, "met": met}
     emit(options, result, _text(result))
     return DONE if met else MISSED
