@@ -6,9 +6,9 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 
 from recsys.config.bandit import BanditConfig
 from recsys.config.formula import formula
@@ -49,7 +49,7 @@ class FeaturesConfig(Section):
     """Context fields of a request that become slots."""
     numbers: tuple[str, ...] = ()
     """Context fields and item attributes (also such that are no slots) that the models see as numbers, squashed, beside whether each is missing."""
-    buckets: dict[str, tuple[FiniteFloat, ...]] = Field(default_factory=dict)
+    buckets: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     """Context field or attribute → rising edges: its slot holds the bucket of its number; without a number it is missing."""
     history_types: tuple[str, ...] = ("click", "like", "purchase")
     """Feedback types that enter a user's history."""
@@ -191,7 +191,7 @@ class TrainingConfig(Section):
 class RetrievalConfig(Section):
     """Candidate sources: how many candidates each may bring."""
 
-    sources: dict[str, int] = Field(
+    sources: dict[str, Annotated[int, Field(ge=0, le=10_000)]] = Field(
         default_factory=lambda: {"bandit": 50, "covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
     )
     """Source name → most candidates: bandit, covisited, followed, following (with `features.transitions`), nearest, trending."""
