@@ -221,7 +221,7 @@ def attention(report: Report, rounds: int) -> None:
 
 
 def training(report: Report, rng: np.random.Generator, steps: int) -> None:
-    """The short-video model, batches of 256 requests with one item each."""
+    """The short-video model, batches of 256 requests with one item each, rows by Adagrad on both sides; ours also row-wise, as configured."""
     settings = config.load(ROOT / "deploy" / "configs" / "kuairand.toml", {})
     schema = Schema.of(settings)
     size = settings.training.batch_size
@@ -241,20 +241,31 @@ def training(report: Report, rng: np.random.Generator, steps: int) -> None:
         )
         for _ in range(BATCHES)
     ]
-    ours = Learner(settings, schema, Tables(layouts(settings, schema)))
+    ours, rowwise = (
+        Learner(given, schema, Tables(layouts(given, schema)))
+        for given in (
+            settings.model_copy(update={"model": settings.model.model_copy(update={"row_optimizer": name})})
+            for name in ("adagrad", "rowwise_adagrad")
+        )
+    )
     theirs = PlainLearner(settings, schema, USERS * len(schema.deep_slots), PAIRS * len(schema.wide_slots))
 
     def mine(batch: Batch) -> None:
         assert not ours.learn(batch, 0)
 
+    def configured(batch: Batch) -> None:
+        assert not rowwise.learn(batch, 0)
+
     def plain(batch: Batch) -> None:
         labels = torch.from_numpy(batch.labels.astype(np.float32))
         theirs.learn(collate(schema, batch.features, USERS, PAIRS), labels)
 
-    seconds = in_turns((mine, plain), batches, steps)
-    report.add("training_vs_plain", median(b / a for a, b in zip(*seconds, strict=True)))
-    report.add("training_step", median(seconds[0]) * 1000, "cpu ms")
-    report.add("training_step_plain", median(seconds[1]) * 1000, "cpu ms")
+    seconds = in_turns((mine, configured, plain), batches, steps)
+    for name, side in (("", 0), ("_rowwise", 1)):
+        ratio = median(b / a for a, b in zip(seconds[side], seconds[2], strict=True))
+        report.add(f"training_vs_plain{name}", ratio, "ratio", "higher")
+        report.add(f"training_step{name}", median(seconds[side]) * 1000, "cpu ms")
+    report.add("training_step_plain", median(seconds[2]) * 1000, "cpu ms")
 
 
 def in_turns(sides: Sequence[Callable[[Batch], None]], batches: Sequence[Batch], steps: int) -> list[list[float]]:

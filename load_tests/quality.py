@@ -37,7 +37,8 @@ PARTS = {
     "without_counters": "- streaming counters",
     "without_crosses": "- crosses",
     "without_wide": "- the wide part's learning",
-    "without_history": "- all but the newest event of the history (DIN)",
+    "without_attention": "- DIN's attention: the mean of the history",
+    "without_history": "- all but the newest event of the history, everywhere",
     "without_home_parts": "- HoME's normalisation, hierarchy, feature gate and self gate",
     "with_calibrate": "+ calibrator",
     "with_error_memory": "+ ReLoop2's error memory, .3",
@@ -75,6 +76,10 @@ def figures(runs: dict[str, dict[str, Any]]) -> dict[str, float | None]:
                 if key in (name, f"{name}_seed_1", f"{name}_seed_2")
             ]
             found[f"{name}_{metric}"] = mean(values) if values else None
+    for metric in ("hit_rate_at_20", "mrr_at_20"):
+        found[f"globo_counting_{metric}"] = runs.get("globo_counting", {}).get("next_item", {}).get(metric)
+    for name, run in (("kuairand", "kuairand_online_0"), ("globo_tenth", "globo_tenth")):
+        found[f"{name}_replay"] = runs.get(run, {}).get("seconds")
     return found
 
 
@@ -91,8 +96,11 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A table of the judged figures."""
     lines = ["| figure | measured | at least | met |", "| --- | --- | --- | --- |"]
     for row in rows:
-        value = "not measured" if row["value"] is None else f"{row['value']:.4f}"
-        bound = f"{'≤' if row['better'] == 'lower' else '≥'} {row['budget']:.3f}"
+        long = row["unit"].startswith("s ")
+        value = "not measured" if row["value"] is None else f"{row['value']:.0f} s" if long else f"{row['value']:.4f}"
+        bound = f"{'≤' if row['better'] == 'lower' else '≥'} " + (
+            f"{row['budget']:.0f} s" if long else f"{row['budget']:.3f}"
+        )
         lines.append(f"| `{row['name']}` | {value} | {bound} | {'yes' if row['met'] else '**no**'} |")
     return lines
 

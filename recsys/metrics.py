@@ -143,7 +143,7 @@ TRAIN_STEP_SECONDS = _histogram(
 )
 SKIPPED_BATCHES = _counter(
     "recsys_skipped_batches_total",
-    "Batches not learned because their gradients were not finite, by task they came from.",
+    "Batches not learned because their gradients were not finite, by task they came from (`two_tower`: the retrieval towers).",
     ("task",),
 )
 GATE_WEIGHT = _gauge(

@@ -36,7 +36,11 @@ def option_list() -> str:
 def default_toml() -> str:
     """Every option with its default and what it means."""
     plain = Config().model_dump(mode="json")
-    lines = ["# Every option with its default. `recsys config check FILE` names what a file gets wrong.", ""]
+    lines = [
+        "# Every option with its default. `recsys config check --config FILE` names what a file gets wrong.",
+        '# A file needs only what differs. It may begin with `extends = "other.toml"`: its tables are then laid over that file\'s.',
+        "",
+    ]
     for name, field in Config.model_fields.items():
         if not isinstance(plain[name], dict) and name != "tasks":
             lines += _option(name, plain[name], field)

@@ -1,6 +1,7 @@
-"""Reading the configuration: a TOML file, then RECSYS_ environment variables over it.
+"""Reading the configuration: a TOML file over the one that it `extends`, then RECSYS_ environment variables over both.
 
-`RECSYS_RANKING__PORT=8001` sets `ranking.port`. An unknown key is an error that names the nearest known one.
+Tables are laid over tables; anything else replaces what was there. `RECSYS_RANKING__PORT=8001` sets `ranking.port`.
+An unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
@@ -33,16 +34,35 @@ _LISTED: dict[str, Any] = {
 
 def load(path: Path | str | None = None, environ: Mapping[str, str] | None = None) -> Config:
     """Read the file (none: defaults), let the environment override, validate. ConfigError names field, value and remedy."""
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {str(path)!r} does not exist: check --config") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
+    raw = {} if path is None else _read(Path(path))
     _override(raw, os.environ if environ is None else environ)
     return parse(raw)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's tables over those of what it extends."""
+    if path.resolve() in above:
+        raise ConfigError(f"configuration file {str(path)!r} extends itself: take `extends` out of one of the files")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        how = f"check `extends` in {str(above[-1])!r}" if above else "check its name"
+        raise ConfigError(f"configuration file {str(path)!r} does not exist: {how}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"extends = {base!r} in {str(path)!r} must be one file's name, relative to that file")
+    return _laid_over(_read(path.parent / base, (*above, path.resolve())), raw)
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        below[key] = _laid_over(below[key], value) if both else value
+    return below
 
 
 def one_thread_each() -> None:

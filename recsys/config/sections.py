@@ -69,6 +69,8 @@ class FeaturesConfig(Section):
     """Feedback without a request that counters of `elsewhere` count; and how often each but the first follows the first on its item."""
     transition_context: tuple[str, ...] = ()
     """Context fields that weigh what followed the last items of a session; with `transitions`."""
+    transition_length: int = Field(400, ge=1, le=1024)
+    """Transitions of the last item that are looked at, the newest."""
     transitions: bool = False
     """Numbers of what followed the session's last two items of late, and what an online factor model says follows."""
     counter_smoothing: float = Field(10.0, gt=0)
@@ -83,7 +85,7 @@ class ModelConfig(Section):
     dim: int = Field(16, ge=4, le=128)
     """Width of each embedding."""
     attention: tuple[int, ...] = (32, 16)
-    """DIN attention layers."""
+    """DIN attention layers; none: the mean of the history."""
     attention_activation: Literal["dice", "prelu"] = "dice"
     """Activation of the attention's layers."""
     attention_softmax: bool = False

@@ -213,8 +213,12 @@ class Replay:
     def _open(self, impression: Impression, now_ms: int) -> None:
         assert self.trainer is not None
         self.trainer.impression(impression, now_ms, StepReport())
-        self._untrained += len(impression.items)
-        self._examples += len(impression.items)
+        self._learnable(len(impression.items), now_ms)
+
+    def _learnable(self, examples: int, now_ms: int) -> None:
+        """So many examples more wait to be learned: step now and then."""
+        self._untrained += examples
+        self._examples += examples
         if self._untrained >= self._step_examples:
             self._train(now_ms)
 
@@ -253,6 +257,8 @@ class Replay:
         self._count_feedback(feedback, history, event, now_ms)
         if self.trainer:
             self.trainer.feedback(learned, now_ms, StepReport())
+            if self.config.ranking.scorer != "model":  # towers and bandit alone learn
+                self._learnable(1, now_ms)
 
     def _count_feedback(
         self, feedback: Feedback, history: tuple[HistoryEvent, ...], event: HistoryEvent, now_ms: int

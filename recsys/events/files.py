@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from operator import itemgetter
@@ -95,17 +95,30 @@ def merged(paths: Path | str | Sequence[Path | str]) -> Iterator[Event]:
     return chain(items, (first,), events)
 
 
-def fields_of(paths: Path | str | Sequence[Path | str]) -> tuple[set[str], set[str]]:
-    """Names of the item attributes, and of the context fields of impressions and feedback, in the first batch of each file."""
-    attributes: set[str] = set()
-    context: set[str] = set()
-    for file in _files(paths):
-        for message in next(_batch_lists(file), []):
-            if file.kind == "item":
-                attributes |= message.attributes.keys()
-            elif message.context:
-                context |= message.context.keys()
-    return attributes, context
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """What occurs in event files: item attributes, context fields of impressions and feedback, feedback types."""
+
+    attributes: set[str]
+    context: set[str]
+    types: set[str]
+
+
+def names_in(
+    paths: Path | str | Sequence[Path | str], on_progress: Callable[[int, int], None] = lambda *_: None
+) -> Names:
+    """Read and check every row as `merged` does, at about 5 µs each, and keep the names; `on_progress(events, event time)` now and then."""
+    names = Names(attributes=set(), context=set(), types=set())
+    for count, (time_ms, _, message) in enumerate(merged(paths), 1):
+        if isinstance(message, Item):
+            names.attributes.update(message.attributes)
+        else:
+            names.context.update(message.context or ())
+            if isinstance(message, Feedback):
+                names.types.add(message.type)
+        if count % 8192 == 0:
+            on_progress(count, time_ms)
+    return names
 
 
 def count_rows(paths: Path | str | Sequence[Path | str]) -> dict[str, int]:

@@ -27,6 +27,23 @@ def _activation(name: Activation, width: int) -> nn.Module:
     return Dice(width) if name == "dice" else nn.PReLU(width)
 
 
+class MeanPool(nn.Module):
+    """The mean of a user's history, whoever the candidate is: what target attention has to beat."""
+
+    def forward(
+        self,
+        candidate: torch.Tensor,
+        history: torch.Tensor,
+        mask: torch.Tensor,
+        request: torch.Tensor,
+        gaps: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `TargetAttention.forward`."""
+        present = mask.to(history.dtype)
+        total = torch.einsum("rt,rtd->rd", present, history)
+        return (total / present.sum(1, keepdim=True).clamp(min=1))[request]
+
+
 class TargetAttention(nn.Module):
     """Weigh a user's history by a small network that sees the candidate, and sum it.
 

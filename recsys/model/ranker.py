@@ -15,7 +15,7 @@ from torch import nn
 
 from recsys.errors import SchemaMismatch
 from recsys.model.correct import Calibrator, ErrorMemory
-from recsys.model.din import Activation, TargetAttention
+from recsys.model.din import Activation, MeanPool, TargetAttention
 from recsys.model.home import Home, HomeSpec, Reading
 from recsys.model.layers import StreamingNorm, seeded, uniform
 
@@ -120,6 +120,8 @@ class Ranker(nn.Module):
                 softmax=spec.softmax,
                 gaps=spec.gaps,
             )
+            if spec.attention
+            else MeanPool()
             for _ in range(spec.sequences)
         )
         self.number_norm = StreamingNorm(spec.num_numbers)

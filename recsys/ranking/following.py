@@ -27,7 +27,7 @@ class Following:
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._columns = [1 + schema.context.index(name) for name in schema.transition_context]
-        self._transitions = Transitions(len(self._columns) + 2)
+        self._transitions = Transitions(len(self._columns) + 2, config.features.transition_length)
         self._factors = Factors(config.seed)
 
     def _context(self, before: Sequence[int], shared: Shared) -> Int64:

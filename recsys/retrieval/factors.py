@@ -17,6 +17,8 @@ from recsys.compiled import compiled
 from recsys.keys import mix
 from recsys.types import Float32, Int32, Int64
 
+CAPACITY = 1_000_000
+"""Keys of queries that get a vector, the first that come (140 MB): a context with more values than that tells of single requests."""
 DIM, NEGATIVES, RECENT = 32, 24, 4096
 """Half of the negatives learns a third slower, double costs twice; the clicks that they are drawn from span minutes to an hour."""
 RATE, START = 0.1, 0.1
@@ -54,8 +56,8 @@ def _learn(vectors: Any, squares: Any, outs: Any, out_squares: Any, query: Any, 
 class Factors:
     """Vectors by key (queries) and by catalogue row (items). One writer beside many readers."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self._seed = seed
+    def __init__(self, seed: int = 0, capacity: int = CAPACITY) -> None:
+        self._seed, self._capacity = seed, capacity
         self._rows: dict[tuple[int, int], int] = {}
         """(place in the query, key) → row of `_vectors`"""
         self._vectors, self._squares = np.zeros((1024, DIM), np.float32), np.full(1024, START, np.float32)
@@ -87,7 +89,7 @@ class Factors:
             if key == 0:
                 continue
             row = self._rows.get((place, key))
-            if row is None and grow:
+            if row is None and grow and len(self._rows) < self._capacity:
                 row = self._rows[place, key] = len(self._rows)
                 if row >= len(self._vectors):
                     self._vectors = np.concatenate([self._vectors, np.zeros_like(self._vectors)])

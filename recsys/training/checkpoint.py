@@ -27,6 +27,8 @@ from recsys.training.trainer import Trainer
 
 logger = logging.getLogger("recsys")
 CURSOR = "checkpoint"
+VERSION = 2
+"""Of what a checkpoint holds: raised with every change that an older one cannot be read with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +123,7 @@ class Checkpoints:
         self._crash("small written")
         # 4. The manifest, under a temporary name, fsync'd; 5. renamed, and the folder fsync'd.
         manifest = {
-            "version": 1,
+            "version": VERSION,
             "step": captured.step,
             "schema": self._trainer.schema.hash,
             "segments": chain,
@@ -144,6 +146,11 @@ class Checkpoints:
         except orjson.JSONDecodeError:
             raise SnapshotCorrupt(f"{path} is not JSON: restore it, or delete the folder to start anew") from None
         trainer = self._trainer
+        if manifest["version"] != VERSION:
+            raise SchemaMismatch(
+                f"{path} is of version {manifest['version']}, this release reads {VERSION}: start on an empty data_dir, where the "
+                "log of events is learned anew, or go back to the release that wrote it"
+            )
         if manifest["schema"] != trainer.schema.hash:
             raise SchemaMismatch(
                 f"{path} was written with schema {manifest['schema']}, the configuration makes {trainer.schema.hash}: restore the old "
@@ -181,8 +188,7 @@ def _dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:
             state[f"{name}.model.{key}"] = value.detach().clone()
         state |= {f"{name}.moments.{key}": value for key, value in part.optimizer.state().items()}
     if trainer.towers:
-        for key, array in trainer.towers.frequency.state().items():
-            state[f"frequency.{key}"] = torch.from_numpy(np.array(array))
+        state |= {f"retrieval.{k}": torch.from_numpy(np.array(array)) for k, array in trainer.towers.arrays().items()}
     if trainer.bandit:
         state |= {f"bandit.{key}": torch.from_numpy(np.array(array)) for key, array in trainer.bandit.state().items()}
     return state
@@ -195,8 +201,8 @@ def _restore_dense(trainer: Trainer, state: dict[str, torch.Tensor]) -> None:
         prefix = f"{name}.moments."
         part.optimizer.restore({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     if trainer.towers:
-        arrays = {k.removeprefix("frequency."): v.numpy() for k, v in state.items() if k.startswith("frequency.")}
-        trainer.towers.frequency.restore(arrays)
+        arrays = {k.removeprefix("retrieval."): v.numpy() for k, v in state.items() if k.startswith("retrieval.")}
+        trainer.towers.restore_arrays(arrays)
     arrays = {k.removeprefix("bandit."): v.numpy() for k, v in state.items() if k.startswith("bandit.")}
     if trainer.bandit and arrays:
         trainer.bandit.restore(arrays)

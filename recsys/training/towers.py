@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from recsys.config import Config
+from recsys.events.recent import Recent
 from recsys.features.build import Index, UserFeatures, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -58,7 +60,8 @@ class TowerLearner:
     def __init__(self, config: Config, schema: Schema, tables: Tables, catalogue: Catalogue) -> None:
         self._schema, self._catalogue = schema, catalogue
         self._table = tables["tower"]
-        self._types = set(config.retrieval.count_types)
+        self._types, self._past = set(config.retrieval.count_types), set(config.features.history_types)
+        self._seen = Recent()
         self._length, self._hard = config.features.history_len, config.model.hard_negatives
         self.model = build.two_tower(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
@@ -84,24 +87,29 @@ class TowerLearner:
             user.shown += rows[rows >= 0].tolist()
             del user.shown[:-SHOWN]
 
-    def feedback(self, message: Feedback, now_ms: int) -> None:
-        """Take one positive; train when a batch is full."""
-        if message.type not in self._types:
-            return
+    def feedback(self, message: Feedback, now_ms: int) -> bool:
+        """Take one event of the history, one positive, or both; train when a batch is full. A duplicate does nothing.
+
+        False: the batch's gradient was not finite, and nothing was learned of it.
+        """
+        if message.type not in self._types | self._past or not self._seen.add(message.event_id, now_ms):
+            return True
         user, row = self._user(message.user_id), self._catalogue.row(message.item_id)
         asked = message.request_id is not None and message.request_id == user.request_id
         context = message.context or (user.context if asked else {})
-        if row is not None:
+        if row is not None and message.type in self._types:
             user.shown = [shown for shown in user.shown if shown != row]
             past = [HistoryEvent(time_ms=0, event_id="", item_id=item, type=kind) for item, kind in user.events]
             features = user_features(self._schema, self._catalogue, message.user_id, past, context)
             if past or features.shared_mask[1:].any():
                 self._positives.append(_Positive(features, row, user.shown[-self._hard :] if self._hard else []))
-        user.events.append((message.item_id, message.type))
-        del user.events[: -self._length]
-        if len(self._positives) >= BATCH:
-            batch, self._positives = self._positives, []
-            self._learn(batch, now_ms)
+        if message.type in self._past:
+            user.events.append((message.item_id, message.type))
+            del user.events[: -self._length]
+        if len(self._positives) < BATCH:
+            return True
+        batch, self._positives = self._positives, []
+        return self._learn(batch, now_ms)
 
     def forget(self, user_id: str) -> None:
         """Drop what is kept of a user."""
@@ -109,7 +117,7 @@ class TowerLearner:
         key = key_of(user_id)
         self._positives = [p for p in self._positives if p.user.shared_keys[0] != key]
 
-    def _learn(self, batch: list[_Positive], now_ms: int) -> None:
+    def _learn(self, batch: list[_Positive], now_ms: int) -> bool:
         passed = np.full((len(batch), self._hard), -1)
         for index, p in enumerate(batch):
             passed[index, : len(p.passed)] = p.passed
@@ -142,9 +150,10 @@ class TowerLearner:
         mean.backward()
         gradient = np.zeros(values.shape, np.float32) if values.grad is None else values.grad.numpy() * len(batch)
         if not (np.isfinite(gradient).all() and torch.isfinite(self.optimizer.gradient).all()):
-            return
+            return False
         self.optimizer.step()
         self._table.apply_gradients(block.slots, block.keys, gradient, now_ms)
+        return True
 
     def _lay_out(self, batch: list[_Positive], rows: Int64, item_mask: Bool) -> tuple[Block, list[Index], Bool]:
         """Rows to look up, the places of users, histories and items among them, and which history entries are present."""
@@ -166,6 +175,17 @@ class TowerLearner:
             "tower",
         )
         return block, places, present[..., 0]
+
+    def arrays(self) -> dict[str, Any]:
+        """Item frequencies and the ids of recent feedback, as arrays."""
+        parts = {"frequency": self.frequency.state(), "seen": self._seen.state()}
+        return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+    def restore_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Load what `arrays` returned."""
+        for part in (self.frequency, self._seen):
+            prefix = "seen." if part is self._seen else "frequency."
+            part.restore({k.removeprefix(prefix): array for k, array in arrays.items() if k.startswith(prefix)})
 
     def state(self) -> dict[str, Any]:
         """Users, waiting positives and step, as JSON-able values."""

@@ -44,13 +44,16 @@ class StepReport:
     dead_letters: list[DeadLetter] = field(default_factory=list)
     emissions: list[Emission] = field(default_factory=list)
     skipped_batches: dict[str, int] = field(default_factory=dict)
-    """Batches not learned, by task whose gradient was not finite."""
+    """Batches not learned, by task whose gradient was not finite; `two_tower`: the towers'."""
     rewards: list[str] = field(default_factory=list)
     """What became of each reward of the bandit."""
     expired: int = 0
 
     def count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+    def skipped(self, task: str) -> None:
+        self.skipped_batches[task] = self.skipped_batches.get(task, 0) + 1
 
 
 class Trainer:
@@ -124,8 +127,9 @@ class Trainer:
         if impression.features:
             decode(self.schema, impression.features)
         served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
-        report.count("impression_" + self.joiner.impression(impression, now_ms))
-        if self.towers:
+        outcome = self.joiner.impression(impression, now_ms)
+        report.count("impression_" + outcome)
+        if self.towers and outcome != "duplicate":
             self.towers.impression(impression)
         if self.bandit and served:
             self.bandit.impression(impression, served, now_ms)
@@ -144,8 +148,8 @@ class Trainer:
         outcome = self.joiner.feedback(feedback, now_ms)
         if outcome != "early":  # counted once it is known what becomes of it
             report.count(outcome)
-        if self.towers:
-            self.towers.feedback(feedback, now_ms)
+        if self.towers and not self.towers.feedback(feedback, now_ms):
+            report.skipped("two_tower")
         if self.bandit:
             self.bandit.feedback(feedback, now_ms)
 
@@ -180,7 +184,7 @@ class Trainer:
             now_ms,
         )
         for task in culprits:
-            report.skipped_batches[task] = report.skipped_batches.get(task, 0) + 1
+            report.skipped(task)
 
     def _watch(self, emissions: Sequence[Emission]) -> None:
         """The breaker: the first task's rate over the last `breaker_examples` outside its bounds stops learning."""

@@ -8,19 +8,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from recsys import config
 from recsys.errors import BadInput
 from recsys.evaluation.compare import Comparison, verdict
 from recsys.events import files
 from services.cli.main import DONE, MISSED, emit
-from services.cli.replay import check_fields, config_of, options_of, progress_bar, set_threads
+from services.cli.replay import prepared, progress_bar
 
 
 def run(options: argparse.Namespace) -> int:
     """Replay both side by side with progress on stderr; what differs, on stdout."""
-    set_threads(options)
-    first, second = (_config(options, path) for path in (options.first, options.second))
-    replay = options_of(options, click_log=not files.count_rows(options.events)["impression"])
+    seen: dict[tuple[Path, ...], files.Names] = {}
+    (first, replay), (second, _) = (
+        prepared(argparse.Namespace(**{**vars(options), "config": path}), seen)
+        for path in (options.first, options.second)
+    )
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(first, second, replay, Path(folder))
         metric = _metric(options.metric, comparison.metrics)
@@ -32,11 +33,6 @@ def run(options: argparse.Namespace) -> int:
     result |= {"configurations": names, "metric": metric, "verdict": found, "expected": options.expect, "met": met}
     emit(options, result, _text(result))
     return DONE if met else MISSED
-
-
-def _config(options: argparse.Namespace, path: Path) -> config.Config:
-    check_fields(config.load(path), options.events)
-    return config_of(argparse.Namespace(**{**vars(options), "config": path}))
 
 
 def _metric(given: str | None, known: list[str]) -> str:

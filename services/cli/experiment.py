@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from recsys.errors import BadInput, FolderLocked
+from recsys.events import files
 from recsys.files import write_file
 from services.cli.main import DONE, MISSED, emit, parser
-from services.cli.replay import config_of
+from services.cli.replay import config_of, prepared
 
 KEYS = {"name", "set", "group"}
 """Of a run, beside the options of `recsys replay`."""
@@ -37,9 +38,10 @@ class Run:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check every run, then start those without a result; wait for them with --wait."""
+    """Check every run, and all events of those without a result; then start these, and wait for them with --wait."""
     runs, out = read(options.file)
     todo = [each for each in runs if not each.result.exists()]
+    _check_events(todo, options.file)
     state = {"runs": len(runs), "done": len(runs) - len(todo), "results": str(out)}
     if todo and not options.wait:
         log = out / "experiment.log"
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         text = f"{len(todo)} of {len(runs)} runs started in the background (process {child.pid}); see {log}"
         emit(options, state | {"pid": child.pid, "log": str(log)}, text)
         return DONE
-    failed = [each.name for each in _one_after_another(todo, out, _circumstances(options.file.resolve().parent))]
+    failed = [each.name for each in _one_after_another(todo, out, options.file.resolve().parent)]
     state |= {"done": len(runs) - len(failed), "failed": failed}
     emit(
         options,
@@ -133,6 +135,16 @@ def _check(each: Run, given: Mapping[str, Any], path: Path) -> None:
     config_of(parsed)
 
 
+def _check_events(todo: list[Run], path: Path) -> None:
+    """That no run would refuse its events, each read once, or what its configuration names in them."""
+    seen: dict[tuple[Path, ...], files.Names] = {}
+    for each in todo:
+        try:
+            prepared(parser().parse_args(each.arguments), seen)
+        except BadInput as error:
+            raise BadInput(f"{path}, run {each.name!r}: {error}", field=error.field) from None
+
+
 def options_of_replay() -> set[str]:
     """Names of its options, as a run may set them."""
     lines = io.StringIO()
@@ -148,17 +160,28 @@ def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:
             raise BadInput(f"{where}: {key!r} is not known; did you mean {near[0]!r}?")
 
 
-def _circumstances(folder: Path) -> dict[str, str]:
-    """What else a result depends on: the commit of the folder that holds the experiment (empty: none), and the machine."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+def _circumstances(folder: Path, out: Path) -> dict[str, str | bool]:
+    """What else a result depends on: the commit of the folder that holds the experiment (empty: none), whether files other
+    than results differ from it, and the machine."""
+    changed = [line[3:] for line in _git(folder, "status", "--porcelain").splitlines()]
+    top, results = Path(_git(folder, "rev-parse", "--show-toplevel").strip()), out.resolve()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"commit": head.stdout.strip(), "hardware": f"{os.cpu_count()} cores, {(models or [platform.machine()])[0]}"}
+    return {
+        "commit": _git(folder, "rev-parse", "--verify", "HEAD").strip(),
+        "dirty": not all((top / name).is_relative_to(results) for name in changed),
+        "hardware": f"{os.cpu_count()} cores, {(models or [platform.machine()])[0]}",
+    }
 
 
-def _one_after_another(todo: list[Run], out: Path, circumstances: Mapping[str, str]) -> Iterator[Run]:
-    """Run them, and yield those that failed."""
+def _git(folder: Path, *arguments: str) -> str:
+    """What it says; nothing where the folder is not under version control."""
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout
+
+
+def _one_after_another(todo: list[Run], out: Path, folder: Path) -> Iterator[Run]:
+    """Run them, and yield those that failed; `folder` holds the experiment."""
     lock = out / "experiment.pid"
     try:
         descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -172,6 +195,7 @@ def _one_after_another(todo: list[Run], out: Path, circumstances: Mapping[str, s
     try:
         for number, each in enumerate(todo, 1):
             print(f"{number} of {len(todo)}: {each.name}", file=sys.stderr, flush=True)
+            circumstances = _circumstances(folder, out)
             command = ["nice", sys.executable, "-m", "services.cli.main", *each.arguments]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
             if done.returncode != 0:

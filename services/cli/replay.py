@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,21 +96,54 @@ def _set(loaded: config.Config, setting: str) -> config.Config:
     return config.parse(raw)
 
 
-def check_fields(loaded: config.Config, events: list[Path]) -> None:
-    """Refuse a configuration that itself names fields which the events do not have: nothing would ever be learned of them."""
-    attributes, context = files.fields_of(events)
-    for option, section, wanted, found in (
-        ("catalogue.attributes", loaded.catalogue, loaded.catalogue.attributes, attributes),
-        ("features.context", loaded.features, loaded.features.context, context),
+def prepared(arguments: argparse.Namespace, seen: dict[tuple[Path, ...], files.Names]) -> tuple[config.Config, Options]:
+    """Configuration and options, once they, every row of the events and the names in both are checked; what was read is in `seen`."""
+    set_threads(arguments)
+    loaded = config_of(arguments)
+    options = options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"])
+    events = tuple(arguments.events)
+    if events not in seen:
+        with progress_bar("check") as progress:
+            seen[events] = files.names_in(events, progress)
+    _check_names(arguments, loaded, seen[events])
+    return loaded, options
+
+
+def _check_names(arguments: argparse.Namespace, loaded: config.Config, found: files.Names) -> None:
+    """Refuse attributes and context fields, and lists of feedback types, that the configuration itself chooses and of which
+    nothing would ever be learned. One type of several may be absent: a cut of a log need not have the rare ones."""
+    features = loaded.features
+    for option, wanted, known, enough in (
+        ("catalogue.attributes", loaded.catalogue.attributes, found.attributes, all),
+        ("features.context", features.context, found.context, all),
+        ("features.history_types", features.history_types, found.types, any),
+        ("features.elsewhere_types", features.elsewhere_types, found.types, any),
+        ("retrieval.count_types", loaded.retrieval.count_types, found.types, any),
+        *((f"tasks.{task.name}.types", task.types, found.types, any) for task in loaded.tasks),
     ):
-        if option.split(".")[1] not in section.model_fields_set:
+        if not wanted or enough(name in known for name in wanted) or not _chosen(arguments, option):
             continue
-        if missing := [name for name in wanted if name not in found]:
-            where = ", ".join(map(str, events))
-            raise BadInput(
-                f"{option} names {missing[0]!r}, but {where} has {sorted(found)}: take it out, or choose other events",
-                field=missing[0],
-            )
+        missing = next(name for name in wanted if name not in known)
+        near = difflib.get_close_matches(missing, sorted(known), n=1, cutoff=0.0)
+        instead = f"did you mean {near[0]!r}? Else take it out" if near else "take it out"
+        where = ", ".join(map(str, arguments.events))
+        raise BadInput(
+            f"{arguments.config or 'the configuration'}: {option} names {missing!r}, but {where} has {sorted(known)}: "
+            f"{instead}, or choose other events",
+            field=missing,
+        )
+
+
+def _chosen(arguments: argparse.Namespace, option: str) -> bool:
+    """Whether file, environment or command line sets this option; else it is a default."""
+    changed = [setting.partition("=")[0] for setting in arguments.set] + ["tasks"] * bool(arguments.tasks)
+    if any(f"{option}.".startswith(f"{key}.") for key in changed):
+        return True
+    given = config.load(arguments.config)
+    section, name, *_ = option.split(".")
+    return section in given.model_fields_set and (
+        section == "tasks" or name in getattr(given, section).model_fields_set
+    )
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
@@ -119,10 +155,7 @@ def set_threads(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay with progress on stderr; the report on stdout."""
-    set_threads(arguments)
-    loaded = config_of(arguments)
-    check_fields(config.load(arguments.config), arguments.events)
-    chosen = options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"])
+    loaded, chosen = prepared(arguments, {})
     events = files.merged(arguments.events)
     with tempfile.TemporaryDirectory() as folder, progress_bar("replay") as progress:
         result = Replay(loaded, chosen, Path(folder)).run(events, progress)
@@ -131,14 +164,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """On stderr, while it is open: called with the number of events and the event time."""
+def progress_bar(name: str, every_s: float = 30.0) -> Iterator[Callable[[int, int], None]]:
+    """On stderr, while it is open: called with the number of events and the event time. Off a terminal, a line every `every_s`."""
+    console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task, said = bar.add_task(name), time.monotonic()
 
         def progress(count: int, now_ms: int) -> None:
+            nonlocal said
             when = datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="minutes")
-            bar.update(task, description=f"{name}: {count:,} events, at {when}")
+            text = f"{name}: {count:,} events, at {when}"
+            bar.update(task, description=text)
+            if not console.is_terminal and time.monotonic() - said >= every_s:
+                print(text, file=sys.stderr, flush=True)
+                said = time.monotonic()
 
         yield progress

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -72,12 +74,33 @@ def test_each_run_has_a_result_and_a_second_call_runs_only_what_has_none(
     assert live["next_item"]["predictions"] == late["next_item"]["predictions"] > 0
     assert live["next_item"]["hit_rate_at_20"] >= late["next_item"]["hit_rate_at_20"]
     assert "--delay" in late["arguments"] and "--delay" not in live["arguments"]
-    assert live["hardware"] and live["commit"] == ""  # not under version control
+    assert live["hardware"] and (live["commit"], live["dirty"]) == ("", False)  # not under version control
     assert late["arguments"][-4:] == ["--set", "retrieval.trending_half_life_s=60", "--set", "seed=3"]
     (folder / "out" / "live.json").unlink()
     before = (folder / "out" / "late.json").stat().st_mtime_ns
     assert main(["experiment", "run", str(path), "--wait"]) == 0
     assert (folder / "out" / "live.json").exists() and (folder / "out" / "late.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_each_result_says_whether_files_other_than_results_differed_when_its_run_began(folder: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", *words]
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    path = experiment(folder, RUNS)
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    assert main(["experiment", "run", str(path), "--wait"]) == 0
+    results = [folder / "out" / "live.json", folder / "out" / "late.json"]
+    first, second = (json.loads(result.read_text()) for result in results)
+    assert first["commit"] == second["commit"] == git("rev-parse", "HEAD")
+    assert (first["dirty"], second["dirty"]) == (False, False)  # the first one's result is new, and counts for nothing
+    (folder / "counting.toml").write_text(CONFIG + "# changed\n")
+    results[0].unlink()
+    assert main(["experiment", "run", str(path), "--wait"]) == 0
+    assert json.loads(results[0].read_text())["dirty"] is True
 
 
 @pytest.mark.slow
@@ -99,6 +122,9 @@ def test_in_the_background_it_answers_at_once_and_a_second_one_waits_its_turn(
     assert {p.name for p in (folder / "out").glob("*.json")} == {"live.json", "late.json"}
 
 
+GOOD = '[[runs]]\nname = "good"\n'
+
+
 @pytest.mark.parametrize(
     ("runs", "why"),
     [
@@ -113,11 +139,18 @@ def test_in_the_background_it_answers_at_once_and_a_second_one_waits_its_turn(
         ('[[runs]]\nname = "a"\nset = { "model.dims" = 3 }', "did you mean 'model.dim'"),
         ('[[runs]]\nname = "a"\nset = { "seed.dims" = 3 }', "'seed' is not a section"),
         ('[[runs]]\nname = "a"\nset = 3', "set must be a table"),
+        (GOOD + '[[runs]]\nname = "a"\nsample = 3', "run 'a': --sample 3.0"),
+        (GOOD + '[[runs]]\nname = "a"\nthreads = 0', "run 'a': --threads 0"),
+        (GOOD + '[[runs]]\nname = "a"\nset = { "features.context" = ["hour"] }', "features.context names 'hour'"),
+        (GOOD + '[[runs]]\nname = "a"\nevents = ["bad"]', "feedback.jsonl row 61: "),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
     folder: Path, runs: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.copytree(folder / "events", folder / "bad")
+    with (folder / "bad" / "feedback.jsonl").open("a") as rows:
+        rows.write('{"event_id": "e"}\n')
     assert main(["experiment", "run", str(experiment(folder, runs)), "--wait"]) == 2
     assert why in capsys.readouterr().err
     assert not list(folder.glob("out/*.json"))
@@ -125,9 +158,12 @@ def test_what_is_wrong_is_said_before_anything_runs(
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "bad").mkdir()
-    (folder / "bad" / "feedback.jsonl").write_text('{"event_id": "e"}\n')
-    path = experiment(folder, '[[runs]]\nname = "bad"\nevents = ["bad"]\n[[runs]]\nname = "good"')
+    with (folder / "events" / "feedback.jsonl").open("a") as rows:
+        for n in range(60, 3000):
+            click = {"version": 1, "event_id": f"e{n}", "user_id": f"u{n // 2}", "item_id": f"i{n % 5}"}
+            rows.write(json.dumps(click | {"type": "click", "time_ms": 10**12 + n * 1000}) + "\n")
+    full = '{ "ranking.scorer" = "model", "table.capacity" = 1000 }'  # and there are more users
+    path = experiment(folder, f'[[runs]]\nname = "full"\nset = {full}\n[[runs]]\nname = "good"')
     assert main(["experiment", "run", str(path), "--wait", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["failed"] == ["bad"]
+    assert json.loads(capsys.readouterr().out)["failed"] == ["full"]
     assert [p.name for p in (folder / "out").glob("*.json")] == ["good.json"]

@@ -52,6 +52,26 @@ def test_environment_overrides_the_file(tmp_path: Path) -> None:
         load(path, {"RECSYS_RANKING__PRT": "1"})
 
 
+def test_a_file_lies_over_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        "seed = 1\n[retrieval.sources]\ntrending = 5\n[model]\ndim = 4\nattention = [8]"
+    )
+    (tmp_path / "sub").mkdir()
+    over = tmp_path / "sub" / "over.toml"
+    over.write_text('extends = "../base.toml"\n[retrieval.sources]\ncovisited = 7\n[model]\nattention = [2, 2]')
+    config = load(over, {"RECSYS_SEED": "3"})
+    assert (config.seed, config.model.dim, config.model.attention) == (3, 4, (2, 2))
+    assert config.retrieval.sources == {"trending": 5, "covisited": 7}
+    for text, why in (
+        ('extends = "over.toml"', "extends itself"),
+        ('extends = "gone.toml"', "gone.toml' does not exist: check `extends` in"),
+        ("extends = 3", "must be one file's name"),
+    ):
+        over.write_text(text)
+        with pytest.raises(ConfigError, match=why):
+            load(over, {})
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "none.toml", {})

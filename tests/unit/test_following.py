@@ -137,3 +137,12 @@ def test_choices_are_the_softmax_of_each_request(owners: list[int], seed: int) -
     for owner in set(owners):
         mine = request == owner
         torch.testing.assert_close(found[mine], torch.log_softmax(logits[mine], 0), rtol=1e-4, atol=1e-5)
+
+
+def test_factors_keep_to_their_capacity_and_score_what_came_too_late_as_unknown() -> None:
+    factors = Factors(capacity=3)
+    for number in range(100):
+        factors.learn([number + 1], number % 5)
+    assert len(factors.state()["keys"]) == 3
+    rows = np.arange(5, dtype=np.int32)
+    np.testing.assert_array_equal(factors.score([99], rows), factors.score([0], rows))

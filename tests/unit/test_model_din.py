@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recsys.model import fused, kernels
-from recsys.model.din import Activation, TargetAttention
+from recsys.model.din import Activation, MeanPool, TargetAttention
 from recsys.model.layers import Dice, seeded
 
 M, R, T, D, B = 150, 3, 6, 8, 4
@@ -140,3 +140,12 @@ def test_too_long_a_history_is_refused() -> None:
     twice = [torch.cat([x, x], 1) for x in (history, torch.ones_like(mask), gaps)]
     with pytest.raises(ValueError, match="cut it to the newest"):
         build()(candidate, *twice[:2], request, twice[2])
+
+
+def test_without_layers_the_history_is_averaged_entry_by_entry() -> None:
+    candidate, history, mask, request, gaps = inputs()
+    mask[1] = False
+    found = MeanPool()(candidate, history, mask, request, gaps)
+    for pooled, row in zip(found, request.tolist(), strict=True):
+        entries = [history[row, t] for t in range(T) if mask[row, t]]
+        torch.testing.assert_close(pooled, sum(entries, torch.zeros(D).double()) / max(len(entries), 1))

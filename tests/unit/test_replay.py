@@ -213,6 +213,16 @@ def test_the_pools_of_a_click_log_have_their_labels_at_once_whatever_the_window(
     assert learned(60) == learned(0) != learned(60, label_delay_s=1000)
 
 
+def test_nearest_brings_items_where_sources_alone_rank(tmp_path: Path) -> None:
+    """Towers learn from feedback, but are used once a step has copied them."""
+    raw = counting().model_dump(mode="json")
+    raw["training"] |= {"two_tower": True, "batch_size": 4}
+    raw["retrieval"]["sources"] = {"nearest": 3}
+    replay = Replay(parse(raw), Options(), tmp_path)
+    replay.run([*catalogue("x", "y", "z"), *(click(f"u{n // 3}", "xyz"[n % 3], n) for n in range(60))])
+    assert replay.copy.generations.num_items == 43
+
+
 @pytest.mark.parametrize(("rule", "hit"), [({}, 2), ({"seen_last": 30}, 1), ({"seen_s": 1.5}, 2), ({"seen_s": 3}, 1)])
 def test_what_a_replay_has_shown_is_seen(rule: dict[str, Any], hit: int, tmp_path: Path) -> None:
     """x is shown before the click at 2 s, and again before that at 4 s unless the rule forbids it."""

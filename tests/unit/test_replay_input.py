@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.events.files import write_events
+from recsys.evaluation.replay import Replay
+from recsys.events.files import BATCH_ROWS, names_in, write_events
 from recsys.types import Feedback, Item
 from services.cli.main import BAD, main
+from services.cli.replay import progress_bar
 
 
 @pytest.fixture
@@ -30,10 +32,10 @@ def settings(attributes: str = '["kind"]', context: str = "[]") -> str:
     )
 
 
-def refused(events: Path, capsys: pytest.CaptureFixture[str], config: str) -> str:
+def refused(events: Path, capsys: pytest.CaptureFixture[str], config: str, *options: str) -> str:
     path = events.parent / "c.toml"
     path.write_text(config)
-    assert main(["replay", "--config", str(path), "--events", str(events), "--json"]) == BAD
+    assert main(["replay", "--config", str(path), "--events", str(events), "--json", *options]) == BAD
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
 
@@ -70,14 +72,82 @@ def test_empty_files_are_named(events: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "options", "words"),
     [
-        (settings(attributes='["kind", "price"]'), ("catalogue.attributes", "'price'", "['kind']")),
-        (settings(context='["regoin"]'), ("features.context", "'regoin'", "['region']")),
+        (settings(attributes='["kind", "price"]'), (), ("catalogue.attributes", "'price'", "['kind']")),
+        (settings(context='["regoin"]'), (), ("features.context", "'regoin'", "['region']", "did you mean 'region'")),
+        (settings(), ("--set", 'features.context=["regoin"]'), ("features.context", "did you mean 'region'")),
+        (settings() + 'history_types = ["like"]', (), ("features.history_types", "'like'", "['click']")),
+        (settings() + 'elsewhere_types = ["view"]', (), ("features.elsewhere_types", "'view'")),
+        (settings(), ("--set", 'retrieval.count_types=["clik"]'), ("retrieval.count_types", "did you mean 'click'")),
+        (settings() + '[[tasks]]\nname = "t"\ntypes = ["clik"]', (), ("tasks.t.types", "did you mean 'click'")),
+        (settings(), ("--tasks", "like"), ("tasks.like.types", "'like'", "['click']")),
+        (settings(), ("--sample", "2"), ("--sample 2.0",)),
     ],
 )
-def test_a_configuration_that_names_an_absent_field_is_refused(
-    events: Path, capsys: pytest.CaptureFixture[str], config: str, words: tuple[str, ...]
+def test_a_configuration_that_names_what_is_absent_is_refused(
+    events: Path, capsys: pytest.CaptureFixture[str], config: str, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    line = refused(events, capsys, config)
+    line = refused(events, capsys, config, *options)
+    assert all(word in line for word in (*words, *["c.toml"] * ("--sample" not in options))), line
+
+
+SOURCES_ALONE = '[training]\ntwo_tower = false\n[ranking]\nscorer = "sources"\n'
+
+
+def test_defaults_and_one_absent_type_of_several_are_no_mistake(
+    events: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default tasks have types, the default catalogue attributes, that these events lack."""
+    path = events.parent / "c.toml"
+    path.write_text('[features]\nhistory_types = ["like", "click"]\n' + SOURCES_ALONE)
+    assert main(["replay", "--config", str(path), "--events", str(events), "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_that_first_occurs_beyond_the_first_batch_is_known(events: Path) -> None:
+    items = [Item(item_id=f"{n}", attributes={"late": 1} if n == BATCH_ROWS else {}) for n in range(BATCH_ROWS + 1)]
+    write_events(events, items, [], [Feedback(event_id="e", user_id="u", item_id="0", type="click", time_ms=0)])
+    found = names_in(events)
+    assert (found.attributes, found.context, found.types) == ({"late"}, set(), {"click"})
+
+
+LATE = BATCH_ROWS + 10
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("time_ms", [*range(1, LATE), 0], (f"feedback_2.parquet row {LATE}", "time_ms", "sort")),
+        ("value", [1.0] * (LATE - 1) + [float("nan")], (f"feedback_2.parquet row {LATE}", "value", "finite")),
+        ("colour", ["red"] * LATE, ("feedback_2.parquet", "colour", "leave it out")),
+    ],
+)
+def test_a_bad_row_beyond_the_first_batch_is_refused_before_any_event_is_replayed(
+    events: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    column: str,
+    values: list[object],
+    words: tuple[str, ...],
+) -> None:
+    many = (Feedback(event_id=f"m{n}", user_id="u", item_id="i", type="click", time_ms=n) for n in range(LATE))
+    write_events(events / "more", [], [], many)
+    (events / "more" / "feedback.parquet").rename(events / "feedback_2.parquet")
+    rewrite(events / "feedback_2.parquet", **{column: values})
+    stepped: list[object] = []
+    monkeypatch.setattr(Replay, "step", lambda _, *event: stepped.append(event))
+    line = refused(events, capsys, SOURCES_ALONE)
     assert all(word in line for word in words), line
+    assert stepped == []
+
+
+def test_off_a_terminal_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    for every_s in (0.0, 3600.0):
+        with progress_bar("replay", every_s) as progress:
+            progress(2000, 0)
+            progress(4000, 60_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "replay: 2,000 events, at 1970-01-01T00:00+00:00",
+        "replay: 4,000 events, at 1970-01-01T00:01+00:00",
+    ]

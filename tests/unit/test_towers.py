@@ -1,5 +1,6 @@
 """Learning retrieval: what makes a positive, what it is told from, and that a restart goes on where it was."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from recsys.training.towers import BATCH, TowerLearner
 from recsys.types import Feedback, Impression, Item, ShownItem
 
 ITEMS = 12
+NUMBERS = itertools.count()
 
 
 def learner(**model: Any) -> TowerLearner:
-    config = parse({"model": {"dim": 4, "tower_dim": 4, **model}, "features": {"context": ["place"]}})
+    features = {"context": ["place"], "history_types": ["click", "like"]}
+    retrieval = {"count_types": ["click", "purchase"]}
+    config = parse({"model": {"dim": 4, "tower_dim": 4, **model}, "features": features, "retrieval": retrieval})
     schema = Schema.of(config)
     catalogue = Catalogue(schema)
     for number in range(ITEMS):
@@ -30,9 +34,11 @@ def learner(**model: Any) -> TowerLearner:
 
 
 def click(user: str, item: int, request_id: str | None = None, context: dict[str, str] | None = None) -> Feedback:
-    return Feedback(
-        event_id="e", user_id=user, item_id=f"i{item}", type="click", time_ms=0, request_id=request_id, context=context
-    )
+    return event(user, item, "click", request_id=request_id, context=context)
+
+
+def event(user: str, item: int, kind: str, **more: Any) -> Feedback:
+    return Feedback(event_id=f"e{next(NUMBERS)}", user_id=user, item_id=f"i{item}", type=kind, time_ms=0, **more)
 
 
 def shown(user: str, *items: int, request_id: str = "r", place: str = "home") -> Impression:
@@ -48,6 +54,39 @@ def test_a_user_without_past_is_a_positive_only_with_context() -> None:
     model.feedback(click("new", 2), 0)
     assert [p.row for p in model._positives] == [1, 2]
     assert model._positives[0].user.shared_mask.tolist() == [True, True]
+
+
+def test_what_is_history_is_learned_from_as_history_and_what_counts_as_the_next_item() -> None:
+    """As serving sees it: a like is history alone, a purchase is a positive alone."""
+    model = learner()
+    for number, kind in enumerate(("like", "purchase", "click", "view")):
+        model.feedback(event("u", number, kind), 0)
+    assert [p.row for p in model._positives] == [1, 2]
+    assert [len(p.user.history_keys) for p in model._positives] == [1, 1]
+    assert model._users["u"].events == [("i0", "like"), ("i2", "click")]
+
+
+def test_the_same_event_twice_is_learned_once_even_after_a_restart() -> None:
+    first, again = learner(), click("u", 1, context={"place": "home"})
+    first.feedback(again, 0)
+    second = learner()
+    second.restore(first.state())
+    second.restore_arrays(first.arrays())
+    for model in (first, second):
+        model.feedback(again, 0)
+        assert len(model._positives) == len(model._users["u"].events) == 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told() -> None:
+    model = learner()
+    with torch.no_grad():
+        next(model.model.parameters()).fill_(torch.nan)
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    took = [model.feedback(click(f"u{n}", n % ITEMS, context={"place": "home"}), 0) for n in range(BATCH)]
+    assert took == [True] * (BATCH - 1) + [False]
+    after = model.model.state_dict()
+    for name in before.keys() - {"steps"}:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_context_of_the_request_belongs_to_its_feedback() -> None:
@@ -96,7 +135,7 @@ def test_a_restored_learner_goes_on_bit_equal(hard: int) -> None:
             second.restore(orjson.loads(orjson.dumps(first.state())))
             second.model.load_state_dict(first.model.state_dict())
             second.optimizer.restore(first.optimizer.state())
-            second.frequency.restore(first.frequency.state())
+            second.restore_arrays(first.arrays())
             touched = first._table.touched("copy")
             second._table.restore(first._table.export(touched.slots, touched.keys))
             second._table.restore_defaults(first._table.defaults())

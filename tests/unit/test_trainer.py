@@ -1,5 +1,6 @@
 """The trainer: a restart at any gap gives what running straight through gives, bit for bit."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from recsys.bandit.served import Served
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
-from recsys.errors import Fenced, LogTruncated
+from recsys.errors import Fenced, LogTruncated, SchemaMismatch
 from recsys.events import messages
 from recsys.events.deltas import DeltaReader
 from recsys.features.catalogue import Catalogue
@@ -281,6 +282,15 @@ def test_a_newer_trainer_fences_the_older_one(log: MemoryLog, tmp_path: Path) ->
     first._last["rows"] = 0.0
     with pytest.raises(Fenced, match="took over"):
         first.turn()
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_the_way_out(log: MemoryLog, tmp_path: Path) -> None:
+    runner, _, _ = run(log, tmp_path)
+    runner.close()
+    (manifest,) = tmp_path.rglob("manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 1}))
+    with pytest.raises(SchemaMismatch, match="of version 1, this release reads 2: start on an empty data_dir"):
+        Runner(configuration(tmp_path), log, ManualClock(END)).start()
 
 
 def test_a_log_cut_under_the_checkpoint_is_refused_unless_accepted(log: MemoryLog, tmp_path: Path) -> None:
