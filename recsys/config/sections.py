@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from recsys.config.bandit import BanditConfig
 from recsys.config.formula import formula
@@ -47,6 +47,10 @@ class FeaturesConfig(Section):
 
     context: tuple[str, ...] = ()
     """Context fields of a request that become slots."""
+    numbers: tuple[str, ...] = ()
+    """Context fields and item attributes (also such that are no slots) that the models see as numbers, squashed, beside whether each is missing."""
+    buckets: dict[str, tuple[FiniteFloat, ...]] = Field(default_factory=dict)
+    """Context field or attribute → rising edges: its slot holds the bucket of its number; without a number it is missing."""
     history_types: tuple[str, ...] = ("click", "like", "purchase")
     """Feedback types that enter a user's history."""
     history_len: int = Field(30, ge=1, le=200)
@@ -324,6 +328,7 @@ class Config(Section):
                 raise ValueError(
                     f"features.crosses: ({first!r}, {second!r}) must pair one of {sorted(left)} with one of {sorted(right)}"
                 )
+        self._numbers_agree()
         self._counters_agree()
         unknown = set(self.retrieval.sources) - {"bandit", "covisited", "followed", "following", "nearest", "trending"}
         if unknown:
@@ -331,6 +336,18 @@ class Config(Section):
         sources = {*self.retrieval.sources, "caller", "newest"}
         self.slate.check(attributes, sources, self.state.seen_len)
         return self
+
+    def _numbers_agree(self) -> None:
+        features, multivalued = self.features, self.catalogue.multivalued
+        slots = sorted({*features.context, *self.catalogue.attributes} - set(multivalued))
+        for name, edges in features.buckets.items():
+            if name not in slots or list(edges) != sorted(set(edges)):
+                raise ValueError(
+                    f"features.buckets: {name!r} = {list(edges)} must be rising edges of one of {slots}, slots of one value"
+                )
+        for name in features.numbers:
+            if name in multivalued or features.numbers.count(name) > 1:
+                raise ValueError(f"features.numbers: {name!r} must be named once, and not be in catalogue.multivalued")
 
     def _counters_agree(self) -> None:
         if wrong := sorted(set(self.features.transition_context) - set(self.features.context)):

@@ -7,7 +7,7 @@ K items of one request, T history entries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from recsys.errors import BadInput
 from recsys.features.catalogue import Catalogue
+from recsys.features.numeric import bucket_of, number_of, squashed
 from recsys.features.schema import Schema
 from recsys.keys import cross, key_of
 from recsys.types import Bool, Float32, HistoryEvent, Int32, Int64, UInt8
@@ -37,6 +38,8 @@ class UserFeatures:
     """[T] bit s: the entry belongs to sequence s."""
     history_gaps: UInt8
     """[T] bucket of the time since the event; 0 unless the schema has `time_gaps`."""
+    numbers: Float32 = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    """Declared numbers that all items share, each with whether it is missing [U, 2]. Not encoded: the items' own hold them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,9 @@ def user_features(
         history_mask=mask,
         history_kinds=kinds,
         history_gaps=_gaps(recent, now_ms) if schema.time_gaps else np.zeros(len(recent), np.uint8),
+        numbers=squashed(
+            np.array([number_of(context.get(name)) for kind, name in schema.declared if kind == "context"])
+        ),
     )
 
 
@@ -108,7 +114,10 @@ def shared_columns(schema: Schema, user_id: str, context: Mapping[str, Any]) -> 
     keys, mask = np.zeros(len(schema.shared_slots), np.int64), np.zeros(len(schema.shared_slots), np.bool_)
     keys[0], mask[0] = key_of(user_id), True
     for column, name in enumerate(schema.context, start=1):
-        if (value := context.get(name)) is not None:
+        value = context.get(name)
+        if name in schema.edges:
+            value = bucket_of(value, schema.edges[name])
+        if value is not None:
             keys[column], mask[column] = key_of(value if isinstance(value, str) else str(value)), True
     return keys, mask
 
@@ -152,6 +161,9 @@ def item_features(
     numbers[:, start] = np.log1p(signals.popularity)
     numbers[:, start + 1] = np.log1p(signals.covisit)
     numbers[:, start + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
+    if schema.declared:
+        first = schema.first_declared
+        numbers[:, first : first + 2 * len(schema.declared)] = _declared(schema, catalogue, user, rows)
     if signals.follows.shape[1]:
         numbers[:, -signals.follows.shape[1] :] = signals.follows
     weights = affinity_decay ** np.arange(len(user.history_keys))
@@ -168,6 +180,18 @@ def item_features(
         cross_mask=cross_mask,
         numbers=numbers,
     )
+
+
+def _declared(schema: Schema, catalogue: Catalogue, user: UserFeatures, rows: Int32) -> Float32:
+    """Declared numbers, each beside whether it is missing [K, 2 per number]."""
+    shared = len(user.numbers)
+    values = np.full((len(rows), len(schema.declared) - shared), np.nan)
+    for column, (_, name) in enumerate(schema.declared[shared:]):
+        if (known := catalogue.numbers.get(name)) is not None:
+            values[:, column] = known[rows]
+    own = squashed(values)
+    everyone = np.broadcast_to(user.numbers, (len(rows), shared, 2))
+    return np.concatenate([everyone, own], 1).reshape(len(rows), -1)
 
 
 def _affinity(history: Int64, present: Bool, weights: Any, items: Int64, item_present: Bool) -> Float32:

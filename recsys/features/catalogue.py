@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import orjson
 
 from recsys.features.filters import Changes, Columns, Filters, Masks, passing
+from recsys.features.numeric import between, bucket_of, number_of
 from recsys.features.rows import RowIndex
 from recsys.features.schema import Schema
 from recsys.features.texts import Texts
@@ -35,6 +37,8 @@ class Catalogue:
         self._rows = RowIndex(self.keys)
         self._columns = self._column_ranges()
         self._attributes = [name for name, _ in schema.item_fields[1:]]
+        self._edges = schema.edges
+        self._others = [name for kind, name in schema.declared if kind == "item" and name not in self._attributes]
         self.labels: dict[tuple[str, int], str] = {}
         """(attribute, key) -> the value as it was written, for reasons."""
         self.numbers: dict[str, npt.NDArray[np.float64]] = {}
@@ -98,7 +102,12 @@ class Catalogue:
             keys, mask = self.keys[where], self.mask[where]
             passed &= passing(
                 clause,
-                Columns(keys[:, columns], mask[:, columns], None if numbers is None else numbers[where]),
+                Columns(
+                    keys[:, columns],
+                    mask[:, columns],
+                    None if numbers is None else numbers[where],
+                    clause.attribute in self._edges,
+                ),
             )
         return passed
 
@@ -172,9 +181,13 @@ class Catalogue:
         keys = np.zeros(self.keys.shape[1], np.int64)
         mask = np.zeros(self.keys.shape[1], np.bool_)
         keys[0], mask[0] = key_of(item.item_id), True
+        for name in self._others:
+            self._number(row, name, item.attributes.get(name))
         for name in self._attributes:
             value = item.attributes.get(name)
             self._number(row, name, value)
+            if name in self._edges:
+                value = bucket_of(value, self._edges[name])
             if value is None:
                 continue
             where = self._columns[name]
@@ -182,15 +195,17 @@ class Catalogue:
             for column, text in zip(range(where.start, where.stop), values, strict=False):
                 key = key_of(text if isinstance(text, str) else str(text))
                 keys[column], mask[column] = key, True
-                self.labels.setdefault((name, key), str(text))
+                self.labels.setdefault(
+                    (name, key), between(self._edges[name], text) if name in self._edges else str(text)
+                )
         self.keys[row], self.mask[row] = keys, mask
 
     def _number(self, row: int, name: str, value: Any) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and name not in self.numbers:
+        number = number_of(value)
+        if not math.isnan(number) and name not in self.numbers:
             self.numbers[name] = np.full(len(self.alive), np.nan)
         if name in self.numbers:
-            self.numbers[name][row] = value if is_number else np.nan
+            self.numbers[name][row] = number
 
 
 def _grown(array: Any, size: int) -> Any:

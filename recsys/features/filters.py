@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import OrderedDict
@@ -46,11 +47,13 @@ Filters: TypeAlias = tuple[Clause, ...]
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """An attribute's columns of some rows: keys and mask [n, w], numbers [n] (None: the attribute never was a number)."""
+    """An attribute's columns of some rows: keys and mask [n, w], numbers [n] (None: the attribute never was a number); whether
+    the keys are those of buckets, so that values are told by the numbers."""
 
     keys: Int64
     mask: Bool
     numbers: npt.NDArray[np.float64] | None
+    in_buckets: bool = False
 
 
 def passing(clause: Clause, columns: Columns) -> Bool:
@@ -70,6 +73,10 @@ def passing(clause: Clause, columns: Columns) -> Bool:
 
 def _has(columns: Columns, values: tuple[str, ...]) -> Bool:
     """Which rows [n] have one of the values."""
+    if columns.in_buckets:
+        return np.isin(
+            np.full(len(columns.keys), np.nan) if columns.numbers is None else columns.numbers, _floats(values)
+        )
     wanted = np.sort(np.array([key_of(value) for value in values], np.int64))
     found = np.zeros(len(columns.keys), np.bool_)
     for column, known in zip(columns.keys.T, columns.mask.T, strict=True):
@@ -80,6 +87,14 @@ def _has(columns: Columns, values: tuple[str, ...]) -> Bool:
         else:
             hit = wanted[np.searchsorted(wanted[:-1], column)] == column
         found |= hit & known
+    return found
+
+
+def _floats(values: tuple[str, ...]) -> list[float]:
+    found = []
+    for value in values:
+        with contextlib.suppress(ValueError):
+            found.append(float(value))
     return found
 
 

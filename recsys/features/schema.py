@@ -7,7 +7,7 @@ N numbers. A column holds one key; a multi-valued field has several columns, pad
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -39,6 +39,10 @@ class Schema:
     counters: CounterLayout
     transition_context: tuple[str, ...]
     numbers: tuple[str, ...]
+    declared: tuple[tuple[str, str], ...] = ()
+    """(`context` or `item`, name of a number): those of the context first; each is two of `numbers`, its value and whether it is missing"""
+    buckets: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """(attribute or context field, edges): its key is that of its bucket"""
 
     @classmethod
     def of(cls, config: Config) -> Schema:
@@ -49,6 +53,9 @@ class Schema:
         item_fields = (("item", 1), *((a, width[a]) for a in (*features.history_attributes, *rest)))
         crosses = tuple(f"{left}*{right}" for left, right in features.crosses)
         tasks = tuple(task.name for task in config.tasks)
+        in_context = [n for n in features.numbers if n in features.context and n not in catalogue.attributes]
+        of_item = [name for name in features.numbers if name not in in_context]
+        declared = (*(("context", name) for name in in_context), *(("item", name) for name in of_item))
         counters = CounterLayout.of(config)
         return cls(
             slots=("user", *(f"context.{c}" for c in features.context), *(name for name, _ in item_fields), *crosses),
@@ -69,14 +76,30 @@ class Schema:
                 "covisit",
                 "in_history",
                 *(f"affinity.{a}" for a in features.history_attributes),
+                *(f"number.{name}{part}" for _, name in declared for part in ("", ".missing")),
                 *(transition_numbers(features.transition_context) if features.transitions else ()),
             ),
+            declared=declared,
+            buckets=tuple(features.buckets.items()),
         )
 
     @cached_property
     def hash(self) -> str:
         """Names the slot list in every impression and delta; another hash is another schema."""
-        return hashlib.blake2b(repr(astuple(self)).encode(), digest_size=8).hexdigest()
+        # Fields with a default came later: they count where they are set, so that hashes of before hold.
+        values = zip(fields(self), astuple(self), strict=True)
+        counted = tuple(value for field, value in values if value != field.default)
+        return hashlib.blake2b(repr(counted).encode(), digest_size=8).hexdigest()
+
+    @cached_property
+    def edges(self) -> dict[str, tuple[float, ...]]:
+        """Edges of the buckets of an attribute or context field."""
+        return dict(self.buckets)
+
+    @cached_property
+    def first_declared(self) -> int:
+        """Which of `numbers` is the first of `declared`."""
+        return len(self.counters.numbers) + 2 + self.num_history_fields
 
     @cached_property
     def members(self) -> dict[str, list[int]]:

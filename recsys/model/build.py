@@ -46,6 +46,7 @@ def ranker(config: Config, schema: Schema) -> Ranker:
         error_memory=model.error_memory,
         number_prior=tuple(prior(name) for name in schema.numbers),
         task_prior=tuple(task.prior for task in config.tasks),
+        odd_numbers=tuple(range(schema.first_declared, schema.first_declared + 2 * len(schema.declared), 2)),
         after=tuple(schema.tasks.index(task.after) if task.after else -1 for task in config.tasks),
     )
     return Ranker(spec, seed=config.seed)

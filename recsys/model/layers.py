@@ -19,6 +19,9 @@ MOMENTUM = 0.01
 BATCH = 256
 """Rows of the batch that `MOMENTUM` and the start are meant for; a smaller one counts by its share of it, so that statistics do not
 depend on how a stream is cut. Half forgets twice as fast, double is slower to leave the start."""
+WARM = 10 * BATCH
+"""Rows after which running deviations may bound what enters them: less than a tenth of the start is left. Half clips numbers that lie far
+from 0 while their mean is still on its way; double leaves an odd value twice as long to move them."""
 MIN_BATCH = 32
 """Smaller batches do not carry gradients through their own mean and variance: of one row nothing would be left."""
 
@@ -67,15 +70,24 @@ class StreamingNorm(nn.Module):
     The value always comes from running statistics (in training: this batch included), so that training and serving
     see the same function however small or skewed a batch is; the gradient goes through the batch's own mean and
     variance, as in batch normalisation. Running statistics start at mean 0, variance 1 and forget that start as BATCH rows
-    of many; the variance between batches counts, too. `shape` is that of x without N.
+    of many; the variance between batches counts, too. `shape` is that of x without N. `reach` [F]: so many running deviations
+    from the mean are the furthest that a value may lie when it is learned from, once WARM rows were; inf: as far as it does.
     """
 
     mean: torch.Tensor
     var: torch.Tensor
     rows: torch.Tensor
 
-    def __init__(self, *shape: int, affine: bool = False, momentum: float = MOMENTUM, epsilon: float = 1e-5) -> None:
+    def __init__(
+        self,
+        *shape: int,
+        affine: bool = False,
+        momentum: float = MOMENTUM,
+        epsilon: float = 1e-5,
+        reach: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self._reach = reach
         self._momentum, self._epsilon = momentum, epsilon
         stats = (*shape[:-1], 1, shape[-1])
         self.register_buffer("mean", torch.zeros(stats))
@@ -112,6 +124,9 @@ class StreamingNorm(nn.Module):
 
     def _learn(self, x: torch.Tensor) -> torch.Tensor:
         """Update the running statistics; return x itself in value, with the gradient of a batch-normalised x."""
+        if self._reach is not None and self.rows >= WARM:
+            furthest = self._reach * torch.sqrt(self.var + self._epsilon)
+            x = torch.clamp(x, self.mean - furthest, self.mean + furthest)
         var, mean = torch.var_mean(x, -2, correction=0, keepdim=True)
         self._update(mean.detach(), var.detach(), x.shape[-2])
         if x.shape[-2] < MIN_BATCH:

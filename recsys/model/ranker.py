@@ -47,6 +47,8 @@ class RankerSpec:
     """Starting wide weight of each number, the same for all tasks."""
     task_prior: tuple[float, ...]
     """Starting probability of each task."""
+    odd_numbers: tuple[int, ...] = ()
+    """Numbers from outside, which may be anything: one value of theirs moves running statistics no further than `_NUMBER_LIMIT`."""
     after: tuple[int, ...] = ()
     """The earlier task that each is chained on, -1: none; empty: none at all."""
     attention: tuple[int, ...] = (32, 16)
@@ -124,7 +126,9 @@ class Ranker(nn.Module):
             else MeanPool()
             for _ in range(spec.sequences)
         )
-        self.number_norm = StreamingNorm(spec.num_numbers)
+        reach = torch.full((spec.num_numbers,), torch.inf)
+        reach[list(spec.odd_numbers)] = _NUMBER_LIMIT
+        self.number_norm = StreamingNorm(spec.num_numbers, reach=reach if spec.odd_numbers else None)
         width = (spec.num_shared + spec.num_item) * spec.dim + (1 + spec.sequences) * entry + spec.num_numbers
         self.compress = uniform((width, spec.input_width), width, generator) if spec.input_width else None
         self.home = Home(

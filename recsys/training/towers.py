@@ -51,7 +51,7 @@ class _User:
     events: list[tuple[str, str]] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
     request_id: str = ""
-    context: dict[str, str] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
 
 
 class TowerLearner:
@@ -81,7 +81,7 @@ class TowerLearner:
         """Keep what was shown, as long as it is not acted upon, and the request's context."""
         user = self._user(message.user_id)
         user.request_id = message.request_id
-        user.context = {name: str(message.context[name]) for name in self._schema.context if message.context.get(name)}
+        user.context = {n: value for n in self._schema.context if (value := message.context.get(n)) is not None}
         if self._hard and message.activation != "deferred":
             rows = self._catalogue.rows([item.item_id for item in message.items])
             user.shown += rows[rows >= 0].tolist()

@@ -47,6 +47,10 @@ def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
             raise BadInput(
                 f"--{name.replace('_', '-')} {getattr(arguments, name)} must be 0 or more seconds", field=name
             )
+    if 0 < arguments.sync_interval < 0.001:
+        raise BadInput(
+            f"--sync-interval {arguments.sync_interval} must be 0, or 0.001 seconds or more", field="sync_interval"
+        )
     until_ms = iso_ms(arguments.until, "--until") or 2**62
     return Options(
         report_from_ms=iso_ms(arguments.report_from, "--report-from"),
@@ -116,6 +120,7 @@ def _check_names(arguments: argparse.Namespace, loaded: config.Config, found: fi
     for option, wanted, known, enough in (
         ("catalogue.attributes", loaded.catalogue.attributes, found.attributes, all),
         ("features.context", features.context, found.context, all),
+        ("features.numbers", [n for n in features.numbers if n not in features.context], found.attributes, all),
         ("features.history_types", features.history_types, found.types, any),
         ("features.elsewhere_types", features.elsewhere_types, found.types, any),
         ("retrieval.count_types", loaded.retrieval.count_types, found.types, any),

@@ -77,6 +77,7 @@ def test_empty_files_are_named(events: Path, capsys: pytest.CaptureFixture[str])
         (settings(attributes='["kind", "price"]'), (), ("catalogue.attributes", "'price'", "['kind']")),
         (settings(context='["regoin"]'), (), ("features.context", "'regoin'", "['region']", "did you mean 'region'")),
         (settings(), ("--set", 'features.context=["regoin"]'), ("features.context", "did you mean 'region'")),
+        (settings() + 'numbers = ["prise", "kind"]', (), ("features.numbers", "'prise'", "['kind']")),
         (settings() + 'history_types = ["like"]', (), ("features.history_types", "'like'", "['click']")),
         (settings() + 'elsewhere_types = ["view"]', (), ("features.elsewhere_types", "'view'")),
         (settings(), ("--set", 'retrieval.count_types=["clik"]'), ("retrieval.count_types", "did you mean 'click'")),

@@ -1,6 +1,7 @@
 """Learning retrieval: what makes a positive, what it is told from, and that a restart goes on where it was."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_a_user_without_past_is_a_positive_only_with_context() -> None:
     model.feedback(click("new", 2), 0)
     assert [p.row for p in model._positives] == [1, 2]
     assert model._positives[0].user.shared_mask.tolist() == [True, True]
+
+
+def test_a_context_value_of_0_is_learned_from_as_it_is_served() -> None:
+    model = learner()
+    model.impression(replace(shown("u", 1), context={"place": 0}))
+    model.feedback(click("u", 1, request_id="r"), 0)
+    assert (model._positives[0].user.shared_keys[1], model._positives[0].user.shared_mask[1]) == (0, True)
 
 
 def test_what_is_history_is_learned_from_as_history_and_what_counts_as_the_next_item() -> None:
