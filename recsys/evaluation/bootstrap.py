@@ -20,13 +20,14 @@ LEVEL = 0.95
 
 
 class Resamples:
-    """How often each user is drawn in each resample [B, U]; the same for every metric."""
+    """How often each user is drawn in each resample [B, U]; the same for every metric. NaN for a single user, who tells nothing of others."""
 
     def __init__(self, users: Int64, seed: int = 0) -> None:
         self._users, self.of = np.unique(users, return_inverse=True)
         num = len(self._users)
         rng = np.random.default_rng(seed)
-        self.weights = np.stack([np.bincount(rng.integers(0, num, num), minlength=num) for _ in range(RESAMPLES)])
+        weights = np.stack([np.bincount(rng.integers(0, num, num), minlength=num) for _ in range(RESAMPLES)])
+        self.weights: Array = weights if num > 1 else np.full(weights.shape, math.nan)
 
     def sums(self, values: Array) -> Array:
         """Sum over the examples [N] of each resample [B]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,10 +190,22 @@ def _means(first: Float64, second: Float64, drawn: Resamples | None) -> dict[str
 
 
 def verdict(paired: dict[str, Any], metric: str) -> str:
-    """Whether b is `better` or `worse` by the whole interval of a metric's difference, or it is `undecided`."""
+    """Whether b is `better` or `worse` by the whole interval of a metric's difference, `undecided`, or `unknown` without interval.
+
+    BadInput where nothing was compared.
+    """
     task, _, name = metric.rpartition(".")
-    found = paired["tasks"][task][name] if task else paired[name]
-    low, high = found.get("difference_ci") or (math.nan, math.nan)
+    found = paired["tasks"][task] if task else paired
+    if not found["examples" if task else "predictions"]:
+        raise BadInput(
+            "no prediction to compare: name item files, an earlier --report-from, a later --until, a larger --sample, or "
+            "configurations that predict (ranking.scorer)",
+            field="events",
+        )
+    bounds = found[name].get("difference_ci")
+    if bounds is None:
+        return "unknown"
+    low, high = bounds
     if name == "normalized_entropy":
         low, high = -high, -low
     return "better" if low > 0 else "worse" if high < 0 else "undecided"

@@ -157,7 +157,8 @@ def differences(first: Array, second: Array) -> dict[str, Any]:
         report[name] = {"a": _known(values[0]), "b": _known(values[1]), "difference": _known(values[1] - values[0])}
         if drawn is not None:
             one, other = (_resampled(name, drawn, rows, groups) for rows, groups in parts)
-            report[name]["difference_ci"] = interval(other - one)
+            with np.errstate(invalid="ignore"):  # infinite in both
+                report[name]["difference_ci"] = interval(other - one)
     return report
 
 

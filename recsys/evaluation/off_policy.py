@@ -23,7 +23,9 @@ Float64: TypeAlias = npt.NDArray[np.float64]
 
 ESTIMATORS = ("ips", "snips", "dm", "dr", "sndr", "switch_dr", "dr_os", "replay")
 SELF_NORMALISED = ("snips", "sndr", "replay")
-_WITHOUT_MODEL = ("ips", "snips", "replay")
+WITHOUT_MODEL = ("ips", "snips", "replay")
+LEAST = 1e-12
+"""Smallest probability that is weighed by: the squares of its weights still have digits, and nothing is drawn so seldom."""
 _CERTAIN = 1 - 1e-9
 """A policy that gives an item this much is deterministic there."""
 _SAME = 1e-3
@@ -156,7 +158,7 @@ def terms_of(name: str, rounds: Rounds, chances: Float64, model: Float64, settin
     """
     if reason := why_not(name, rounds, chances):
         raise BadInput(reason, field="estimators")
-    if name in _WITHOUT_MODEL:
+    if name in WITHOUT_MODEL:
         model = np.zeros_like(chances)
     expected = np.add.reduceat(chances * model, rounds.starts[:-1])
     residuals = rounds.rewards - model[rounds.shown]
@@ -188,7 +190,7 @@ def _changed(name: str, weights: Float64, settings: Settings) -> Float64:
         return np.where(weights <= settings.switch, weights, 0.0)
     if name == "dr_os" and np.isfinite(settings.shrink):
         over = weights**2 + settings.shrink
-        return np.divide(settings.shrink * weights, over, out=np.zeros_like(weights), where=over > 0)
+        return weights * np.divide(settings.shrink, over, out=np.zeros_like(weights), where=over > 0)
     if name in ("ips", "snips", "dr", "sndr") and settings.clip is not None:
         return np.minimum(weights, settings.clip)
     return weights
@@ -226,9 +228,7 @@ def smoothed_means(rounds: Rounds, *, folds: int = 2, prior: float = 50.0) -> Fl
     if folds < 2 or not prior > 0:
         raise ValueError(f"need at least 2 folds and a prior above 0, got {folds}, {prior}")
     shown, num = rounds.items[rounds.shown], len(rounds.names)
-    fold = rounds.users % folds
-    if len(np.unique(fold)) < folds:
-        raise BadInput(f"{folds} folds need at least as many users or rows: log more", field="log")
+    fold = folds_of(rounds.users, folds)
     by_fold = np.empty((folds, num))
     for index in range(folds):
         other = fold != index
@@ -237,3 +237,15 @@ def smoothed_means(rounds: Rounds, *, folds: int = 2, prior: float = 50.0) -> Fl
         by_fold[index] = (sums + prior * rewards.mean()) / (counts + prior)
     model: Float64 = by_fold[fold[rounds.round_of], rounds.items]
     return model
+
+
+def folds_of(users: Int64, folds: int) -> Int64:
+    """The fold of each round [N], users dealt in turn. BadInput where one would be empty."""
+    fold = users % folds
+    if len(np.unique(fold)) < folds:
+        raise BadInput(
+            f"a model of {folds} folds needs as many users or rows, and the log has {len(np.unique(users))}: log more, or "
+            f"name estimators without a model ({', '.join(WITHOUT_MODEL)}; for whole answers all but cascade_dr)",
+            field="log",
+        )
+    return fold

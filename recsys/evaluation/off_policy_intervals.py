@@ -31,7 +31,7 @@ class Estimate:
     estimator: str
     value: float
     bootstrap: Interval
-    """None: fewer than half of the resamples have a value."""
+    """None: fewer than half of the resamples have a value, or there is one user."""
     gain: float
     """Value less the mean reward of the log."""
     gain_bootstrap: Interval
@@ -115,7 +115,7 @@ def _middle(values: Float64, confidence: float) -> Interval:
 
 
 def _bernstein_of(name: str, term: Terms, users: Int64, confidence: float) -> Interval:
-    if term.bounds is None:
+    if term.bounds is None or not np.isfinite(term.bounds).all():
         return None
     values = term.base + term.weights * term.residuals
     if name == "replay":  # given that they match, rewards are independent and so is their number
@@ -135,7 +135,7 @@ def _bernstein_of(name: str, term: Terms, users: Int64, confidence: float) -> In
 def _resampled(
     terms: Mapping[str, Terms], rewards: Float64, users: Int64, generator: np.random.Generator, resamples: int
 ) -> tuple[Float64, list[Float64]]:
-    """The mean reward [B] and each estimator's value [E][B] in each resample of the users."""
+    """The mean reward [B] and each estimator's value [E][B] in each resample of the users; NaN where there is but one."""
     _, of = np.unique(users, return_inverse=True)
     num = int(of.max()) + 1
     columns: list[Float64] = [np.bincount(of).astype(np.float64), np.bincount(of, rewards).astype(np.float64)]
@@ -144,9 +144,9 @@ def _resampled(
             np.bincount(of, c).astype(np.float64) for c in (term.base, term.weights * term.residuals, term.weights)
         ]
     by_user = np.stack(columns, 1)
-    sums = np.empty((resamples, by_user.shape[1]))
+    sums = np.full((resamples, by_user.shape[1]), np.nan)
     step = max(1, _CHUNK // num)
-    for first in range(0, resamples, step):
+    for first in range(0, resamples if num > 1 else 0, step):
         size = min(step, resamples - first)
         counts = np.empty((size, num))
         for row in range(size):

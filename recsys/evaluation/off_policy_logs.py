@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from recsys.errors import BadInput
-from recsys.evaluation.off_policy import Float64, Rounds
+from recsys.evaluation.off_policy import LEAST, Float64, Rounds
 from recsys.events import files
+from recsys.keys import key_of
 from recsys.types import Feedback, Impression, Int64, ShownItem
 
 VIEW = "view"
@@ -33,6 +34,8 @@ class Log:
     viewed: Places = field(default_factory=set)
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Rows that are in no round, by reason."""
+    types: Mapping[str, int] = field(default_factory=dict)
+    """How much feedback of each type there is."""
 
     def shown(self, impression: Impression, item: ShownItem) -> bool:
         """Whether the user saw it; of a deferred answer, what has a `view`."""
@@ -43,17 +46,24 @@ def read_log(paths: Sequence[Path], types: Collection[str], window_s: float | No
     """The log of event files or their folders; feedback of these types is rewarded where it names its request.
 
     `window_s`: only feedback so soon after the impression is, and impressions so close to the log's end are left out:
-    theirs may still come.
+    theirs may still come. A request that is logged again is left out as a `duplicate`; 8 bytes tell it.
     """
     impressions: list[Impression] = []
     rewarded: dict[tuple[str, str], int] = {}
     viewed: Places = set()
     left_out: Counter[str] = Counter()
+    known: set[int] = set()
+    found: Counter[str] = Counter()
     last_ms = 0
     for last_ms, _, message in files.merged(list(paths)):  # noqa: B007
         if isinstance(message, Impression):
-            impressions.append(replace(message, features=b""))  # most of the bytes, and of no use here
+            if (key := key_of(message.request_id)) in known:
+                left_out["duplicate"] += 1
+            else:
+                known.add(key)
+                impressions.append(replace(message, features=b""))  # most of the bytes, and of no use here
         elif isinstance(message, Feedback):
+            found[message.type] += 1
             if message.request_id:
                 place = (message.request_id, message.item_id)
                 if message.type in types:
@@ -71,22 +81,28 @@ def read_log(paths: Sequence[Path], types: Collection[str], window_s: float | No
     if not impressions:
         at_all = f" whose window of {window_s:g} s is over" if left_out["window_open"] else ""
         raise BadInput(f"the log has no impression{at_all}: name files of what was shown, too", field="log")
-    return Log(impressions=impressions, rewarded=set(rewarded), viewed=viewed, left_out=left_out)
+    return Log(impressions=impressions, rewarded=set(rewarded), viewed=viewed, left_out=left_out, types=found)
+
+
+def drawn_positions(log: Log) -> list[int]:
+    """The positions that were drawn, from the top; BadInput when there is none."""
+    found = {item.position for impression in log.impressions for item in impression.items if item.pool is not None}
+    if not found:
+        shown = log.impressions[0].items[0]
+        raise BadInput(f"no position of the log was drawn: {_why_not_drawn(shown)}", field="log")
+    return sorted(found)
 
 
 def drawn_position(log: Log) -> int:
     """The one position that was drawn; BadInput when there is none, or several to choose from."""
-    found = {item.position for impression in log.impressions for item in impression.items if item.pool is not None}
-    if len(found) == 1:
-        return found.pop()
-    if found:
+    found = drawn_positions(log)
+    if len(found) > 1:
         raise BadInput(
-            f"positions {', '.join(map(str, sorted(found)))} were drawn: choose one with --position, or evaluate whole "
+            f"positions {', '.join(map(str, found))} were drawn: choose one with --position, or evaluate whole "
             "answers with --estimators slates",
             field="position",
         )
-    shown = log.impressions[0].items[0]
-    raise BadInput(f"no position of the log was drawn: {_why_not_drawn(shown)}", field="log")
+    return found[0]
 
 
 def rounds_of(log: Log, position: int, *, model_only: bool = False) -> Rounds:
@@ -105,6 +121,12 @@ def rounds_of(log: Log, position: int, *, model_only: bool = False) -> Rounds:
             left_out["not_viewed"] += 1
         else:
             choices.append((impression, found))
+    if not choices and left_out["not_viewed"]:
+        raise BadInput(
+            f"position {position} was viewed in none of {left_out['not_viewed']} deferred answers that have it: log "
+            f"feedback of type {VIEW!r} with their request_id, or choose another",
+            field="position",
+        )
     if not choices:
         raise BadInput(f"no impression shows position {position}: choose one that answers have", field="position")
     drawn = [choice for choice in choices if choice[1].pool is not None]
@@ -199,6 +221,9 @@ def _check(impression: Impression, item: ShownItem) -> None:
     total = sum(probability for _, probability in item.pool)
     if abs(total - 1) > _SUM_TOLERANCE:
         raise BadInput(f"{where}: the pool's probabilities sum to {total:.6g}: log the whole pool", field="pool")
+    least = min(probability for _, probability in item.pool)
+    if least < LEAST:
+        raise BadInput(f"{where}: the pool has probability {least:g}: must be from {LEAST:g} to 1", field="pool")
     chosen = dict(item.pool)[item.item_id]
     if item.propensity is not None and abs(item.propensity - chosen) > _SUM_TOLERANCE * chosen:
         problem = f"propensity {item.propensity} is not the shown item's {chosen} in the pool"

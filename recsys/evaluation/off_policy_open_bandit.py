@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 
 from recsys.errors import BadInput
-from recsys.evaluation.off_policy import Float64, Rounds
+from recsys.evaluation.off_policy import LEAST, Float64, Rounds
+from recsys.events.fields import MAX_POSITION
 
 _AFFINITY = "user-item_affinity_"
 _NEEDED = ("item_id", "position", "click", "propensity_score")
@@ -30,11 +31,20 @@ def read_open_bandit(paths: Sequence[Path], position: int | None = None) -> Roun
     `position` leaves out the rows of others. 8 bytes an item and row for each of four arrays.
     """
     tables = [_read(path) for path in paths]
+    sizes = [table[1].shape[1] for table in tables]
+    for path, size in zip(paths, sizes, strict=True):
+        if paths.count(path) > 1:
+            raise BadInput(f"file {str(path)!r} is given twice: keep one", field="log")
+        if size != sizes[0]:
+            problem = f"file {str(path)!r} has {size} columns {_AFFINITY}*, and {str(paths[0])!r} has {sizes[0]}"
+            raise BadInput(f"{problem}: evaluate one campaign at a time", field="log")
     affinity = np.concatenate([table[1] for table in tables])
     item, place, click, propensity = (np.concatenate([table[0][n] for table in tables]) for n in _NEEDED)
     rows = np.flatnonzero(place == position) if position is not None else np.arange(len(item))
     if not len(rows):
-        raise BadInput(f"no row has position {position}: files have {sorted(set(place.tolist()))}", field="position")
+        raise BadInput(
+            f"no row has position {position}: files have {np.unique(place).astype(int).tolist()}", field="position"
+        )
     num, size = len(rows), affinity.shape[1]
     propensities = propensity[rows]
     same = bool((np.abs(propensities * size - 1) < _SUM_TOLERANCE).all())
@@ -56,17 +66,23 @@ def _read(path: Path) -> tuple[dict[str, Float64], Float64]:
     where = f"file {str(path)!r}"
     try:
         table: Any = pcsv.read_csv(path)
+        names: list[str] = table.column_names
     except OSError:
         raise BadInput(f"{where} cannot be read: check the path", field="log") from None
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise BadInput(f"{where} is not a CSV file ({error}): check it", field="log") from None
     if not table.num_rows:
         raise BadInput(f"{where} has no rows: name another", field="log")
-    affinities = sorted(
-        (n for n in table.column_names if n.startswith(_AFFINITY)), key=lambda n: int(n[len(_AFFINITY) :])
-    )
-    for name in (*_NEEDED, f"{_AFFINITY}0"):
-        if name not in table.column_names:
+    found = [name for name in names if name.startswith(_AFFINITY)]
+    affinities = [f"{_AFFINITY}{n}" for n in range(len(found))]
+    for name in found:
+        if name not in affinities:
+            problem = f"column {name!r} must end in a number from 0 to {len(found) - 1}, another for each item"
+            raise BadInput(f"{where}: {problem}", field=name)
+    for name in (*_NEEDED, *(affinities or [f"{_AFFINITY}0"])):
+        if names.count(name) > 1:
+            raise BadInput(f"{where}: column {name!r} is there {names.count(name)} times: keep one", field=name)
+        if name not in names:
             remedy = "Open Bandit's files have it"
             if name == "propensity_score":
                 remedy = (
@@ -74,12 +90,18 @@ def _read(path: Path) -> tuple[dict[str, Float64], Float64]:
                 )
             raise BadInput(f"{where}: column {name!r} is missing: {remedy}", field=name)
     columns = {name: _numbers(table, name, where) for name in (*_NEEDED, *affinities)}
-    ranges = {"item_id": (0, len(affinities) - 1), "click": (0, 1), "propensity_score": (1e-12, 1)}
+    ranges = {
+        "item_id": (0, len(affinities) - 1),
+        "position": (0, MAX_POSITION),
+        "click": (0, 1),
+        "propensity_score": (LEAST, 1),
+    }
     for name, (low, high) in ranges.items():
-        wrong = np.flatnonzero(~((columns[name] >= low) & (columns[name] <= high)))
+        values, whole = columns[name], name in ("item_id", "position")
+        wrong = np.flatnonzero(~((values >= low) & (values <= high)) | (whole & (values != np.floor(values))))
         if len(wrong):
-            value = columns[name][wrong[0]]
-            raise BadInput(f"{where} row {wrong[0] + 1}: {name} = {value:g} must be from {low} to {high}", field=name)
+            wanted = f"{'a whole number ' if whole else ''}from {low} to {high}"
+            raise BadInput(f"{where} row {wrong[0] + 1}: {name} = {values[wrong[0]]:g} must be {wanted}", field=name)
     return columns, np.stack([columns[name] for name in affinities], 1)
 
 

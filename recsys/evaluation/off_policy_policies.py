@@ -55,9 +55,10 @@ class PolicyFile:
         if self.policy == "logged":
             return self._normalised(values, rounds)
         if self.policy == "softmax":
-            logits = (np.log(values) if self.by == PROBABILITY else values) / self.temperature
+            logits = np.log(values) if self.by == PROBABILITY else values
             best = np.maximum.reduceat(logits, rounds.starts[:-1])[rounds.round_of]
-            return self._normalised(np.exp(logits - best), rounds)
+            with np.errstate(over="ignore"):  # infinitely far behind the best: never taken
+                return self._normalised(np.exp((logits - best) / self.temperature), rounds)
         greedy = np.zeros(len(values))
         best = np.maximum.reduceat(values, rounds.starts[:-1])[rounds.round_of]
         at_best = np.flatnonzero(values == best)
@@ -134,14 +135,16 @@ def _number(value: Any) -> bool:
 
 
 def _weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(_number(v) and v >= 0 for v in value.values()) and any(value.values())
+    return (
+        isinstance(value, dict) and all(_number(v) and 0 <= v <= 1e300 for v in value.values()) and any(value.values())
+    )
 
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "by": (lambda v: isinstance(v, str), "the name of a logged number"),
     "epsilon": (lambda v: _number(v) and 0 <= v <= 1, "from 0 to 1"),
     "temperature": (lambda v: _number(v) and v > 0, "above 0"),
-    "probabilities": (_weights, "a table of item id = number of 0 or more, not all 0"),
+    "probabilities": (_weights, "a table of item id = number from 0 to 1e300, not all 0"),
 }
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from recsys.errors import BadInput
-from recsys.evaluation.off_policy import Float64, Rounds, Terms, importance
-from recsys.evaluation.off_policy_logs import Log, build
+from recsys.evaluation.off_policy import Float64, Rounds, Terms, folds_of, importance
+from recsys.evaluation.off_policy_logs import Log, build, drawn_positions
 from recsys.types import Impression, Int64, ShownItem
 
 SLATE_ESTIMATORS = ("slate_ips", "independent_ips", "cascade_ips", "cascade_dr")
@@ -57,10 +57,11 @@ def slates_of(log: Log) -> Slates:
         number = slate[-1] + 1 if slate else 0
         for place, item in enumerate(sorted(impression.items, key=lambda i: i.position)):
             if item.pool is None:
+                drawn = drawn_positions(log)
                 raise BadInput(
                     f"request {impression.request_id!r}, position {item.position} was not drawn (propensity "
                     f"{item.propensity}, no pool): whole answers cannot be weighed. Still valid: ips and the others of "
-                    "one drawn position (--position N), or dm",
+                    f"one drawn position (--position {drawn[0]}), or dm",
                     field="position",
                 )
             choices.append((impression, item))
@@ -114,9 +115,7 @@ def to_the_end(slates: Slates, chances: Float64, *, folds: int = 2, prior: float
     the position's; cross-fitted by users, as any model is that has seen nothing of its own round.
     """
     rounds, round_of = slates.rounds, slates.rounds.round_of
-    fold = rounds.users % folds
-    if len(np.unique(fold)) < folds:
-        raise BadInput(f"{folds} folds need at least as many users: log more", field="log")
+    fold = folds_of(rounds.users, folds)
     depth_of, fold_of = slates.depth[round_of], fold[round_of]
     shown, num = rounds.items[rounds.shown], len(rounds.names)
     model = np.zeros(len(rounds.items))

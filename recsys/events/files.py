@@ -167,12 +167,12 @@ def _events(file: _File) -> Iterator[Event]:
     last, row = 0, 0
     for batch in _batch_lists(file):
         times = np.fromiter((m.time_ms for m in batch), np.int64, len(batch))
-        _check_order(str(file.path), times, last, row)
+        check_order(str(file.path), times, last, row)
         last, row = int(times[-1]), row + len(batch)
         yield from zip(times.tolist(), repeat(file.kind), batch, strict=False)
 
 
-def _check_order(name: str, times: Any, last: int, row: int) -> None:
+def check_order(name: str, times: Any, last: int, row: int) -> None:
     back = np.flatnonzero(np.diff(times, prepend=last) < 0)
     if len(back):
         i = int(back[0])
@@ -323,5 +323,5 @@ def _checked_end(name: str, kind: str, batch: list[Any], last: int, row: int) ->
     if kind == "item":
         return 0
     times = np.fromiter((m.time_ms for m in batch), np.int64, len(batch))
-    _check_order(name, times, last, row)
+    check_order(name, times, last, row)
     return int(times[-1])

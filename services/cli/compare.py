@@ -17,6 +17,8 @@ from services.cli.replay import prepared, progress_bar
 
 def run(options: argparse.Namespace) -> int:
     """Replay both side by side with progress on stderr; what differs, on stdout."""
+    if not files.count_rows(options.events)["item"]:
+        raise BadInput("no prediction to compare: no event file has items: name one that has", field="events")
     seen: dict[tuple[Path, ...], files.Names] = {}
     (first, replay), (second, _) = (
         prepared(argparse.Namespace(**{**vars(options), "config": path}), seen)
@@ -29,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             result = comparison.run(files.merged(options.events), progress)
     found = verdict(result["paired"], metric)
     names = {"a": str(options.first), "b": str(options.second)}
-    met = found == "better" if options.expect == "better" else found != "worse" if options.expect else True
+    met = not options.expect or found == "better" or (options.expect == "not_worse" and found == "undecided")
     result |= {"configurations": names, "metric": metric, "verdict": found, "expected": options.expect, "met": met}
     emit(options, result, _text(result))
     return DONE if met else MISSED

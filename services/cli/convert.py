@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from recsys.errors import BadInput
-from recsys.events.files import write_events
+from recsys.events.files import check_order, write_events
 from recsys.types import Feedback, Impression, Item, ShownItem
+from services.cli import columns
+from services.cli.columns import INTEGER, INTEGERS, LABEL, NUMBER, SCALAR, TEXT, TIME_MS, TIME_S, WHOLE, Rules
 from services.cli.main import DONE, emit
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -45,20 +47,23 @@ _USER_CONTEXT = (
     "is_live_streamer",
     "is_video_author",
 )
-_VIDEO_COLUMNS = (
-    "author_id",
-    "tag",
-    "upload_dt",
-    "video_type",
-    "upload_type",
-    "music_id",
-    "music_type",
-    "video_duration",
-)
-_SHOWN_VIDEO_COLUMNS = ("author_id", "tag", "upload_dt", "duration_ms")
+_VIDEO_COLUMNS = {
+    "author_id": (INTEGER, True),
+    "tag": (TEXT, True),
+    "upload_dt": (TEXT, True),
+    "video_type": (TEXT, True),
+    "upload_type": (TEXT, True),
+    "music_id": (WHOLE, True),
+    "music_type": (WHOLE, True),
+    "video_duration": (NUMBER, True),
+}
+_SHOWN_VIDEO_COLUMNS = {name: _VIDEO_COLUMNS[name] for name in ("author_id", "tag", "upload_dt")} | {
+    "duration_ms": (NUMBER, True)
+}
 _DURATIONS_S = (7, 15, 30, 60, 120, 240)
 """Bounds of the duration buckets: roughly equal numbers of videos in each."""
 _GLOBO_CONTEXT = ("environment", "device_group", "os", "country", "region", "referrer_type")
+_ID = (INTEGER, False)
 _CHINA_H = 8
 """KuaiRand's users live at UTC+8: the hour of the day is theirs."""
 _HISTORY_STEP_MS = 1000
@@ -94,14 +99,23 @@ def convert_kuairand(
     paths = sorted(folder.glob("kuairand_impressions*.parquet"))
     if not paths:
         raise BadInput(f"folder {str(folder)!r} has no kuairand_impressions*.parquet: name another", field="folder")
-    columns = ("user_id", "video_id", "time_ms", "tab", *_LABELS, *_SHOWN_VIDEO_COLUMNS[:3], "duration_ms")
-    shown = pa.concat_tables([_table(path, columns) for path in paths])
+    outcomes = dict.fromkeys(_LABELS, (LABEL, False))
+    rules = {
+        "user_id": _ID,
+        "video_id": _ID,
+        "time_ms": (TIME_MS, False),
+        "tab": _ID,
+        **outcomes,
+        **_SHOWN_VIDEO_COLUMNS,
+    }
+    shown = pa.concat_tables([_table(path, rules) for path in paths], promote_options="permissive")
     shown = shown.take(np.lexsort((_numbers(shown, "user_id"), _numbers(shown, "time_ms"))))
     shown = _first_of_each(shown)
-    users = _table(folder / "kuairand_users.parquet", ("user_id", *_USER_CONTEXT))
-    videos = _table(folder / "kuairand_videos.parquet", ("video_id", *_VIDEO_COLUMNS))
+    users = _table(folder / "kuairand_users.parquet", {"user_id": _ID, **dict.fromkeys(_USER_CONTEXT, (SCALAR, True))})
+    videos = _table(folder / "kuairand_videos.parquet", {"video_id": _ID, **_VIDEO_COLUMNS})
+    sequences = dict.fromkeys(("watch_seq", "like_seq", "long_watch_seq"), (INTEGERS, True))
     history = _table(
-        folder / "kuairand_history.parquet", ("user_id", "last_time_ms", "watch_seq", "like_seq", "long_watch_seq")
+        folder / "kuairand_history.parquet", {"user_id": _ID, "last_time_ms": (TIME_MS, False), **sequences}
     )
     feedback = _kuairand_feedback(shown, history)
     num_requests = shown.select(["user_id", "time_ms"]).group_by(["user_id", "time_ms"]).aggregate([]).num_rows
@@ -119,11 +133,14 @@ def convert_globo(
 ) -> dict[str, int]:
     """Globo: a click log in time order. Items are bare ids; there are no impressions."""
     file = Path(file)
-    columns = ("user_id", "session_id", "item_id", "time_ms", *_GLOBO_CONTEXT)
-    _check_columns(file, columns)
-    item_ids = _table(file, ["item_id"])["item_id"]
+    context = dict.fromkeys(_GLOBO_CONTEXT, (SCALAR, True))
+    rules = {"user_id": _ID, "session_id": _ID, "item_id": _ID, "time_ms": (TIME_MS, False), **context}
+    columns.check(file, rules)
+    known = pq.read_table(file, columns=["item_id", "time_ms"])
+    check_order(str(file), _numbers(known, "time_ms"), 0, 0)
+    item_ids = known["item_id"]
     items = (Item(item_id=str(i)) for i in sorted(pc.unique(item_ids).to_pylist()))
-    feedback = _counted("feedback", _globo_feedback(file, columns), len(item_ids), progress)
+    feedback = _counted("feedback", _globo_feedback(file, tuple(rules)), len(item_ids), progress)
     return write_events(out, items, (), feedback, jsonl=jsonl)
 
 
@@ -132,8 +149,9 @@ def convert_movielens(
 ) -> dict[str, int]:
     """MovieLens: a rating of 4 or 5 stars is a `click`, a lower one a `rating`, its stars the `value`; there are no impressions."""
     folder = Path(folder)
-    movies = _table(folder / "ml1m_movies.parquet", ("movie_id", "title", "genres"))
-    ratings = _table(folder / "ml1m_ratings.parquet", ("user_id", "movie_id", "rating", "timestamp"))
+    movies = _table(folder / "ml1m_movies.parquet", {"movie_id": _ID, "title": (TEXT, True), "genres": (TEXT, True)})
+    rules = {"user_id": _ID, "movie_id": _ID, "rating": (NUMBER, False), "timestamp": (TIME_S, False)}
+    ratings = _table(folder / "ml1m_ratings.parquet", rules)
     ratings = ratings.take(np.argsort(_numbers(ratings, "timestamp"), kind="stable"))
     items = (
         Item(item_id=str(m), title=title or "", attributes={"genres": genres.split("|")} if genres else {})
@@ -153,19 +171,9 @@ def convert_movielens(
     return write_events(out, items, (), _counted("feedback", feedback, ratings.num_rows, progress), jsonl=jsonl)
 
 
-def _check_columns(path: Path, columns: Iterable[str]) -> None:
-    try:
-        found = pq.read_schema(path).names
-    except (OSError, pa.ArrowException) as error:
-        raise BadInput(f"file {str(path)!r} cannot be read ({error}): check it", field="file") from None
-    if missing := [name for name in columns if name not in found]:
-        raise BadInput(f"file {str(path)!r} has no column {missing[0]!r}: it must have {columns}", field=missing[0])
-
-
-def _table(path: Path, columns: Iterable[str]) -> Any:
-    columns = list(columns)
-    _check_columns(path, columns)
-    return pq.read_table(path, columns=columns)
+def _table(path: Path, rules: Rules) -> Any:
+    columns.check(path, rules)
+    return pq.read_table(path, columns=list(rules))
 
 
 def _numbers(table: Any, name: str) -> Any:
@@ -186,9 +194,13 @@ def _counted(what: str, stream: Iterable[T], total: int, progress: Progress | No
         progress(what, done, total)
 
 
-def _globo_feedback(file: Path, columns: tuple[str, ...]) -> Iterator[Feedback]:
-    for batch in pq.ParquetFile(file).iter_batches(columns=list(columns)):
-        for user, session, item, time_ms, *values in _rows(batch, columns):
+def _present(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in values if value is not None}
+
+
+def _globo_feedback(file: Path, names: tuple[str, ...]) -> Iterator[Feedback]:
+    for batch in pq.ParquetFile(file).iter_batches(columns=list(names)):
+        for user, session, item, time_ms, *values in _rows(batch, names):
             yield Feedback(
                 event_id=f"{user}-{item}-{time_ms}",
                 user_id=str(user),
@@ -196,7 +208,7 @@ def _globo_feedback(file: Path, columns: tuple[str, ...]) -> Iterator[Feedback]:
                 type="click",
                 time_ms=time_ms,
                 session_id=str(session),
-                context=dict(zip(_GLOBO_CONTEXT, values, strict=True)),
+                context=_present(zip(_GLOBO_CONTEXT, values, strict=True)),
             )
 
 
@@ -221,18 +233,21 @@ def _kuairand_items(videos: Any, shown: Any, others: set[int]) -> Iterator[Item]
 
 def _video(v: dict[str, Any]) -> dict[str, Any]:
     duration_ms = v.get("video_duration", v.get("duration_ms"))
-    music_type = v.get("music_type")
     attributes = {
         "author": v["author_id"],
         "tag": v["tag"].split(",") if v["tag"] else None,
         "upload_dt": v["upload_dt"],
         "video_type": v.get("video_type"),
         "upload_type": v.get("upload_type"),
-        "music_id": v.get("music_id"),
-        "music_type": None if music_type is None else int(music_type),
+        "music_id": _whole(v.get("music_id")),
+        "music_type": _whole(v.get("music_type")),
         "duration": None if duration_ms is None else _duration(duration_ms / 1000),
     }
-    return {name: value for name, value in attributes.items() if value is not None}
+    return _present(attributes.items())
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _duration(seconds: float) -> str:
@@ -243,8 +258,7 @@ def _duration(seconds: float) -> str:
 
 def _kuairand_impressions(shown: Any, users: Any) -> Iterator[Impression]:
     contexts = {
-        user: {name: value for name, value in zip(_USER_CONTEXT, values, strict=True) if value is not None}
-        for user, *values in _rows(users, users.column_names)
+        user: _present(zip(_USER_CONTEXT, values, strict=True)) for user, *values in _rows(users, users.column_names)
     }
     rows = _rows(shown, ("time_ms", "user_id", "video_id", "tab"))
     for (time_ms, user), group in groupby(rows, lambda row: row[:2]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from recsys.errors import BadInput
 from recsys.evaluation import off_policy, off_policy_logs
-from recsys.evaluation.off_policy import ESTIMATORS, Float64, Rounds, Settings
+from recsys.evaluation.off_policy import ESTIMATORS, WITHOUT_MODEL, Float64, Rounds, Settings
 from recsys.evaluation.off_policy_intervals import Estimate, effective_sample_size, estimates
+from recsys.evaluation.off_policy_logs import Log
 from recsys.evaluation.off_policy_open_bandit import is_open_bandit, read_open_bandit
 from recsys.evaluation.off_policy_policies import PolicyFile, read_policy
 from recsys.evaluation.off_policy_slates import SLATE_ESTIMATORS, Slates, slate_terms_of, slates_of, to_the_end
@@ -33,6 +35,9 @@ def run(options: argparse.Namespace) -> int:
     evaluate = _slates if names[0] in SLATE_ESTIMATORS else _position
     result = {"policy": asdict(policy), **evaluate(options, policy, names)}
     emit(options, result, _text(result))
+    if options.json:  # the text has them
+        for warning in result["warnings"]:
+            print(f"recsys: warning: {warning}", file=sys.stderr)
     return DONE
 
 
@@ -74,18 +79,24 @@ def _names(given: str) -> tuple[str, ...]:
 
 
 def _position(options: argparse.Namespace, policy: PolicyFile, names: tuple[str, ...]) -> dict[str, Any]:
-    position = options.position
+    position, log = options.position, None
     if is_open_bandit(options.log):
+        if options.reward != "click" or options.window is not None:
+            raise BadInput(
+                "rows of Open Bandit's files earn by click alone: leave out --reward and --window", field="log"
+            )
         rounds = read_open_bandit(options.log, position)
     else:
-        log = off_policy_logs.read_log(options.log, options.reward.split(","), options.window)
+        log = off_policy_logs.read_log(options.log, _rewarded(options), options.window)
         position = position or off_policy_logs.drawn_position(log)
         rounds = off_policy_logs.rounds_of(log, position, model_only=names == ("dm",))
     chances = policy.chances(rounds)
     refused = {name: why for name in names if (why := off_policy.why_not(name, rounds, chances))}
     if refused and options.estimators != "all":
         raise BadInput("; ".join(refused.values()), field="estimators")
-    model = off_policy.smoothed_means(rounds, folds=options.folds, prior=options.prior)
+    model = np.zeros_like(chances)
+    if not set(names) <= {*WITHOUT_MODEL, *refused}:
+        model = off_policy.smoothed_means(rounds, folds=options.folds, prior=options.prior)
     settings = Settings(clip=options.clip, switch=options.switch, shrink=options.shrink)
     weights = off_policy.importance(rounds, chances)
     terms = {n: off_policy.terms_of(n, rounds, chances, model, settings) for n in names if n not in refused}
@@ -93,7 +104,8 @@ def _position(options: argparse.Namespace, policy: PolicyFile, names: tuple[str,
     variance = np.add.reduceat(chances**2 / rounds.logged, rounds.starts[:-1]) - 1
     about = _weights(weights, float(variance.mean())) if rounds.drawn else {}
     log_says = {"rounds": len(rounds), "position": position, "mean_reward": float(rounds.rewards.mean())}
-    return _result(options, rounds, log_says, found, about) | {"refused": refused}
+    doubts = _doubts(options, policy, rounds, log)
+    return _result(options, rounds, log_says, found, about, doubts) | {"refused": refused}
 
 
 def _slates(options: argparse.Namespace, policy: PolicyFile, names: tuple[str, ...]) -> dict[str, Any]:
@@ -106,14 +118,40 @@ def _slates(options: argparse.Namespace, policy: PolicyFile, names: tuple[str, .
         raise BadInput(
             "--position is not for whole answers: leave it out, or name other --estimators", field="position"
         )
-    slates = slates_of(off_policy_logs.read_log(options.log, options.reward.split(","), options.window))
+    log = off_policy_logs.read_log(options.log, _rewarded(options), options.window)
+    slates = slates_of(log)
     chances = policy.chances(slates.rounds)
-    model = to_the_end(slates, chances, folds=options.folds, prior=options.prior)
+    model = np.zeros_like(chances)
+    if "cascade_dr" in names:
+        model = to_the_end(slates, chances, folds=options.folds, prior=options.prior)
     terms = {n: slate_terms_of(n, slates, chances, model) for n in names}
     rewards = slates.grid(slates.rounds.rewards, 0.0).sum(1)
     found = estimates(terms, np.zeros(len(rewards)), rewards, slates.users, **_intervals(options))
     log_says = {"slates": len(rewards), "rounds": len(slates.rounds), "mean_reward": float(rewards.mean())}
-    return _result(options, slates.rounds, log_says, found, _down(slates, chances)) | {"refused": {}}
+    doubts = _doubts(options, policy, slates.rounds, log)
+    return _result(options, slates.rounds, log_says, found, _down(slates, chances), doubts) | {"refused": {}}
+
+
+def _rewarded(options: argparse.Namespace) -> list[str]:
+    types = [name.strip() for name in options.reward.split(",")]
+    if not all(types):
+        raise BadInput(
+            f"--reward {options.reward!r} must be feedback types, comma-separated, such as click", field="reward"
+        )
+    return types
+
+
+def _doubts(options: argparse.Namespace, policy: PolicyFile, rounds: Rounds, log: Log | None) -> list[str]:
+    """Names that this log does not know, and a log that earned nothing."""
+    doubts = []
+    if strange := sorted(policy.probabilities.keys() - set(rounds.names)):
+        doubts.append(f"`probabilities` has {len(strange)} items that are in no pool, such as {strange[0]!r}")
+    absent = [name for name in _rewarded(options) if log and name not in log.types]
+    if absent or not rounds.rewards.any():
+        what = f"no feedback is of type {absent[0]!r}" if absent else "nothing is rewarded"
+        known = ", ".join(sorted(log.types)[:9]) or "none" if log else ""
+        doubts.append(what + (f": check --reward; the log's types: {known}" if log else ": no row has a click"))
+    return doubts
 
 
 def _intervals(options: argparse.Namespace) -> dict[str, Any]:
@@ -130,13 +168,14 @@ def _result(
     log_says: dict[str, Any],
     found: list[Estimate],
     weights: dict[str, Any],
+    doubts: list[str],
 ) -> dict[str, Any]:
     return {
         "log": {**log_says, "users": _count(rounds.users), "left_out": dict(rounds.left_out)},
         "settings": {name: getattr(options, name) for name in _SETTINGS},
         "weights": weights,
         "estimates": [asdict(estimate) for estimate in found],
-        "warnings": weights.pop("warnings", []),
+        "warnings": doubts + weights.pop("warnings", []),
     }
 
 

@@ -47,6 +47,10 @@ def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
             raise BadInput(
                 f"--{name.replace('_', '-')} {getattr(arguments, name)} must be 0 or more seconds", field=name
             )
+    if 0 < arguments.sync_interval < 0.001:
+        raise BadInput(
+            f"--sync-interval {arguments.sync_interval} must be 0, or 0.001 seconds or more", field="sync_interval"
+        )
     until_ms = iso_ms(arguments.until, "--until") or 2**62
     return Options(
         report_from_ms=iso_ms(arguments.report_from, "--report-from"),

@@ -237,7 +237,7 @@ def test_a_wrong_start_is_one_line_with_a_remedy(running: Embedded, tmp_path: Pa
             f"parameter.metrics_port = {used['parameter']}\ntrainer.metrics_port = {used['trainer']}\n"
         )
         refused(recsys("up", "--config", config), says, remedy)
-    refused(recsys("up", "--config", tmp_path / "missing.toml"), "does not exist", "check --config")
+    refused(recsys("up", "--config", tmp_path / "missing.toml"), "does not exist", "check its name")
     refused(recsys("serve", "ranking", "--config", running.config), "is used by another running ranking", "stop it")
     assert running.ready()
     mine = [

@@ -143,6 +143,63 @@ def test_what_a_log_does_not_tell_is_left_out_and_counted(run: Run) -> None:
     assert result["log"]["left_out"] == {"too_short": 1, "not_drawn": 1, "not_viewed": 1, "feedback_without_request": 1}
 
 
+def test_a_request_logged_twice_is_one_round(run: Run) -> None:
+    impressions, feedback = answers(100)
+    once = run((impressions, feedback), 'policy = "greedy"')[1]
+    again = run(([i for i in impressions for _ in range(2)], feedback), 'policy = "greedy"')[1]
+    assert again["log"].pop("left_out") == {"duplicate": 100}
+    assert once["log"].pop("left_out") == {}
+    assert again == once
+
+
+def test_feedback_that_no_log_has_is_warned_of(run: Run) -> None:
+    log, drawn = answers(50), 'policy = "uniform"'
+    code, result, err = run(log, drawn, "--reward", "click, clik")
+    warning = "no feedback is of type 'clik': check --reward; the log's types: click, like"
+    assert code == 0 and result["warnings"] == [warning] and err == f"recsys: warning: {warning}\n"
+    _, result, _ = run(log, drawn, "--reward", "like")
+    assert result["warnings"] == ["nothing is rewarded: check --reward; the log's types: click, like"]
+    assert "the log's types: none" in run((slates(20)[0], []), drawn, "--estimators", "slates")[1]["warnings"][0]
+    for empty in ("", "click,"):
+        code, _, err = run(log, drawn, "--reward", empty)
+        assert code == 2 and f"--reward {empty!r} must be feedback types" in err
+    _, result, _ = run(log, 'policy = "fixed"\nprobabilities = { a = 1, zz = 1 }')
+    assert result["warnings"] == ["`probabilities` has 1 items that are in no pool, such as 'zz'"]
+
+
+def test_answers_that_nobody_viewed_are_said_to_be_so(run: Run) -> None:
+    deferred = [replace(i, activation="deferred") for i in answers(20)[0]]
+    code, _, err = run((deferred, []), 'policy = "uniform"', "--position", "2")
+    assert code == 2 and "position 2 was viewed in none of 20 deferred answers that have it: log feedback" in err
+
+
+def test_one_user_has_an_estimate_but_no_interval_and_no_model(run: Run) -> None:
+    for (impressions, feedback), options in ((answers(20), ("ips,snips",)), (slates(20), ("slate_ips",))):
+        log = ([replace(i, user_id="u") for i in impressions], feedback)
+        code, result, _ = run(log, 'policy = "uniform"', "--estimators", *options)
+        assert code == 0
+        assert all(
+            row["value"] > 0 and row["bootstrap"] is row["gain_bootstrap"] is None for row in result["estimates"]
+        )
+    for options in (("cascade_dr",), ("dm", "--position", "1")):
+        code, _, err = run(log, 'policy = "uniform"', "--estimators", *options)
+        assert code == 2 and "a model of 2 folds needs as many users or rows, and the log has 1: log more, or" in err
+
+
+def test_numbers_at_the_end_of_floats_give_no_nan(run: Run) -> None:
+    log = answers(50)
+    greedy = by_name(run(log, 'policy = "greedy"')[1])
+    cold = by_name(run(log, 'policy = "softmax"\ntemperature = 1e-310', "--shrink", "1e308")[1])
+    assert {name: row["value"] for name, row in cold.items() if name != "dr_os"} == pytest.approx(
+        {name: row["value"] for name, row in greedy.items() if name not in ("dr_os", "replay")}
+    )
+    assert cold["dr_os"]["value"] == pytest.approx(cold["dr"]["value"])
+    pool = (("a", 1.0), ("b", 1e-300))
+    tiny = [replace(i, items=(replace(i.items[1], item_id="a", pool=pool, propensity=1.0),)) for i in log[0]]
+    code, _, err = run((tiny, log[1]), 'policy = "uniform"')
+    assert code == 2 and "request 'r0', position 2: the pool has probability 1e-300: must be from 1e-12 to 1" in err
+
+
 def test_feedback_counts_within_its_window_and_open_windows_are_left_out(run: Run) -> None:
     impressions, _ = answers(100)
     soon, late = (
@@ -181,6 +238,9 @@ def test_a_log_without_propensities_is_refused_naming_what_would_be_valid(run: R
     poolless = [replace(i, items=(replace(i.items[1], pool=None),)) for i in impressions]
     code, _, err = run((poolless, feedback), 'policy = "uniform"')
     assert code == 2 and "without the pool it was drawn from" in err
+    for log, why in ((bare, "the log has no propensities"), (poolless, "without the pool it was drawn from")):
+        code, _, err = run((log, feedback), 'policy = "uniform"', "--estimators", "slates")
+        assert code == 2 and "no position of the log was drawn: " in err and why in err and "Still valid: dm" in err
 
 
 def slates(num: int = 300) -> tuple[list[Impression], list[Feedback]]:
@@ -211,6 +271,7 @@ def test_whole_answers_are_evaluated_where_every_position_was_drawn(run: Run) ->
         assert row["empirical_bernstein"][0] < low
     code, _, err = run(answers(20), 'policy = "uniform"', "--estimators", "cascade_dr")
     assert code == 2 and "request 'r0', position 1 was not drawn (propensity 1.0, no pool)" in err
+    assert "one drawn position (--position 2), or dm" in err
     code, _, err = run(slates(20), 'policy = "uniform"')
     assert code == 2 and "positions 1, 2 were drawn: choose one with --position" in err
 
@@ -243,7 +304,9 @@ def test_open_bandit_files_are_read(run: Run, tmp_path: Path) -> None:
         ({"propensity_score": 0}, "row 8: propensity_score = 0 must be from 1e-12 to 1"),
         ({"propensity_score": "nan"}, "row 8: propensity_score = nan must be"),
         ({"propensity_score": "x"}, "column 'propensity_score' is string: must be numbers"),
-        ({"item_id": 2}, "row 8: item_id = 2 must be from 0 to 1"),
+        ({"item_id": 2}, "row 8: item_id = 2 must be a whole number from 0 to 1"),
+        ({"item_id": 0.5}, "row 8: item_id = 0.5 must be a whole number from 0 to 1"),
+        ({"position": "nan"}, "row 8: position = nan must be a whole number from 0"),
         ({"click": ""}, "row 8: click = nan must be"),
     ],
 )
@@ -252,6 +315,35 @@ def test_open_bandit_files_that_are_wrong_are_refused(
 ) -> None:
     code, _, err = run(open_bandit(tmp_path / "men.csv", **changes), 'policy = "uniform"')
     assert code == 2 and why in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("affinity_1", "affinity_x", "column 'user-item_affinity_x' must end in a number from 0 to 1"),
+        ("affinity_1", "affinity_5", "column 'user-item_affinity_5' must end in a number from 0 to 1"),
+        ("affinity_1", "affinity_0", "column 'user-item_affinity_0' is there 2 times: keep one"),
+        ("timestamp", "item_id", "column 'item_id' is there 2 times: keep one"),
+        ("timestamp", "\N{LATIN SMALL LETTER E WITH ACUTE}", "is not a CSV file ('utf-8' codec can't decode"),
+    ],
+)
+def test_open_bandit_columns_that_are_wrong_are_named(run: Run, tmp_path: Path, old: str, new: str, why: str) -> None:
+    path = open_bandit(tmp_path / "men.csv")
+    path.write_text(path.read_text().replace(old, new), encoding="latin-1")
+    code, _, err = run(path, 'policy = "uniform"')
+    assert code == 2 and f"file {str(path)!r}" in err and why in err
+
+
+def test_open_bandit_files_are_of_one_campaign_and_earn_by_click(run: Run, tmp_path: Path) -> None:
+    men, women, policy = open_bandit(tmp_path / "men.csv"), tmp_path / "women.csv", 'policy = "uniform"'
+    header, *rows = men.read_text().splitlines()
+    women.write_text("\n".join([f"{header},user-item_affinity_2", *(f"{row},0.0" for row in rows)]) + "\n")
+    code, _, err = run(men, policy, "--log", str(men), str(women))
+    assert code == 2 and f"file {str(women)!r} has 3 columns user-item_affinity_*" in err and "one campaign" in err
+    assert f"file {str(men)!r} is given twice" in run(men, policy, "--log", str(men), str(men))[2]
+    assert "earn by click alone: leave out --reward and --window" in run(men, policy, "--window", "3")[2]
+    men.write_text("\n".join([header, *(row for row in rows if row.split(",")[4] == "0")]) + "\n")
+    assert run(men, policy)[1]["warnings"] == ["nothing is rewarded: no row has a click"]
 
 
 def test_open_bandit_file_without_propensities_is_refused(run: Run, tmp_path: Path) -> None:

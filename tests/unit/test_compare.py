@@ -188,6 +188,7 @@ def test_a_model_that_hardly_learns_is_found_worse_on_impressions(run: Run) -> N
         (LEARNING.replace('name = "click"', 'name = "like"'), (), "share none"),
         (LEARNING, ("--metric", "click.ausc"), "did you mean 'click.auc'"),
         (LEARNING, ("--sample", "2"), "--sample 2.0"),
+        (LEARNING, ("--sync-interval", "1e-9"), "--sync-interval 1e-09 must be 0, or 0.001 seconds"),
         (LEARNING + "[slates]\n", (), "slates is not a known key"),
     ],
 )
@@ -196,6 +197,47 @@ def test_what_cannot_be_compared_is_refused_at_once(run: Run, second: str, optio
     assert code == 2
     assert says in result["why"]
     assert says in err
+
+
+@pytest.mark.usefixtures("clicks")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--report-from", "2100-01-01"),
+        ("--until", "1960-01-01"),
+        ("--sample", "1e-9", "--expect", "not_worse"),
+    ],
+)
+def test_nothing_to_compare_is_bad_input(run: Run, options: tuple[str, ...]) -> None:
+    code, result, _ = run(COUNTING, COUNTING, *options)
+    assert code == 2 and result["why"].startswith("no prediction to compare: name item files, an earlier --report-from")
+
+
+def test_events_without_items_are_refused_at_once(run: Run, clicks: Path) -> None:
+    (clicks / "items.parquet").unlink()
+    code, result, _ = run(COUNTING, COUNTING, "--expect", "not_worse")
+    assert code == 2 and result["why"] == "no prediction to compare: no event file has items: name one that has"
+
+
+def test_what_has_no_interval_is_not_shown_to_be_no_worse(run: Run, tmp_path: Path) -> None:
+    """One user tells nothing of others; without a click, AUC is not defined."""
+    pair = tuple(ShownItem(item_id=f"i{n}", position=n) for n in (1, 2))
+    for users, request_id in ((1, "r9"), (5, "another")):
+        click = Feedback(event_id="e", user_id="u", item_id="i1", type="click", time_ms=9000, request_id=request_id)
+        shown = [
+            Impression(request_id=f"r{n}", user_id=f"u{n % users}", time_ms=n * 1000, items=pair) for n in range(20)
+        ]
+        write_events(tmp_path / "events", [Item(item_id=f"i{n}") for n in (1, 2)], shown, [click])
+        code, result, _ = run(LEARNING, LEARNING, "--expect", "not_worse")
+        assert (code, result["verdict"], result["met"]) == (1, "unknown", False)
+
+
+def test_a_configuration_that_is_not_there_is_named(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "none.toml")
+    assert main(["evaluate", "compare", path, path, "--events", str(clicks)]) == 2
+    assert f"configuration file {path!r} does not exist: check its name" in capsys.readouterr().err
 
 
 def test_a_text_for_people_names_both(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.shared_data import shared
 HOUR_MS = 3_600_000
 T = 451_000 * HOUR_MS  # 16:00 UTC, midnight at UTC+8
 OUTCOMES = {"is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view"}
+CONTEXT = {"environment": 4, "device_group": 3, "os": 2, "country": 1, "region": 21, "referrer_type": 1}
 IMPRESSIONS = [
     # user, video, time, tab, author, tag, upload_dt, duration_ms, outcomes
     (2, 11, T, 1, 90, "3,4", "2022-04-01", 5000, {"is_click", "long_view"}),
@@ -146,31 +148,40 @@ def test_kuairand_items_are_described_wherever_a_description_is(kuairand: Path, 
     assert items["20"] == items["30"] == {}
 
 
-def test_globo_clicks_keep_session_and_context_and_have_no_impressions(tmp_path: Path) -> None:
-    context = {"environment": 4, "device_group": 3, "os": 2, "country": 1, "region": 21, "referrer_type": 1}
+@pytest.fixture
+def globo(tmp_path: Path) -> Path:
     rows = [
-        {"user_id": 5, "session_id": 9, "item_id": i, "time_ms": t, **context} for i, t in ((30, 1), (4, 1), (30, 7))
+        {"user_id": 5, "session_id": 9, "item_id": i, "time_ms": t, **CONTEXT} for i, t in ((30, 1), (4, 1), (30, 7))
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "clicks.parquet")
+    return tmp_path / "clicks.parquet"
+
+
+@pytest.fixture
+def movielens(tmp_path: Path) -> Path:
+    movies = {"movie_id": [1, 2], "title": ["Toy Story (1995)", "Heat"], "genres": ["Animation|Comedy", None]}
+    ratings = {"user_id": [6, 7], "movie_id": [1, 2], "rating": [5, 3], "timestamp": [20, 10]}
+    pq.write_table(pa.table(movies), tmp_path / "ml1m_movies.parquet")
+    pq.write_table(pa.table(ratings), tmp_path / "ml1m_ratings.parquet")
+    return tmp_path
+
+
+def test_globo_clicks_keep_session_and_context_and_have_no_impressions(globo: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    counts = convert_globo(tmp_path / "clicks.parquet", tmp_path / "out", progress=lambda *p: seen.append(p))
+    counts = convert_globo(globo, tmp_path / "out", progress=lambda *p: seen.append(p))
     assert counts == {"items": 2, "impressions": 0, "feedback": 3}
     assert seen == [("feedback", 3, 3)]
     assert [item.item_id for item in read_items(tmp_path / "out")] == ["4", "30"]
     first, *_, last = events(tmp_path / "out", Feedback)
     assert first == Feedback(
-        event_id="5-30-1", user_id="5", item_id="30", type="click", time_ms=1, session_id="9", context=context
+        event_id="5-30-1", user_id="5", item_id="30", type="click", time_ms=1, session_id="9", context=CONTEXT
     )
     assert (last.item_id, last.time_ms) == ("30", 7)
 
 
 @pytest.mark.parametrize("jsonl", [False, True])
-def test_movielens_ratings_are_in_time_order_with_their_stars(tmp_path: Path, jsonl: bool) -> None:
-    movies = {"movie_id": [1, 2], "title": ["Toy Story (1995)", "Heat"], "genres": ["Animation|Comedy", None]}
-    ratings = {"user_id": [6, 7], "movie_id": [1, 2], "rating": [5, 3], "timestamp": [20, 10]}
-    pq.write_table(pa.table(movies), tmp_path / "ml1m_movies.parquet")
-    pq.write_table(pa.table(ratings), tmp_path / "ml1m_ratings.parquet")
-    convert_movielens(tmp_path, tmp_path / "out", jsonl=jsonl)
+def test_movielens_ratings_are_in_time_order_with_their_stars(movielens: Path, tmp_path: Path, jsonl: bool) -> None:
+    convert_movielens(movielens, tmp_path / "out", jsonl=jsonl)
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".jsonl" if jsonl else ".parquet"}
     assert list(read_items(tmp_path / "out")) == [
         Item(item_id="1", title="Toy Story (1995)", attributes={"genres": ["Animation", "Comedy"]}),
@@ -198,6 +209,117 @@ def test_what_is_missing_is_named(kuairand: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"kuairand_history\.parquet' cannot be read"):
         convert_kuairand(kuairand, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+NAN = float("nan")
+
+
+def changed(path: Path, column: str, values: list[Any]) -> None:
+    table = pq.read_table(path)
+    place = table.column_names.index(column)
+    pq.write_table(table.set_column(place, column, pa.array(values)), path)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("time_ms", [1, 1, None], "row 3: time_ms = nothing: must be integer milliseconds since 1970: repair the row"),
+        ("time_ms", [1.0, NAN, 7.0], "column 'time_ms' is double: must be integer milliseconds since 1970: convert it"),
+        ("time_ms", ["1", "1", "7"], "column 'time_ms' is string"),
+        ("time_ms", [1, -1, 7], "row 2: time_ms = -1"),
+        ("time_ms", [1, 7, 1], "row 3: time_ms = 1 is before 7 of the row above: sort the file"),
+        ("user_id", [5, None, 5], "row 2: user_id = nothing: must be an integer"),
+        ("user_id", [5.0, 5.0, 5.0], "column 'user_id' is double"),
+        ("region", [1.0, NAN, 2.0], "row 2: region = nan: must be a finite number, or text"),
+        ("os", [[1], [2], [3]], "column 'os' is list<"),
+        ("os", ["linux", "x" * 2000, "mac"], "row 2: os = 'xxx"),
+    ],
+)
+def test_hostile_clicks_of_globo_are_named(
+    globo: Path, tmp_path: Path, column: str, values: list[Any], words: str
+) -> None:
+    changed(globo, column, values)
+    with pytest.raises(BadInput, match=re.escape(words)) as error:
+        convert_globo(globo, tmp_path / "out")
+    assert str(globo) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_globo_context_may_be_absent(globo: Path, tmp_path: Path) -> None:
+    changed(globo, "region", [None, 2, 3])
+    changed(globo, "os", [None, None, None])
+    convert_globo(globo, tmp_path / "out")
+    contexts = [f.context for f in events(tmp_path / "out", Feedback)]
+    without = {name: value for name, value in CONTEXT.items() if name not in ("os", "region")}
+    assert contexts == [without, without | {"region": 2}, without | {"region": 3}]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "values", "words"),
+    [
+        ("impressions_1", "time_ms", [T, None, T], "row 2: time_ms = nothing"),
+        ("impressions_1", "user_id", [2, None, 2], "row 2: user_id = nothing"),
+        ("impressions_1", "user_id", ["2", "1", "2"], "column 'user_id' is string: must be an integer"),
+        ("impressions_1", "tab", [None, 1, 1], "row 1: tab = nothing"),
+        ("impressions_1", "is_click", ["1", "0", "0"], "column 'is_click' is string: must be 0 or 1"),
+        ("impressions_1", "is_click", [1, 2, 0], "row 2: is_click = 2: must be 0 or 1"),
+        ("impressions_1", "is_click", [1, None, 0], "row 2: is_click = nothing"),
+        ("impressions_1", "tag", [3, 4, 5], "column 'tag' is int64: must be text"),
+        ("impressions_1", "duration_ms", [5.0, NAN, 5.0], "row 2: duration_ms = nan"),
+        ("users", "user_id", ["1"], "column 'user_id' is string: must be an integer"),
+        ("users", "is_video_author", [NAN], "row 1: is_video_author = nan"),
+        ("videos", "music_type", [NAN], "row 1: music_type = nan: must be a whole number"),
+        ("videos", "music_type", [9.5], "row 1: music_type = 9.5"),
+        ("videos", "video_duration", [NAN], "row 1: video_duration = nan"),
+        ("history", "last_time_ms", [T, None], "row 2: last_time_ms = nothing"),
+        ("history", "watch_seq", ["10", "10 abc"], "row 2: watch_seq = '10 abc': must be integers with spaces between"),
+    ],
+)
+def test_hostile_rows_of_kuairand_are_named(
+    kuairand: Path, tmp_path: Path, name: str, column: str, values: list[Any], words: str
+) -> None:
+    path = kuairand / f"kuairand_{name}.parquet"
+    changed(path, column, values)
+    with pytest.raises(BadInput, match=re.escape(words)) as error:
+        convert_kuairand(kuairand, tmp_path / "out")
+    assert str(path) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("timestamp", [20.0, NAN], "column 'timestamp' is double"),
+        ("timestamp", ["20", "10"], "column 'timestamp' is string"),
+        ("timestamp", [20, 10**13], "row 2: timestamp = 10000000000000: must be integer seconds since 1970"),
+        ("rating", [5, None], "row 2: rating = nothing: must be a finite number"),
+        ("rating", [5.0, float("inf")], "row 2: rating = inf"),
+    ],
+)
+def test_hostile_ratings_are_named(movielens: Path, tmp_path: Path, column: str, values: list[Any], words: str) -> None:
+    changed(movielens / "ml1m_ratings.parquet", column, values)
+    with pytest.raises(BadInput, match=re.escape(words)) as error:
+        convert_movielens(movielens, tmp_path / "out")
+    assert "ml1m_ratings.parquet" in str(error.value)
+
+
+def test_a_file_without_rows_is_refused(globo: Path, kuairand: Path, tmp_path: Path) -> None:
+    for path in (globo, kuairand / "kuairand_users.parquet"):
+        pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(BadInput, match=r"clicks\.parquet' has no rows"):
+        convert_globo(globo, tmp_path / "out")
+    with pytest.raises(BadInput, match=r"kuairand_users\.parquet' has no rows"):
+        convert_kuairand(kuairand, tmp_path / "out")
+
+
+def test_files_of_other_integer_and_text_types_are_joined(kuairand: Path, tmp_path: Path) -> None:
+    path = kuairand / "kuairand_impressions_2.parquet"
+    table = pq.read_table(path)
+    types = {pa.int64(): pa.int32(), pa.string(): pa.large_string()}
+    keep = {"time_ms": pa.int64()}
+    schema = pa.schema([(f.name, keep.get(f.name, types.get(f.type, f.type))) for f in table.schema])
+    pq.write_table(table.cast(schema), path)
+    assert convert_kuairand(kuairand, tmp_path / "out") == {"items": 5, "impressions": 3, "feedback": 7 + 6}
 
 
 def test_the_real_kuairand_has_every_shown_video(tmp_path: Path) -> None:

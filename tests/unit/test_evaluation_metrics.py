@@ -125,10 +125,10 @@ def test_next_item_counts_hits_and_reciprocal_ranks_among_the_first_twenty() -> 
     for clicked, place in (("0", 0), ("3", 299), ("19", 300), ("20", 5), ("none", 1000)):
         counter.add(shown, clicked, 7, np.arange(400) == place)
     report = counter.report()
-    assert report.pop("candidate_recall_at_300_ci") == pytest.approx([3 / 5, 3 / 5])
-    assert report.pop("hit_rate_at_20_ci") == pytest.approx([3 / 5, 3 / 5])  # one user: no resample differs
-    assert report.pop("mrr_at_20_ci") == pytest.approx([(1 + 1 / 4 + 1 / 20) / 5] * 2)
-    assert report == {
+    unknown = dict.fromkeys(
+        ("candidate_recall_at_300_ci", "hit_rate_at_20_ci", "mrr_at_20_ci")
+    )  # one user tells nothing
+    assert report == unknown | {
         "predictions": 5,
         "hit_rate_at_20": 3 / 5,
         "mrr_at_20": pytest.approx((1 + 1 / 4 + 1 / 20) / 5),

@@ -249,7 +249,7 @@ def test_a_model_sees_nothing_of_its_own_fold() -> None:
     changed = smoothed_means(replace(rounds, rewards=np.array([0.0, 0.0, 1.0, 1.0])), prior=2.0).reshape(4, 3)
     np.testing.assert_allclose(changed[0], model[0])
     np.testing.assert_allclose(changed[1], [1 / 3, 0.5, 2 / 3])
-    with pytest.raises(BadInput, match="2 folds need at least as many users"):
+    with pytest.raises(BadInput, match="2 folds needs as many users or rows, and the log has 1: log more"):
         smoothed_means(replace(rounds, users=np.zeros(4, np.int64)))
 
 
