@@ -78,6 +78,7 @@ def test_empty_files_are_named(events: Path, capsys: pytest.CaptureFixture[str])
         (settings(context='["regoin"]'), (), ("features.context", "'regoin'", "['region']", "did you mean 'region'")),
         (settings(), ("--set", 'features.context=["regoin"]'), ("features.context", "did you mean 'region'")),
         (settings() + 'numbers = ["prise", "kind"]', (), ("features.numbers", "'prise'", "['kind']")),
+        (settings() + 'time_since = ["last_event", "born"]', (), ("features.time_since", "'born'", "['kind']")),
         (settings() + 'history_types = ["like"]', (), ("features.history_types", "'like'", "['click']")),
         (settings() + 'elsewhere_types = ["view"]', (), ("features.elsewhere_types", "'view'")),
         (settings(), ("--set", 'retrieval.count_types=["clik"]'), ("retrieval.count_types", "did you mean 'click'")),
