@@ -33,6 +33,14 @@ CHOICES = {
     "rates_half": "all learning rates halved",
     "rates_double": "all learning rates doubled",
 }
+GLOBO_CHOICES = {
+    "": "(as configured)",
+    "light": "the network ranks the wide part's best 200 of 500",
+    "nearest": "towers alone: the source `nearest`, in its own order",
+    "nearest_hubness_2": "… with hubness 2",
+    "nearest_hubness_10": "… with hubness 10",
+    "nearest_interests": "… with 3 interests",
+}
 PARTS = {
     "without_counters": "- streaming counters",
     "without_crosses": "- crosses",
@@ -115,6 +123,20 @@ def choices(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What was tried where choices are made: the days before the reported ones."""
     names = {f"kuairand_dev_{name}" if name else "kuairand_dev": title for name, title in CHOICES.items()}
     return tasks_table("days 3–4", runs, names)
+
+
+def globo_choices(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What was tried on day 2 of Globo, with 95% intervals."""
+    lines = ["| day 2 | hit rate at 20 | MRR at 20 | candidate recall at 300 |", "| --- | --- | --- | --- |"]
+    for name, title in GLOBO_CHOICES.items():
+        if run := runs.get(f"globo_dev_{name}" if name else "globo_dev"):
+            found = run["next_item"]
+            cells = []
+            for metric in ("hit_rate_at_20", "mrr_at_20", "candidate_recall_at_300"):
+                low, high = found[f"{metric}_ci"]
+                cells.append(f"{found[metric]:.4f} [{low:.4f}, {high:.4f}]")
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
 
 
 def tasks_table(head: str, runs: dict[str, dict[str, Any]], names: dict[str, str]) -> list[str]:
@@ -208,6 +230,7 @@ def main() -> int:
         "judged": judged(result["results"]),
         "ablation": ablation(runs),
         "choices": choices(runs),
+        "globo choices": globo_choices(runs),
         "sync": sync_table(runs),
         "delay": delay_table(runs),
     }

@@ -32,7 +32,8 @@ from recsys.types import Bool, Float32
 PARTS = ("chosen", "rivals", "world", "served")
 SIZES = (10_000, 100_000, 1_000_000)
 DIM, TOP, QUERIES = 32, 100, 300
-CLICKS = 10_000
+CLICKS, EXPLORED = 10_000, 2000
+"""Of the generated world: clicks its towers are trained on, and answers its bandit learned from."""
 SELECTIVITY = (0.5, 0.1, 0.03, 0.01, 0.001)
 CATEGORIES = 100
 """Values of the attribute that goes with where an item lies."""
@@ -172,24 +173,34 @@ def _filters(report: Report, searcher: Searcher, vectors: Float32, queries: Floa
 
 
 @contextlib.contextmanager
-def _trained(options: argparse.Namespace) -> Iterator[TrainedWorld]:
+def _trained(options: argparse.Namespace, vectors: Float32 | None = None) -> Iterator[TrainedWorld]:
+    say(f"a world of {options.items} items, {CLICKS} clicks")
     with tempfile.TemporaryDirectory() as folder:
         config = configuration.parse({"data_dir": folder})
-        yield TrainedWorld(config, num_items=options.items, num_clicks=CLICKS, seed=options.seed)
+        yield TrainedWorld(config, num_items=options.items, num_clicks=CLICKS, seed=options.seed, vectors=vectors)
 
 
 def _world(report: Report, options: argparse.Namespace) -> None:
-    """Towers trained on the world's clicks, and every source of a request over its items."""
-    say(f"a world of {options.items} items, {CLICKS} clicks")
+    """Towers trained on the world's clicks, and every source of a request over its items; then over clustered vectors."""
     with _trained(options) as world:
         vectors, users = world.item_vectors(), world.user_vectors(QUERIES)
         _ours(report, "towers", vectors, users)
         del vectors
-        world.generations.build(0.0)
-        works = [world.work(world.any_user()) for _ in range(QUERIES)]
-        _, times = _timed(QUERIES, lambda n: world.pipeline.find_candidates(works[n]))
-        report.add("source_stage_p50", percentile(times, 50), "cpu ms")
-        report.add("source_stage_p99", percentile(times, 99), "cpu ms")
+        _stage(report, "source_stage", world)
+    del world
+    with _trained(options, _vectors("clustered", options.items, options.seed)) as world:
+        _stage(report, "source_stage_clustered", world)
+
+
+def _stage(report: Report, name: str, world: TrainedWorld) -> None:
+    """Every source of a request, once the bandit has learned, and the share of requests that it brings candidates for."""
+    world.explore(EXPLORED)
+    works = [world.work(world.any_user(), f"timed-{n}") for n in range(QUERIES)]
+    _, times = _timed(QUERIES, lambda n: world.pipeline.find_candidates(works[n]))
+    report.add(f"{name}_p50", percentile(times, 50), "cpu ms")
+    report.add(f"{name}_p99", percentile(times, 99), "cpu ms")
+    explored = [any("bandit" in work.sources(n) for n in range(len(work.rows))) for work in works]
+    report.add(f"{name}_explored", float(np.mean(explored)), "share", "higher")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class FeaturesConfig(Section):
     """Context fields of a request that become slots."""
     numbers: tuple[str, ...] = ()
     """Context fields and item attributes (also such that are no slots) that the models see as numbers, squashed, beside whether each is missing."""
+    time_since: tuple[str, ...] = ()
+    """Seconds since these, as numbers: `last_event` (of the user's history), and attributes that hold a time (ISO text, or milliseconds)."""
     buckets: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     """Context field or attribute → rising edges: its slot holds the bucket of its number; without a number it is missing."""
     history_types: tuple[str, ...] = ("click", "like", "purchase")
@@ -345,9 +347,11 @@ class Config(Section):
                 raise ValueError(
                     f"features.buckets: {name!r} = {list(edges)} must be rising edges of one of {slots}, slots of one value"
                 )
-        for name in features.numbers:
-            if name in multivalued or features.numbers.count(name) > 1:
-                raise ValueError(f"features.numbers: {name!r} must be named once, and not be in catalogue.multivalued")
+        for option, names in (("numbers", features.numbers), ("time_since", features.time_since)):
+            if wrong := [name for name in names if name in multivalued or names.count(name) > 1]:
+                raise ValueError(
+                    f"features.{option}: {wrong[0]!r} must be named once, and not be in catalogue.multivalued"
+                )
 
     def _counters_agree(self) -> None:
         if wrong := sorted(set(self.features.transition_context) - set(self.features.context)):

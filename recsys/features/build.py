@@ -24,6 +24,7 @@ Index = npt.NDArray[np.intp]
 
 GAP_BUCKETS = 32
 """Buckets of the time since a history event: bucket b begins at 2^(b/1.5) - 1 s, the last at 19 days."""
+_NO_NUMBERS = np.zeros((0, 2), np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class UserFeatures:
     """[T] bit s: the entry belongs to sequence s."""
     history_gaps: UInt8
     """[T] bucket of the time since the event; 0 unless the schema has `time_gaps`."""
-    numbers: Float32 = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    numbers: Float32 = field(default_factory=lambda: _NO_NUMBERS)
     """Declared numbers that all items share, each with whether it is missing [U, 2]. Not encoded: the items' own hold them."""
 
 
@@ -103,10 +104,17 @@ def user_features(
         history_mask=mask,
         history_kinds=kinds,
         history_gaps=_gaps(recent, now_ms) if schema.time_gaps else np.zeros(len(recent), np.uint8),
-        numbers=squashed(
-            np.array([number_of(context.get(name)) for kind, name in schema.declared if kind == "context"])
-        ),
+        numbers=_shared_numbers(schema, history, context, now_ms) if schema.declared else _NO_NUMBERS,
     )
+
+
+def _shared_numbers(
+    schema: Schema, history: Sequence[HistoryEvent], context: Mapping[str, Any], now_ms: int
+) -> Float32:
+    found = [number_of(context.get(name)) for kind, name in schema.declared if kind == "context"]
+    if ("event", "last_event") in schema.declared:
+        found.append(max(now_ms - history[-1].time_ms, 0) / 1000 if history else np.nan)
+    return squashed(np.array(found, np.float64))
 
 
 def shared_columns(schema: Schema, user_id: str, context: Mapping[str, Any]) -> tuple[Int64, Bool]:
@@ -150,9 +158,15 @@ def _gaps(recent: Sequence[HistoryEvent], now_ms: int) -> UInt8:
 
 
 def item_features(
-    schema: Schema, catalogue: Catalogue, user: UserFeatures, rows: Int32, signals: Signals, affinity_decay: float
+    schema: Schema,
+    catalogue: Catalogue,
+    user: UserFeatures,
+    rows: Int32,
+    signals: Signals,
+    affinity_decay: float,
+    now_ms: int = 0,
 ) -> Features:
-    """Keys, crosses and numbers of the items at catalogue rows [K]."""
+    """Keys, crosses and numbers of the items at catalogue rows [K] as of log time `now_ms`."""
     item_keys, item_mask = catalogue.keys[rows], catalogue.mask[rows]
     cross_keys, cross_mask = _crosses(schema, catalogue, user, item_keys, item_mask)
     numbers = np.empty((len(rows), len(schema.numbers)), np.float32)
@@ -163,7 +177,7 @@ def item_features(
     numbers[:, start + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
     if schema.declared:
         first = schema.first_declared
-        numbers[:, first : first + 2 * len(schema.declared)] = _declared(schema, catalogue, user, rows)
+        numbers[:, first : first + 2 * len(schema.declared)] = _declared(schema, catalogue, user, rows, now_ms)
     if signals.follows.shape[1]:
         numbers[:, -signals.follows.shape[1] :] = signals.follows
     weights = affinity_decay ** np.arange(len(user.history_keys))
@@ -182,13 +196,13 @@ def item_features(
     )
 
 
-def _declared(schema: Schema, catalogue: Catalogue, user: UserFeatures, rows: Int32) -> Float32:
+def _declared(schema: Schema, catalogue: Catalogue, user: UserFeatures, rows: Int32, now_ms: int) -> Float32:
     """Declared numbers, each beside whether it is missing [K, 2 per number]."""
     shared = len(user.numbers)
     values = np.full((len(rows), len(schema.declared) - shared), np.nan)
-    for column, (_, name) in enumerate(schema.declared[shared:]):
+    for column, (kind, name) in enumerate(schema.declared[shared:]):
         if (known := catalogue.numbers.get(name)) is not None:
-            values[:, column] = known[rows]
+            values[:, column] = np.maximum(now_ms - known[rows], 0) / 1000 if kind == "time" else known[rows]
     own = squashed(values)
     everyone = np.broadcast_to(user.numbers, (len(rows), shared, 2))
     return np.concatenate([everyone, own], 1).reshape(len(rows), -1)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import orjson
 
 from recsys.features.filters import Changes, Columns, Filters, Masks, passing
-from recsys.features.numeric import between, bucket_of, number_of
+from recsys.features.numeric import between, bucket_of, number_of, time_ms_of
 from recsys.features.rows import RowIndex
 from recsys.features.schema import Schema
 from recsys.features.texts import Texts
@@ -38,7 +38,9 @@ class Catalogue:
         self._columns = self._column_ranges()
         self._attributes = [name for name, _ in schema.item_fields[1:]]
         self._edges = schema.edges
-        self._others = [name for kind, name in schema.declared if kind == "item" and name not in self._attributes]
+        self._times = {name for kind, name in schema.declared if kind == "time"}
+        numbers = {name for kind, name in schema.declared if kind == "number"}
+        self._others = sorted((numbers | self._times) - set(self._attributes))
         self.labels: dict[tuple[str, int], str] = {}
         """(attribute, key) -> the value as it was written, for reasons."""
         self.numbers: dict[str, npt.NDArray[np.float64]] = {}
@@ -201,7 +203,7 @@ class Catalogue:
         self.keys[row], self.mask[row] = keys, mask
 
     def _number(self, row: int, name: str, value: Any) -> None:
-        number = number_of(value)
+        number = time_ms_of(value) if name in self._times else number_of(value)
         if not math.isnan(number) and name not in self.numbers:
             self.numbers[name] = np.full(len(self.alive), np.nan)
         if name in self.numbers:

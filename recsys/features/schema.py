@@ -40,7 +40,8 @@ class Schema:
     transition_context: tuple[str, ...]
     numbers: tuple[str, ...]
     declared: tuple[tuple[str, str], ...] = ()
-    """(`context` or `item`, name of a number): those of the context first; each is two of `numbers`, its value and whether it is missing"""
+    """(kind, name): `context` field, `event` of the history to count seconds from, and of the item a `number` or a `time` to count from;
+    each is two of `numbers`, its value and whether it is missing"""
     buckets: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """(attribute or context field, edges): its key is that of its bucket"""
 
@@ -54,8 +55,12 @@ class Schema:
         crosses = tuple(f"{left}*{right}" for left, right in features.crosses)
         tasks = tuple(task.name for task in config.tasks)
         in_context = [n for n in features.numbers if n in features.context and n not in catalogue.attributes]
-        of_item = [name for name in features.numbers if name not in in_context]
-        declared = (*(("context", name) for name in in_context), *(("item", name) for name in of_item))
+        declared = (
+            *(("context", name) for name in in_context),
+            *(("event", name) for name in features.time_since if name == "last_event"),
+            *(("number", name) for name in features.numbers if name not in in_context),
+            *(("time", name) for name in features.time_since if name != "last_event"),
+        )
         counters = CounterLayout.of(config)
         return cls(
             slots=("user", *(f"context.{c}" for c in features.context), *(name for name, _ in item_fields), *crosses),
@@ -76,7 +81,7 @@ class Schema:
                 "covisit",
                 "in_history",
                 *(f"affinity.{a}" for a in features.history_attributes),
-                *(f"number.{name}{part}" for _, name in declared for part in ("", ".missing")),
+                *(f"{kind}.{name}{part}" for kind, name in declared for part in ("", ".missing")),
                 *(transition_numbers(features.transition_context) if features.transitions else ()),
             ),
             declared=declared,

@@ -258,7 +258,8 @@ class Pipeline:
     def features_of(self, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Features:
         """The feature function over these rows, with the counters as they are now."""
         signals = self._sources.signals(user, history_rows, rows, now_ms)
-        return item_features(self._schema, self._catalogue, user, rows, signals, self._config.features.affinity_decay)
+        decay = self._config.features.affinity_decay
+        return item_features(self._schema, self._catalogue, user, rows, signals, decay, now_ms)
 
     def score(self, work: Work) -> None:
         """The value that ranks: the model's, or the sources' own when there is no model to be had."""

@@ -1,4 +1,4 @@
-"""The generated world as ranking sees it after some clicks: counted, its towers trained, its items placed; no services."""
+"""The generated world as ranking sees it after some clicks: counted, its towers trained, its bandit learning; no services."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from recsys.bandit.graph import Published
 from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
@@ -13,16 +14,20 @@ from recsys.features.schema import Schema
 from recsys.model import build, fused
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking.generation import CHUNK, Generations
+from recsys.ranking.bandit import Bandit
+from recsys.ranking.generation import CHUNK, Generations, Located
 from recsys.ranking.parameters import ParameterState, Reply
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.ranking.work import Work
+from recsys.retrieval.index import ItemIndex
 from recsys.state.memory import MemoryState
 from recsys.table.tables import Tables
+from recsys.testing.vectors import near
 from recsys.testing.world import World
+from recsys.training.bandit import BanditLearner
 from recsys.training.towers import TowerLearner
 from recsys.types import Feedback, Float32, HistoryEvent, UserUpdate
 
@@ -46,12 +51,40 @@ class _Direct:
         return 0, b""
 
 
-class TrainedWorld:
-    """Users look at random items and click as the world says; each click is counted and learned from."""
+class _Placed(Generations):
+    """Items lie at vectors [N, D] given, and each user near one of them, whatever the towers say."""
 
-    def __init__(self, config: Config, *, num_items: int, num_clicks: int, seed: int = 0) -> None:
+    def __init__(self, config: Config, catalogue: Catalogue, scorer: Scorer, bandit: Bandit, vectors: Float32) -> None:
+        super().__init__(config, catalogue, scorer, bandit=bandit)
+        self._vectors, self._of_user = vectors, dict[int, Float32]()
+
+    def build(self, now_s: float) -> None:
+        job = self.begin()
+        self.finish(job, ItemIndex.build(job.rows, self._vectors), now_s)
+
+    def locate(self, user: UserFeatures) -> Located | None:
+        located, key = super().locate(user), int(user.shared_keys[0])
+        if key not in self._of_user:
+            self._of_user[key] = near(self._vectors, 1, seed=len(self._of_user))[0]
+        return located and located._replace(vector=self._of_user[key])
+
+
+class TrainedWorld:
+    """Users look at random items and click as the world says; each click is counted and learned from. `bandit` is a source."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        num_items: int,
+        num_clicks: int,
+        num_users: int = 200,
+        seed: int = 0,
+        vectors: Float32 | None = None,
+    ) -> None:
+        """`vectors`: where items lie [num_items, tower_dim], and users near them, instead of where the towers say."""
         fused.warm_up()  # as a service does
-        self._world = World(seed, num_items=num_items)
+        self._world = World(seed, num_users=num_users, num_items=num_items)
         schema, self._rng = Schema.of(config), np.random.default_rng(seed)
         self.sources = Sources(config, schema, Catalogue(schema))
         for item in self._world.items():
@@ -63,9 +96,18 @@ class TrainedWorld:
         while self._clicks < num_clicks:
             self._step()
         self.scorer = Scorer(config, schema, _Direct(tables))
-        self.scorer.adopt(build.ranker(config, schema).eval(), self._learner.model.eval())
-        self.generations = Generations(config, self.sources.catalogue, self.scorer)
-        self.pipeline = Pipeline(config, schema, self._store, self.sources, self.scorer, self.generations)
+        self._explorer = BanditLearner(config, tables)
+        self.scorer.adopt(
+            build.ranker(config, schema).eval(),
+            self._learner.model.eval(),
+            lambda: Published.of(self._explorer.published()),
+        )
+        self._bandit = Bandit(config, self.sources.catalogue, self.scorer)
+        parts = config, self.sources.catalogue, self.scorer
+        self.generations = (
+            Generations(*parts, bandit=self._bandit) if vectors is None else _Placed(*parts, self._bandit, vectors)
+        )
+        self.pipeline = Pipeline(config, schema, self._store, self.sources, self.scorer, self.generations, self._bandit)
 
     def _step(self) -> None:
         user = self._world.any_user()
@@ -87,9 +129,41 @@ class TrainedWorld:
         """A user at random."""
         return self._world.users[self._world.any_user()]
 
-    def work(self, user_id: str) -> Work:
+    def explore(self, num_requests: int) -> None:
+        """Build a generation, answer random users over it, and let the bandit learn from what they click."""
+        self.generations.build(self.now_ms / 1000)
+        for number in range(num_requests):
+            self._answer(f"explored-{number}")
+
+    def _answer(self, request_id: str) -> None:
+        self.now_ms += STEP_MS
+        user = self._world.any_user()
+        work = self.work(self._world.users[user], request_id)
+        self.pipeline.find_candidates(work)
+        self.pipeline.score(work)  # without features: nobody trained the ranker, the sources' own scores rank
+        impression = self.pipeline.answer(work).impression
+        if (served := self._explorer.served(impression)) is None:
+            return
+        self._explorer.impression(impression, served, self.now_ms)
+        shown = [item.item_id for item in impression.items]
+        for item_id, clicked in zip(shown, self._world.clicks(user, shown), strict=True):
+            if clicked:
+                event = Feedback(
+                    event_id=f"{request_id} {item_id}",
+                    user_id=impression.user_id,
+                    item_id=item_id,
+                    type="click",
+                    time_ms=self.now_ms,
+                    request_id=request_id,
+                )
+                self._explorer.feedback(event, self.now_ms)
+        self._explorer.step(self.now_ms, learn=True)
+        self._bandit.refresh()
+
+    def work(self, user_id: str, request_id: str = "r") -> Work:
         """A request whose history is loaded."""
-        work = Work(request=Request(request_id="r", user_id=user_id), now_ms=self.now_ms, deadline=float("inf"))
+        request = Request(request_id=request_id, user_id=user_id)
+        work = Work(request=request, now_ms=self.now_ms, deadline=float("inf"))
         self.pipeline.load_state(work)
         return work
 

@@ -99,9 +99,9 @@ def answers(config: Config, state: type[MemoryState], folder: Path) -> list[list
     return lists
 
 
-@pytest.mark.parametrize("time_gaps", [False, True])
-def test_gaps_within_a_session_change_no_score_unless_they_are_asked_for(time_gaps: bool, tmp_path: Path) -> None:
-    config = load(CONFIGS / "globo.toml", {"RECSYS_FEATURES__TIME_GAPS": str(time_gaps).lower()})
+@pytest.mark.parametrize("asked", [{}, {"time_gaps": "true"}, {"time_since": '["last_event"]'}])
+def test_gaps_within_a_session_change_no_score_unless_they_are_asked_for(asked: dict[str, str], tmp_path: Path) -> None:
+    config = load(CONFIGS / "globo.toml", {f"RECSYS_FEATURES__{name.upper()}": text for name, text in asked.items()})
     first, second = (answers(config, state, tmp_path / state.__name__) for state in (MemoryState, EvenState))
     assert len(first) > 200
-    assert (first == second) is not time_gaps
+    assert (first == second) is not bool(asked)

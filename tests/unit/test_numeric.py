@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from recsys.config import Config, parse
-from recsys.features.build import Signals, UserFeatures, item_features, user_features
+from recsys.evaluation.replay import Event, Options, Replay
+from recsys.features.build import Signals, UserFeatures, decode, item_features, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.numeric import between, bucket_of, squashed, time_ms_of
 from recsys.features.schema import Schema
@@ -18,7 +20,7 @@ from recsys.keys import cross, key_of
 from recsys.model import build
 from recsys.model.ranker import Ranker, RankerInputs, losses
 from recsys.ranking.filters import parse_filters
-from recsys.types import HistoryEvent, Item
+from recsys.types import Feedback, HistoryEvent, Impression, Item, ShownItem
 
 PRICES: list[Any] = [0.5, 1.0, 19, 1e12, -3, None, "9.99", True, [4.0]]
 EDGES = [1.0, 5.0, 20.0]
@@ -61,11 +63,11 @@ def test_a_number_is_squashed_beside_whether_it_is_missing() -> None:
     assert found["number.price"] == pytest.approx(expected)
     assert found["number.price.missing"] == [float(p is None) for p in prices]
     assert found["number.weight"] == pytest.approx(np.log1p(np.arange(len(PRICES))))
-    assert found["number.basket"] == pytest.approx([-math.log1p(6.5)] * len(PRICES))
+    assert found["context.basket"] == pytest.approx([-math.log1p(6.5)] * len(PRICES))
     assert found["number.nowhere.missing"] == [1.0] * len(PRICES)
     assert "price" in catalogue.numbers and "weight" not in [name for name, _ in schema.item_fields]
     absent = numbers_of(schema, catalogue, user_features(schema, catalogue, "u", [], {"basket": "6.5"}))
-    assert (absent["number.basket"][0], absent["number.basket.missing"][0]) == (0.0, 1.0)
+    assert (absent["context.basket"][0], absent["context.basket.missing"][0]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1.7e308, -1.7e308, 0.0])
@@ -123,7 +125,12 @@ def test_a_configuration_without_declared_numbers_keeps_its_schema() -> None:
     # The hash that checkpoints and impressions of before carry.
     assert Schema.of(Config()).hash == "086e88145c281f97"
     base = Schema.of(parse({"catalogue": {"attributes": ["price"], "multivalued": []}, "features": BARE})).hash
-    for more in ({"numbers": ["price"]}, {"buckets": {"price": [1]}}, {"buckets": {"price": [2]}}):
+    for more in (
+        {"numbers": ["price"]},
+        {"buckets": {"price": [1]}},
+        {"buckets": {"price": [2]}},
+        {"time_since": ["price"]},
+    ):
         other = Schema.of(
             parse({"catalogue": {"attributes": ["price"], "multivalued": []}, "features": {**BARE, **more}})
         ).hash
@@ -181,6 +188,39 @@ def test_one_odd_value_among_ten_thousand_moves_no_other_score_by_two_hundredths
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     assert expected[label].mean() > expected[~label].mean() + 0.2
     assert (scores - expected)[others].abs().max() < 0.02
+
+
+def test_seconds_since_are_those_of_the_moment_of_serving(tmp_path: Path) -> None:
+    """What an example says is what was known when it was shown, whatever comes before it is learned."""
+    config = parse({"features": {"time_since": ["last_event", "published", "born"], "transitions": True}})
+    replay = Replay(config, Options(click_log=False), tmp_path)
+    assert replay.trainer is not None
+    opened: list[Impression] = []
+    open_one = replay.trainer.impression
+    replay.trainer.impression = lambda *given: (opened.append(given[0]), open_one(*given))[1]  # type: ignore[method-assign]
+    items = [
+        Item(item_id="iso", attributes={"published": "1970-01-01T00:00:10Z"}),
+        Item(item_id="ms", attributes={"published": 25_000, "born": "long ago"}),
+        Item(item_id="later", attributes={"published": 3_600_000}),
+        Item(item_id="none"),
+    ]
+
+    def shown(time_ms: int) -> Event:
+        rows = tuple(ShownItem(item_id=item.item_id, position=p + 1) for p, item in enumerate(items))
+        return time_ms, "impression", Impression(request_id=str(time_ms), user_id="u", time_ms=time_ms, items=rows)
+
+    def clicked(time_ms: int) -> Event:
+        about: dict[str, Any] = {"user_id": "u", "item_id": "iso", "type": "click"}
+        return time_ms, "feedback", Feedback(event_id=str(time_ms), time_ms=time_ms, **about)
+
+    replay.run([*((0, "item", item) for item in items), shown(5_000), clicked(12_000), shown(42_000), clicked(50_000)])
+    first, second = (decode(replay.schema, impression.features).numbers for impression in opened)
+    found = {n: second[:, replay.schema.numbers.index(n)].tolist() for n in replay.schema.numbers}
+    assert found["event.last_event"] == pytest.approx([math.log(31)] * 4)
+    assert first[0, replay.schema.numbers.index("event.last_event.missing")] == 1.0
+    assert found["time.published"] == pytest.approx([math.log(33), math.log(18), 0.0, 0.0])
+    assert found["time.published.missing"] == [0.0, 0.0, 0.0, 1.0]
+    assert found["time.born.missing"] == [1.0] * 4
 
 
 def test_times_are_iso_or_milliseconds() -> None:
