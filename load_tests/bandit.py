@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,20 +17,26 @@ import numpy as np
 import numpy.typing as npt
 
 from load_tests.bandit_costs import costs, inflation, speed
+from load_tests.bandit_loop import loop_choose, loop_update
 from load_tests.chart import line_chart
 from load_tests.common import RESULTS, ROOT, Report, run, say
 from recsys.bandit.base import Choices, Events, Policy, Requests
 from recsys.bandit.policy import EdgeValues, PolicyOptions, Shape, make_policy
 from recsys.bandit.sums import EdgeSums
+from recsys.config import BanditConfig
+from recsys.evaluation.bootstrap import interval
 from recsys.testing.bandit_world import BanditWorld, BanditWorldOptions
 
 Floats = npt.NDArray[np.float64]
 
+PARTS = ("worlds", "judged", "costs", "loop")
 DELAYED = ("epsilon_greedy", "diag_linucb", "diag_linucb_drawn")
 DELAYS = {"1_s": 1, "1_min": 60, "45_min": 2700}
 HALF_LIFE_S = 7200.0
 """That of the world's drift: every policy over sums, full LinUCB too, forgets as fast."""
 DIAG = PolicyOptions(policy="diag_linucb", alpha=0.4, prior=0.3, pool=1, half_life_s=HALF_LIFE_S)
+LOOP = BanditConfig()
+"""What the loop does where nobody says otherwise."""
 POLICIES = {
     "uniform": PolicyOptions(policy="uniform", pool=0),
     "greedy": PolicyOptions(policy="greedy", pool=1, half_life_s=HALF_LIFE_S),
@@ -38,6 +45,7 @@ POLICIES = {
     "diag_linucb": DIAG,
     "diag_linucb_drawn": replace(DIAG, pool=5),
     "diag_linucb_fresh": replace(DIAG, prior=0.0, alpha=0.02),
+    "diag_linucb_default": replace(DIAG, alpha=LOOP.alpha, prior=LOOP.prior, fresh_above=LOOP.fresh_above),
     "diag_linucb_published": replace(DIAG, prior=0.1, alpha=0.1, published=True),
     "linucb": PolicyOptions(policy="linucb", alpha=0.1, prior=0.1, pool=1, half_life_s=HALF_LIFE_S),
     "square_cb": PolicyOptions(policy="square_cb", gamma=300.0, pool=10, half_life_s=HALF_LIFE_S),
@@ -51,21 +59,37 @@ GRID: dict[str, list[dict[str, float]]] = {
     "thompson": [{"alpha": value} for value in (0.05, 0.1, 0.2)],
     "diag_linucb": _WIDTHS,
     "diag_linucb_fresh": [{"alpha": value} for value in (0.02, 0.05, 0.1)],
+    "diag_linucb_default": [
+        {"alpha": alpha, "fresh_above": above} for above in (0.0, 0.5, 0.75) for alpha in (0.02, 0.05, 0.1, 0.3)
+    ],
     "diag_linucb_published": [{"alpha": alpha, "prior": prior} for prior in (0.0, 0.1) for alpha in (0.05, 0.1, 0.2)],
     "linucb": _WIDTHS,
     "square_cb": [{"gamma": value} for value in (300.0, 1000.0, 3000.0)],
     "neural": [{"gamma": value} for value in (100.0, 300.0, 1000.0)],
 }
 CHOOSING_SEEDS = (1000, 1001)
+JUDGED = ("linucb", "diag_linucb", "diag_linucb_fresh", "diag_linucb_default")
+"""Compared over more worlds than all policies are, an hour each: worlds differ by more than these do."""
+JUDGED_S = 3600
 FRESH_IMPRESSIONS, FRESH_S = (10, 100), 3600
 """A fresh item counts as tried once shown so often, within so long."""
+RESAMPLES = 10_000
 STRIDE = 20
 """Minutes of one point of the chart."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=int, default=3, help="worlds, of seeds from --seed on")
-    parser.add_argument("--duration", type=int, default=7200, help="seconds of event time of each")
+    parser.add_argument("--runs", type=int, default=3, help="worlds of all policies, of seeds from --seed on")
+    parser.add_argument("--judged", type=int, default=10, help="worlds of Diag-LinUCB and LinUCB, likewise")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="of `worlds`")
+    parser.add_argument("--duration", type=int, default=7200, help="seconds of event time of each of --runs")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="what to measure; figures of other parts stay as they were saved (default: all)",
+    )
     parser.add_argument("--choose", action="store_true", help="print each policy's loss over its grid, in other worlds")
 
 
@@ -154,50 +178,84 @@ def tried(one: Runner, world: BanditWorld, impressions: int) -> float:
     return float(np.mean(reached)) if reached else float("nan")
 
 
-def cases(world: BanditWorld) -> dict[str, Runner]:
-    """Every policy with feedback a second old, and what delays do to some."""
-    found = {name: runner(world, name, options) for name, options in POLICIES.items()}
-    for name in DELAYED:
+def cases(world: BanditWorld, policies: Sequence[str]) -> dict[str, Runner]:
+    """These policies with feedback a second old, and what delays do to some."""
+    found = {name: runner(world, name, POLICIES[name]) for name in policies}
+    for name in set(DELAYED) & set(policies):
         for label, delay_s in DELAYS.items():
             if delay_s > 1:
                 found[f"{name}_{label}"] = runner(world, name, POLICIES[name], delay_s)
     for label, delay_s in DELAYS.items():
-        if delay_s > 1:
+        if delay_s > 1 and "diag_linucb" in policies:
             found[f"diag_linucb_shown_at_once_{label}"] = runner(world, "diag_linucb", DIAG, delay_s, at_once=True)
     return found
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
     """Regret of each case over all worlds, then costs and the inflation of the published mean."""
+    if (saved := RESULTS / "bandit.json").exists():
+        report.keep(json.loads(saved.read_text(encoding="utf-8")))
+    if "worlds" in options.parts:
+        _worlds(options, report)
+    if "judged" in options.parts:
+        _judged(options, report)
+    if "costs" in options.parts:
+        say("costs")
+        costs(report, POLICIES, BanditWorldOptions(rate=100), options.seed)
+        speed(report)
+        inflation(report, options.seed)
+    if "loop" in options.parts:
+        say("the loop's own path")
+        loop_choose(report)
+        loop_update(report)
+
+
+def _worlds(options: argparse.Namespace, report: Report) -> None:
     lost: dict[str, list[list[float]]] = {}
     fresh: dict[str, list[tuple[float, ...]]] = {}
     for seed in range(options.seed, options.seed + options.runs):
         say(f"world {seed}")
         world = BanditWorld(seed, BanditWorldOptions(duration_s=options.duration))
-        runners = cases(world)
+        runners = cases(world, options.policies)
         simulate(world, runners, seed)
         for name, one in runners.items():
             lost.setdefault(name, []).append(one.lost)
             fresh.setdefault(name, []).append(tuple(tried(one, world, n) for n in FRESH_IMPRESSIONS))
         del runners
-    mean = {name: float(np.mean(several)) for name, several in lost.items()}
-    report.add("regret_vs_linucb", mean["diag_linucb"] / mean["linucb"])
-    worlds = [np.mean(ours) / np.mean(full) for ours, full in zip(lost["diag_linucb"], lost["linucb"], strict=True)]
-    for name, value in (("least", min(worlds)), ("most", max(worlds))):
-        report.add(f"regret_vs_linucb_{name}_of_worlds", float(value), "ratio")
     for name, several in lost.items():
-        report.add(f"regret_{name}", mean[name], "clicks/request")
+        whole = np.mean(several, axis=0)
+        report.add(f"regret_{name}", float(whole.mean()), "clicks/request")
         if name in POLICIES:
             for n, share in zip(FRESH_IMPRESSIONS, np.mean(fresh[name], axis=0), strict=True):
                 report.add(f"fresh_shown_{n}_{name}", float(share), "share", "higher")
-            whole = np.mean(several, axis=0)
             for start in range(0, len(whole), STRIDE):
                 upto = start + len(whole[start : start + STRIDE])
                 report.add(f"lost_{name}_minute_{upto}", float(whole[start:upto].mean()), "clicks/request")
-    say("costs")
-    costs(report, POLICIES, BanditWorldOptions(rate=100), options.seed)
-    speed(report)
-    inflation(report, options.seed)
+
+
+def _judged(options: argparse.Namespace, report: Report) -> None:
+    """What is lost as a ratio to full LinUCB's, over all worlds, with an interval by bootstrap over them."""
+    worlds: dict[str, list[float]] = {name: [] for name in JUDGED}
+    for seed in range(options.seed, options.seed + options.judged):
+        say(f"judged in world {seed}")
+        world = BanditWorld(seed, BanditWorldOptions(duration_s=JUDGED_S))
+        runners = {name: runner(world, name, POLICIES[name]) for name in JUDGED}
+        simulate(world, runners, seed)
+        for name, one in runners.items():
+            worlds[name].append(float(np.mean(one.lost)))
+        del runners
+    lost = {name: np.array(several) for name, several in worlds.items()}
+    full = lost.pop("linucb")
+    drawn = np.random.default_rng(0).integers(len(full), size=(RESAMPLES, len(full)))
+    for name, ours in lost.items():
+        figure = "regret_vs_linucb" if name == "diag_linucb" else f"{name}_vs_linucb"
+        low, high = interval(ours[drawn].mean(1) / full[drawn].mean(1)) or (np.nan, np.nan)
+        report.add(figure, float(ours.mean() / full.mean()), "ratio")
+        report.add(f"{figure}_low", low, "ratio")
+        report.add(f"{figure}_high", high, "ratio")
+    single = lost["diag_linucb"] / full
+    report.add("regret_vs_linucb_least_of_worlds", float(single.min()), "ratio")
+    report.add("regret_vs_linucb_most_of_worlds", float(single.max()), "ratio")
 
 
 def chart() -> str:

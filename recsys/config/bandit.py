@@ -30,8 +30,9 @@ class BanditConfig(Section):
     prior: float = Field(0.0, ge=0)
     """Impressions without reward that every edge begins with: with any, no item is fresh and α decides what is tried; .3 learned fastest
     from nothing in the simulated stream."""
-    alpha: float = Field(0.3, ge=0)
-    """diag_linucb: what a unit of width adds to the mean; 0: exploit."""
+    alpha: float = Field(0.05, ge=0)
+    """diag_linucb, thompson: what a unit of width adds to the mean, or to a draw's deviation; 0: exploit. In the simulated stream .3
+    lost 1.4 times as many clicks and tried no more new items; .02 and .1 hardly differ."""
     epsilon: float = Field(0.1, ge=0, le=1)
     """epsilon_greedy: share of the candidates that are drawn at random."""
     half_life_s: float = Field(14 * 86_400.0, ge=0)
