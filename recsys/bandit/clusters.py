@@ -115,11 +115,12 @@ class Clusters:
 
     def _nearest(self, unit: Float64, logged: Int64) -> int:
         """The cluster that a vector is a member of; -1: none that is known."""
-        known = self._weights > 0
-        first = next((int(at[0]) for c in logged.tolist() if len(at := np.flatnonzero(self.ids == c))), -1)
+        known, ids = self._weights > 0, self.ids.tolist()
+        first = next((ids.index(cluster) for cluster in logged.tolist() if cluster in ids), -1)
         if (first >= 0 and not known[first]) or not known.any():
             return first
-        return int(np.argmax(np.where(known, _unit(self._sums) @ unit, -np.inf)))
+        lengths = np.sqrt(np.einsum("cd,cd->c", self._sums, self._sums))
+        return int(np.argmax(np.where(known, self._sums @ unit / np.where(lengths > 0, lengths, 1), -np.inf)))
 
     def step(self) -> list[Split | Drop]:
         """Every `EVERY` vectors: drop the cluster that few users are left in, split the largest. What happened, in order."""

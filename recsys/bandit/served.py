@@ -65,7 +65,7 @@ def decode(data: bytes, num_items: int) -> Served:
     clusters, weights, vector, edges = parts
     if not ((weights > 0) & (weights <= 1)).all() or not np.isfinite(vector).all():
         raise _bad("has weights outside (0, 1] or a vector that is not finite")
-    if len(np.unique(clusters)) != active or (edges >> np.uint64(active - 1) >> np.uint64(1)).any():
+    if len(set(clusters.tolist())) != active or (edges >> np.uint64(active - 1) >> np.uint64(1)).any():
         raise _bad("names a cluster twice, or edges to one that is not active")
     try:
         generation = data[start:].decode()

@@ -9,6 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from recsys import metrics
 from recsys.bandit.graph import NEWEST_SHARE, Graph, Published, Space
 from recsys.bandit.score import Edges, Rule, Scores, best, choose, cluster_weights, score, warm_up
 from recsys.bandit.served import Served
+from recsys.compiled import compiled
 from recsys.config import Config
 from recsys.decay import ForwardDecay
 from recsys.features.build import UserFeatures
@@ -25,7 +27,6 @@ from recsys.model.two_tower import TwoTower
 from recsys.ranking.recent_users import Recent
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.searcher import Searcher
-from recsys.retrieval.trending import among
 from recsys.types import Bool, Float32, Int32, Int64
 
 RECENT = 2000
@@ -68,6 +69,7 @@ class Bandit:
         `changed`: rows that are new in it.
         """
         warm_up()  # not in the first request
+        self._edges(np.zeros((0, 1), np.int32), (), None)
         space = Space(searcher.search, self._config.neighbours, self._own_centroids(towers))
         older = list(self._spaces.values())[-1:]
         rows = np.concatenate([*(space.newest for space in older), np.array(changed, np.int32)])[-self._newest :]
@@ -150,12 +152,10 @@ class Bandit:
 
     def _edges(self, rows: Int32, forbidden: Collection[int], allowed: Bool | None) -> tuple[Int64, Int64]:
         """Which of the clusters and which item, for each edge among rows [K, W + G] that may be shown."""
-        kept = among(rows.ravel(), self._catalogue.alive if allowed is None else allowed)
-        found = rows.ravel()[kept].astype(np.int64)
-        if forbidden:
-            free = ~np.isin(found, np.fromiter(forbidden, np.int32, len(forbidden)))
-            kept, found = kept[free], found[free]
-        return kept // rows.shape[1], found
+        left_out = np.sort(np.fromiter(forbidden, np.int32, len(forbidden)))
+        cluster, found = np.empty((2, rows.size), np.int64)
+        count = _may_show(rows, self._catalogue.alive if allowed is None else allowed, left_out, cluster, found)
+        return cluster[:count], found[:count]
 
     def _decayed(self, published: Published, now_ms: int) -> float:
         if not self._config.half_life_s:
@@ -192,6 +192,20 @@ class Bandit:
             vector=active.vector,
             edges=edges,
         ).encode()
+
+
+@compiled
+def _may_show(rows: Any, allowed: Any, forbidden: Any, cluster: Any, found: Any) -> int:
+    """Fill which of rows [K, W + G] are allowed and not among `forbidden`, which is sorted; how many."""
+    count = 0
+    for k in range(len(rows)):
+        for row in rows[k]:
+            if 0 <= row < len(allowed) and allowed[row]:
+                at = np.searchsorted(forbidden, row)
+                if at == len(forbidden) or forbidden[at] != row:
+                    cluster[count], found[count] = k, row
+                    count += 1
+    return count
 
 
 def _of_interests(vector: Float32) -> Float32:

@@ -9,7 +9,7 @@ the impression's time, so that a late reward weighs as much as what it rewards.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from recsys.errors import BadInput
 from recsys.events.recent import Recent
 from recsys.keys import joined, key_of, split
 from recsys.table.base import Rows, Table
-from recsys.table.tables import Tables
 from recsys.types import Feedback, Float32, Impression, Int32, Int64, UInt8
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -51,7 +50,7 @@ class _Open:
 class BanditLearner:
     """Pure: everything is decided by the records and the log times passed in. Not thread-safe."""
 
-    def __init__(self, config: Config, tables: Tables) -> None:
+    def __init__(self, config: Config, tables: Mapping[str, Table]) -> None:
         bandit = config.bandit
         self._table: Table = tables["edge"]
         self._dim = config.model.tower_dim

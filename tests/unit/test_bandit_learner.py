@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,14 @@ from recsys.config import Config, parse
 from recsys.errors import BadInput
 from recsys.keys import key_of
 from recsys.model.layouts import edges
+from recsys.table.base import Layout, Table
+from recsys.table.cpu import CpuTable
+from recsys.table.cuda import CudaTable
+from recsys.table.reference import ReferenceTable
 from recsys.table.segments import shard_of
-from recsys.table.tables import Tables
 from recsys.training.bandit import BanditLearner
 from recsys.types import Feedback, Float32, Impression, ShownItem
+from tests.table_cuda import COMPILED, cuda_table
 
 DIM = 4
 T0 = 1_000_000_000
@@ -37,9 +41,21 @@ def config(**bandit: Any) -> Config:
     )
 
 
-def learner(**bandit: Any) -> BanditLearner:
-    settings = config(**bandit)
-    return BanditLearner(settings, Tables([edges(settings.bandit, 5000)], "reference"))
+Make = Callable[..., BanditLearner]
+"""A learner with these options of the bandit."""
+
+
+def made_with(table: Callable[[Layout], Table]) -> Make:
+    def make(**bandit: Any) -> BanditLearner:
+        settings = config(**bandit)
+        return BanditLearner(settings, {"edge": table(edges(settings.bandit, 5000))})
+
+    return make
+
+
+@pytest.fixture(params=[CpuTable, ReferenceTable, cuda_table], scope="module")
+def learner(request: pytest.FixtureRequest) -> Make:
+    return made_with(request.param)
 
 
 def shown(
@@ -86,7 +102,7 @@ def three_clusters(bandit: BanditLearner) -> None:
     bandit.clusters.restore(state)
 
 
-def test_an_impression_adds_squares_and_weights_and_a_reward_adds_its_weight() -> None:
+def test_an_impression_adds_squares_and_weights_and_a_reward_adds_its_weight(learner: Make) -> None:
     bandit = learner()
     three_clusters(bandit)
     show(bandit, shown("r", ["a", "b", "c"], [2, 0, 1], [0.5, 0.3, 0.2], [0b111, 0b010, 0]))
@@ -100,7 +116,7 @@ def test_an_impression_adds_squares_and_weights_and_a_reward_adds_its_weight() -
     assert len(bandit._table) == 4 and bandit.take_outcomes() == ["rewarded"]
 
 
-def test_each_item_of_a_request_is_rewarded_once_and_only_where_it_was_shown_in_time() -> None:
+def test_each_item_of_a_request_is_rewarded_once_and_only_where_it_was_shown_in_time(learner: Make) -> None:
     bandit = learner()
     show(bandit, shown("r", ["a", "b", "c"], [0], [1.0], [1, 1, 0]))
     show(bandit, shown("r", ["a", "b", "c"], [0], [1.0], [1, 1, 0]))  # a duplicate
@@ -123,7 +139,7 @@ def test_each_item_of_a_request_is_rewarded_once_and_only_where_it_was_shown_in_
     assert sums(bandit, 0, "b") == [1, 1, 0]
 
 
-def test_a_reward_ahead_of_its_impression_waits_for_it() -> None:
+def test_a_reward_ahead_of_its_impression_waits_for_it(learner: Make) -> None:
     bandit = learner()
     bandit.feedback(act("r", "a"), T0)
     bandit.step(T0 + 1, learn=True)
@@ -132,7 +148,7 @@ def test_a_reward_ahead_of_its_impression_waits_for_it() -> None:
     assert sums(bandit, 0, "a") == [1, 1, 1] and bandit.take_outcomes() == ["rewarded"]
 
 
-def test_deferred_items_count_once_viewed() -> None:
+def test_deferred_items_count_once_viewed(learner: Make) -> None:
     bandit = learner()
     show(bandit, replace(shown("r", ["a", "b"], [0], [0.5], [1, 1]), activation="deferred"))
     bandit.feedback(act("r", "a"), T0 + 1)
@@ -144,14 +160,14 @@ def test_deferred_items_count_once_viewed() -> None:
     assert sums(bandit, 0, "a") == [0.25, 0.5, 0.5] and sums(bandit, 0, "b") == [0, 0, 0]
 
 
-def test_a_cluster_that_is_gone_is_ignored() -> None:
+def test_a_cluster_that_is_gone_is_ignored(learner: Make) -> None:
     bandit = learner()
     show(bandit, shown("r", ["a"], [99, 0], [0.75, 0.25], [0b11]))
     bandit.step(T0, learn=True)
     assert len(bandit._table) == 1 and sums(bandit, 0, "a") == [0.0625, 0.25, 0]
 
 
-def test_nothing_is_added_while_learning_is_skipped() -> None:
+def test_nothing_is_added_while_learning_is_skipped(learner: Make) -> None:
     bandit = learner()
     show(bandit, shown("r", ["a"], [0], [1.0], [1]))
     bandit.step(T0, learn=False)
@@ -159,11 +175,15 @@ def test_nothing_is_added_while_learning_is_skipped() -> None:
     assert len(bandit._table) == 0
 
 
-def test_forgetting_keeps_means_and_halves_what_counts() -> None:
+def test_forgetting_keeps_means_and_halves_what_counts(learner: Make) -> None:
     """Each half-life, what is known weighs half; the mean stays, and a late reward weighs as much as its impression."""
     bandit = learner(half_life_s=1.0)
-    for number in range(400):  # 200 half-lives: more than float32 holds without rescaling
-        now = T0 + 500 * number
+    interpreted = isinstance(bandit._table, CudaTable) and not COMPILED
+    times, apart = (
+        (20, 10.0) if interpreted else (400, 0.5)
+    )  # 200 half-lives: more than float32 holds without rescaling
+    for number in range(times):
+        now = T0 + int(1000 * apart) * number
         show(bandit, shown(f"r{number}", ["a"], [0], [0.5], [1]), now)
         if number % 4 == 0:
             bandit.feedback(act(f"r{number}", "a"), now + 400)
@@ -171,7 +191,7 @@ def test_forgetting_keeps_means_and_halves_what_counts() -> None:
     d, n, b = sums(bandit, 0, "a")
     assert bandit._decay is not None
     factor = bandit._decay.decay(now)
-    ages = 0.5 * np.arange(399, -1, -1.0)
+    ages = apart * np.arange(times - 1, -1, -1.0)
     weights = 0.5**ages
     assert n * factor == pytest.approx(0.5 * weights.sum(), rel=1e-5)
     assert d * factor == pytest.approx(0.25 * weights.sum(), rel=1e-5)
@@ -179,7 +199,7 @@ def test_forgetting_keeps_means_and_halves_what_counts() -> None:
     assert bandit.moved, "serving must hear of the new scale"
 
 
-def test_a_split_halves_every_edge_of_the_parent_and_a_drop_removes_them() -> None:
+def test_a_split_halves_every_edge_of_the_parent_and_a_drop_removes_them(learner: Make) -> None:
     bandit = learner()
     three_clusters(bandit)
     show(bandit, shown("r", ["a", "b"], [0, 1], [0.5, 0.25], [0b11, 0b01]))
@@ -207,13 +227,13 @@ EVENTS = st.lists(
 )
 
 
-def collected(events: Sequence[Any], order: Sequence[int], cuts: set[int], workers: int = 1) -> Float32:
+def collected(make: Make, events: Sequence[Any], order: Sequence[int], cuts: set[int], workers: int) -> Float32:
     """Sums [3 places, 5 items, 3] after the impressions and rewards in this order, a step after each cut; by so many workers,
     each with the edges that are its own."""
     total = np.zeros((3, 5, 3), np.float32)
     slots, keys = (a.ravel() for a in np.meshgrid(np.arange(3, dtype=np.int32), np.arange(5), indexing="ij"))
     for worker in range(workers):
-        bandit = learner()
+        bandit = make()
         three_clusters(bandit)
         mine = shard_of(slots, keys, workers) == worker
         for number, index in enumerate(order):
@@ -231,23 +251,35 @@ def collected(events: Sequence[Any], order: Sequence[int], cuts: set[int], worke
     return total
 
 
-@given(events=EVENTS, data=st.data())
-@settings(deadline=None, max_examples=30)
-def test_sums_do_not_depend_on_order_batch_or_number_of_workers(events: Sequence[Any], data: st.DataObject) -> None:
-    """Within float32's rounding of each addition: 40 of them, half an ulp each."""
+def agree(make: Make, events: Sequence[Any], order: Sequence[int], cuts: set[int]) -> None:
+    """Within float32's rounding of each addition: half an ulp each."""
     expected = np.zeros((3, 5, 3))
     for item, weights, bits, rewarded in events:
         for edge in range(3):
             if bits >> edge & 1:
                 w = float(np.float32(weights[edge]))
                 expected[edge, item] += (w * w, w, w * rewarded)
-    order = data.draw(st.permutations(range(len(events))))
-    cuts = data.draw(st.sets(st.integers(0, len(events) - 1)))
     for workers in (1, 3):
-        np.testing.assert_allclose(collected(events, order, cuts, workers), expected, rtol=len(events) * 2**-24)
+        found = collected(make, events, order, cuts, workers)
+        np.testing.assert_allclose(found, expected, rtol=len(events) * 2**-24)
 
 
-def test_a_restored_learner_goes_on_as_the_one_saved() -> None:
+@pytest.mark.parametrize("table", [CpuTable, ReferenceTable])
+@given(events=EVENTS, data=st.data())
+@settings(deadline=None, max_examples=30)
+def test_sums_do_not_depend_on_order_batch_or_number_of_workers(
+    table: type[Table], events: Sequence[Any], data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(events))))
+    agree(made_with(table), events, order, data.draw(st.sets(st.integers(0, len(events) - 1))))
+
+
+def test_sums_are_the_same_in_every_table(learner: Make) -> None:
+    events = [(n % 5, [0.25, 0.5, 1 / (n + 1)], n % 7 + 1, n % 3 == 0) for n in range(20)]
+    agree(learner, events, range(20), {4, 11})
+
+
+def test_a_restored_learner_goes_on_as_the_one_saved(learner: Make) -> None:
     bandit = learner(half_life_s=100.0)
     show(bandit, shown("r", ["a", "b"], [0], [0.5], [1, 1]))
     show(bandit, shown("none", ["a"], [0], [0.5], [0]))
@@ -292,7 +324,7 @@ def test_what_cannot_be_is_refused(data: bytes, items: int, reason: str) -> None
         decode(data, items)
 
 
-def test_a_vector_of_another_width_is_refused() -> None:
+def test_a_vector_of_another_width_is_refused(learner: Make) -> None:
     impression = shown("r", ["a"], [0], [1.0], [1])
     other = replace(decode(impression.bandit, 1), vector=np.ones(DIM + 1, np.float32))
     with pytest.raises(BadInput, match="tower_dim"):
