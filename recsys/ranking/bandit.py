@@ -115,7 +115,7 @@ class Bandit:
         self._published = published
 
     def activate(self, name: str, user: UserFeatures, vector: Float32) -> Active | None:
-        """The clusters nearest to a user's vector [D] (of several interests [I, D]: to their mean) in a generation; before any has
+        """The clusters nearest to a user's vector [D] (of several interests [I, D]: to their mean's direction) in a generation; before any has
         a centroid, the first one. None: there is none."""
         vector = _of_interests(vector)
         space = self._spaces.get(name)
@@ -209,6 +209,9 @@ def _may_show(rows: Any, allowed: Any, forbidden: Any, cluster: Any, found: Any)
 
 
 def _of_interests(vector: Float32) -> Float32:
-    """One vector [D] for a user: the mean of several interests."""
-    mean: Float32 = vector if vector.ndim == 1 else vector.mean(0)
-    return mean
+    """One unit vector [D] for a user: the direction of the mean of several interests; 0 where they cancel out."""
+    if vector.ndim == 1:
+        return vector
+    mean: Float32 = vector.mean(0)
+    length = np.linalg.norm(mean)
+    return mean / length if length > 0 else mean

@@ -111,6 +111,17 @@ def test_active_clusters_are_the_nearest_and_their_weights_a_softmax() -> None:
     np.testing.assert_allclose(active.weights, expected / expected.sum(), rtol=1e-5)
 
 
+def test_several_interests_are_one_user_in_the_direction_of_their_mean() -> None:
+    world = World()
+    world.prepare()
+    interests = np.eye(DIM, dtype=np.float32)[[0, 0, 2]]
+    active = world.active(interests)
+    assert active.clusters.tolist() == [5, 7] and np.linalg.norm(active.vector) == pytest.approx(1)
+    expected = np.exp(np.array([2, 1]) / np.sqrt(5) / 0.1)
+    np.testing.assert_allclose(active.weights, expected / expected.sum(), rtol=1e-5)
+    assert world.bandit.activate("g", world.user(), np.stack([CENTROIDS[0], -CENTROIDS[0]])) is None
+
+
 def test_what_nothing_is_known_of_comes_first_then_the_best_by_ucb() -> None:
     world = World(active=1)
     world.prepare()
