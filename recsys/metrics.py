@@ -90,6 +90,12 @@ GENERATION_ITEMS = _gauge("recsys_generation_items", "Items in the retrieval ind
 GENERATION_RECALL = _gauge(
     "recsys_generation_recall_ratio", "Recall@100 of the retrieval index in use, measured when it was built."
 )
+UNUSABLE_VECTORS = _counter(
+    "recsys_unusable_vectors_total",
+    "Vectors of retrieval's towers that have no direction (0 or not finite), by whose: an `item` is left out of the index or buffer it was "
+    "to be placed in, a `user` gets no candidates of `nearest` and `bandit`.",
+    ("of",),
+)
 GENERATION_FAILURES = _counter("recsys_generation_failures_total", "Builds of a retrieval generation that failed.")
 GENERATION_AGE_SECONDS = _gauge("recsys_generation_age_seconds", "Since the retrieval generation in use was built.")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recsys import metrics
 from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
@@ -42,6 +43,8 @@ class Job:
     rows: Int32
     keys: Int64
     mask: Bool
+    num_alive: int
+    """How many rows there are to place: `rows` may be let go once they are handed over."""
     num_rows: int
     """Rows of the catalogue then, deleted ones too."""
     hubness: float
@@ -156,6 +159,7 @@ class Generations:
             rows=rows,
             keys=self._catalogue.keys[every],
             mask=self._catalogue.mask[every],
+            num_alive=len(rows),
             num_rows=size,
             hubness=self._hubness,
         )
@@ -165,6 +169,7 @@ class Generations:
         searcher = Searcher(index, self._buffer)
         with self._lock:
             since, self._since = self._since or set(), set()
+        metrics.UNUSABLE_VECTORS.labels("item").inc(job.num_alive - len(index))
         self._put(searcher, since, job.towers)
         if self._bandit is not None:
             self._bandit.prepare(job.name, searcher, job.towers, self._living(since))
@@ -188,7 +193,9 @@ class Generations:
         for start in range(0, len(living), CHUNK):
             part = np.array(living[start : start + CHUNK], np.int32)
             vectors = self._scorer.item_vectors(self._catalogue.keys[part], self._catalogue.mask[part], towers)
-            searcher.put(*usable(part, vectors))
+            kept, vectors = usable(part, vectors)
+            metrics.UNUSABLE_VECTORS.labels("item").inc(len(part) - len(kept))
+            searcher.put(kept, vectors)
             for row in set(part.tolist()) - set(self._living(part.tolist())):
                 searcher.delete(row)  # deleted while its vector was computed
 
@@ -227,9 +234,13 @@ class Generations:
                 self._bandit.arrived(current.name, self._living(new), current.towers)
 
     def locate(self, user: UserFeatures) -> Located | None:
-        """Where the user is in the generation in use; None when there is none, or nothing is known of the user."""
+        """Where the user is in the generation in use; None when there is none, nothing is known of the user, or their vector has no
+        direction."""
         current = self._current
         if current is None:
             return None
         vector = self._scorer.user_vector(user, current.towers)
-        return None if vector is None or not np.isfinite(vector).all() else Located(current, vector)
+        if vector is not None and not (np.isfinite(vector).all() and vector.any(-1).all()):
+            metrics.UNUSABLE_VECTORS.labels("user").inc()
+            return None
+        return None if vector is None else Located(current, vector)

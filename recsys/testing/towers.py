@@ -15,7 +15,7 @@ from recsys.model import build, fused
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.ranking.bandit import Bandit
-from recsys.ranking.generation import CHUNK, Generations, Located
+from recsys.ranking.generation import CHUNK, Generations, Located, usable
 from recsys.ranking.parameters import ParameterState, Reply
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
@@ -60,7 +60,7 @@ class _Placed(Generations):
 
     def build(self, now_s: float) -> None:
         job = self.begin()
-        self.finish(job, ItemIndex.build(job.rows, self._vectors), now_s)
+        self.finish(job, ItemIndex.build(*usable(job.rows, self._vectors)), now_s)
 
     def locate(self, user: UserFeatures) -> Located | None:
         located, key = super().locate(user), int(user.shared_keys[0])

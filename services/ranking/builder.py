@@ -154,6 +154,7 @@ def main(folder: Path, name: str) -> None:
         rows=np.asarray(rows),
         keys=keys,
         mask=mask,
+        num_alive=len(rows),
         num_rows=len(rows),
         hubness=config.retrieval.hubness,
     )

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from recsys import metrics
 from recsys.config import parse
 from recsys.ranking.work import Work
 from recsys.testing.towers import TrainedWorld
@@ -62,3 +64,29 @@ def test_where_items_are_placed_users_are_near_one_of_them(tmp_path: Path) -> No
     for located in (work.located for work in works if work.located is not None):
         rows, scores = located.search(1)
         assert scores[0] > 0.6 and rows[0] == np.argmax(vectors @ located.vector)
+
+
+def counted(of: str) -> float:
+    return metrics.REGISTRY.get_sample_value("recsys_unusable_vectors_total", {"of": of}) or 0.0
+
+
+def test_items_and_users_without_a_direction_are_left_out_and_counted(tmp_path: Path) -> None:
+    vectors, before = clustered(NUM, centres=20), counted("item")
+    vectors[3], vectors[7] = 0, np.nan
+    world = trained(tmp_path, vectors)
+    assert counted("item") == before + 2
+    located = next(work.located for work in asked(world) if work.located is not None)
+    assert set(range(NUM)) - set(located.search(NUM)[0].tolist()) == {3, 7}
+    with torch.no_grad():
+        for weights in located.generation.towers.parameters():
+            weights.fill_(np.nan)
+    world.generations.changed(5)
+    world.generations.refresh(1e12)
+    assert counted("item") >= before + 3
+    users = counted("user")
+    works = asked(world)
+    assert counted("user") > users
+    assert not {"nearest", "bandit"} & answered_by(works).keys()
+    for work in works:
+        world.pipeline.score(work)
+        assert len(world.pipeline.answer(work).items) == work.request.n and not work.degraded
