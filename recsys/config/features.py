@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from recsys.config.tasks import Section
 
@@ -37,10 +37,10 @@ class FeaturesConfig(Section):
     context: tuple[str, ...] = ()
     """Context fields of a request that become slots."""
     numbers: tuple[str, ...] = ()
-    """Context fields and item attributes (also such that are no slots) that the models see as numbers, squashed, beside whether each is missing."""
+    """Fields of `context` and item attributes (also such that are no slots) that the models see as numbers, squashed, with a flag if missing."""
     time_since: tuple[str, ...] = ()
     """Seconds since these, as numbers: `last_event` (of the user's history), and attributes that hold a time (ISO text, or milliseconds)."""
-    buckets: dict[str, tuple[FiniteFloat, ...]] = Field(default_factory=dict)
+    buckets: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     """Context field or attribute → rising edges: its slot holds the bucket of its number; without a number it is missing."""
     history_types: tuple[str, ...] = ("click", "like", "purchase")
     """Feedback types that enter a user's history."""

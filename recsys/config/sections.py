@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -129,7 +129,7 @@ class TrainingConfig(Section):
 class RetrievalConfig(Section):
     """Candidate sources: how many candidates each may bring."""
 
-    sources: dict[str, int] = Field(
+    sources: dict[str, Annotated[int, Field(ge=0, le=10_000)]] = Field(
         default_factory=lambda: {"bandit": 50, "covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
     )
     """Source name → most candidates: bandit, covisited, followed, following (with `features.transitions`), nearest, trending."""

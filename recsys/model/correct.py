@@ -57,7 +57,7 @@ class ErrorMemory(nn.Module):
 
     K arrays of buckets, each addressed by L signs of random projections of the key; a bucket holds decayed sums of examples,
     labels and predictions. With `own` the correction is towards the mean label of the bucket, without it by the mean error made
-    there, which keeps the network's order within a bucket. A bucket of n examples counts n / (n + `shrink`).
+    there, which keeps the network's order within a bucket. A bucket of n examples, by weight, counts n / (n + `shrink`).
     """
 
     sums: torch.Tensor
@@ -97,9 +97,14 @@ class ErrorMemory(nn.Module):
         return (probabilities + self._strength * correction).clamp(0, 1)
 
     @torch.no_grad()
-    def update(self, keys: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> None:
-        """Remember examples: their keys [M, F], and predictions and labels [M, T] where `mask` holds."""
+    def update(
+        self, keys: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """Remember examples: their keys [M, F], and predictions, labels and weights (0: not to be remembered), all [M, T].
+
+        The weights are those of the loss: what came early as negative, and again as positive, leaves no error behind on the mean.
+        """
         self.sums *= 0.5 ** (len(keys) / HALF_LIFE)
-        new = torch.stack([torch.ones_like(probabilities), labels, probabilities], 2) * mask.unsqueeze(2)
+        new = torch.stack([torch.ones_like(probabilities), labels, probabilities], 2) * weights.unsqueeze(2)
         for sums, bucket in zip(self.sums, self.buckets(keys).T, strict=True):
             sums.index_add_(0, bucket, new.to(sums.dtype))

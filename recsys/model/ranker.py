@@ -177,7 +177,7 @@ class Ranker(nn.Module):
         log_odds = self.log_odds(logits)
         if self.memory is not None:
             p = torch.sigmoid(log_odds if self.calibrator is None else self.calibrator(log_odds))
-            self.memory.update(memory_keys(hidden), p, labels, weights > 0)
+            self.memory.update(memory_keys(hidden), p, labels, weights)
         if self.calibrator is not None:
             self.calibrator.update(log_odds, labels, weights)
 

@@ -40,6 +40,12 @@ def test_committed_configurations_are_valid(path: Path) -> None:
             ["prior of 'b'", "below"],
         ),
         ({"tasks": [{"name": "w", "types": ["v"], "buckets": [3, 2]}]}, ["'w'", "rise"]),
+        ({"bandit": {"half_life_s": float("inf")}}, ["bandit.half_life_s = inf", "finite"]),
+        (
+            {"retrieval": {"sources": {"trending": -1}}},
+            ["retrieval.sources.trending = -1", "greater than or equal to 0"],
+        ),
+        ({"retrieval": {"sources": {"nearest": 10_001}}}, ["nearest = 10001", "less than or equal to 10000"]),
         ({"tasks": [{"name": "w", "types": ["v"], "buckets": [3], "min_value": 1}]}, ["'w'", "drop min_value"]),
     ],
 )

@@ -1,11 +1,17 @@
 """The fast correctors: exact where the formulas say what must come out, and following a drift."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from recsys.config import parse
 from recsys.model.correct import HALF_LIFE, Calibrator, ErrorMemory
 from recsys.model.layers import seeded
+from recsys.model.ranker import Ranker, memory_keys
+from recsys.training.delayed import Importance
+from tests.unit.test_model_ranker import SPEC, inputs
 
 
 def stream(examples: int, slope: float, bias: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +90,18 @@ def test_it_adds_the_mean_error_of_each_array_shrunk_by_how_little_it_has_seen()
                 corrections.append(float((labels - p)[same, t].sum()) / (float(same.sum()) + 10))
             expected = 0.5 + 0.5 * np.mean(corrections)
             assert filled(asked, base)[i, t].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_came_as_negative_first_and_late_as_positive_leaves_no_error_behind() -> None:
+    """fnw: every impression comes as negative, a share again as positive; a network that is right is not corrected."""
+    tasks = [{"name": name, "types": [name], "labels": "fnw"} for name in ("click", "like")]
+    importance = Importance(parse({"tasks": tasks}).tasks)
+    model = Ranker(replace(SPEC, error_memory=1.0), seed=1)
+    assert model.memory is not None
+    hidden = model.scores(inputs(items=1, requests=1))[1].detach()
+    p, labels = torch.full((1200, 2), 0.2), torch.cat([torch.zeros(1000, 2), torch.ones(200, 2)])
+    model.observe(torch.logit(p), hidden.expand(-1, 1200, -1), labels, importance.weights(p, labels))
+    torch.testing.assert_close(model.memory(memory_keys(hidden), p[:1]), p[:1])
 
 
 def test_what_was_remembered_fades_with_what_came_since() -> None:
