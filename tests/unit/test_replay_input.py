@@ -68,7 +68,7 @@ def test_bad_columns_are_named_with_file_row_and_remedy(
 
 def test_empty_files_are_named(events: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_events(events, [Item(item_id="i", attributes={"kind": "k"})], [], [])
-    assert "no impression and no feedback" in refused(events, capsys, settings())
+    assert "no impression and no feedback" in refused(events, capsys, settings(context='["region"]'))
 
 
 @pytest.mark.parametrize(
