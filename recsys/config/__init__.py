@@ -1,12 +1,10 @@
 """Configuration is a value: read once, into frozen models."""
 
 from recsys.config.bandit import BanditConfig
+from recsys.config.features import CatalogueConfig, CounterConfig, FeaturesConfig
 from recsys.config.load import load, one_thread_each, parse
 from recsys.config.sections import (
-    CatalogueConfig,
     Config,
-    CounterConfig,
-    FeaturesConfig,
     ModelConfig,
     ParameterConfig,
     RankingConfig,

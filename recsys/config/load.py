@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from recsys.config.sections import Config, CounterConfig
+from recsys.config.features import CounterConfig
+from recsys.config.sections import Config
 from recsys.config.slate import BoostConfig, CapConfig, PinConfig
 from recsys.config.tasks import TaskConfig
 from recsys.errors import ConfigError

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from recsys.errors import BadInput
 from recsys.features.catalogue import Catalogue
 from recsys.features.numeric import bucket_of, number_of, squashed
-from recsys.features.schema import Schema
+from recsys.features.schema import Schema, Side
 from recsys.keys import cross, key_of
 from recsys.types import Bool, Float32, HistoryEvent, Int32, Int64, UInt8
 
@@ -168,7 +168,7 @@ def item_features(
 ) -> Features:
     """Keys, crosses and numbers of the items at catalogue rows [K] as of log time `now_ms`."""
     item_keys, item_mask = catalogue.keys[rows], catalogue.mask[rows]
-    cross_keys, cross_mask = _crosses(schema, catalogue, user, item_keys, item_mask)
+    cross_keys, cross_mask = _crosses(schema, user, item_keys, item_mask)
     numbers = np.empty((len(rows), len(schema.numbers)), np.float32)
     start = len(schema.counters.numbers)
     numbers[:, :start] = signals.counters
@@ -221,32 +221,30 @@ def _affinity(history: Int64, present: Bool, weights: Any, items: Int64, item_pr
     return share
 
 
-def _crosses(
-    schema: Schema, catalogue: Catalogue, user: UserFeatures, item_keys: Int64, item_mask: Bool
-) -> tuple[Int64, Bool]:
-    num_items = len(item_keys)
-    keys = np.zeros((num_items, len(schema.cross_slots)), np.int64)
-    mask = np.zeros((num_items, len(schema.cross_slots)), np.bool_)
+def _crosses(schema: Schema, user: UserFeatures, item_keys: Int64, item_mask: Bool) -> tuple[Int64, Bool]:
+    keys = np.zeros((len(item_keys), len(schema.cross_slots)), np.int64)
+    mask = np.zeros(keys.shape, np.bool_)
+    newest = slice(schema.cross_history)
+    blocks = {
+        "shared": (user.shared_keys, user.shared_mask),
+        "item": (item_keys, item_mask),
+        "history": (user.history_keys[newest], user.history_mask[newest]),
+    }
+
+    def columns(side: Side) -> list[Any]:
+        """Keys and mask [K or 1, columns]: those of all history entries are side by side."""
+        found = [block[..., side.where] for block in blocks[side.block]]
+        return found if side.block == "item" else [block.reshape(1, -1) for block in found]
+
     start = 0
-    for left, right in schema.crosses:
-        where = catalogue.columns(right)
-        right_keys, right_mask = item_keys[:, where], item_mask[:, where]
-        if left == "history":
-            left_keys, left_mask = (
-                user.history_keys[: schema.cross_history, 0],
-                user.history_mask[: schema.cross_history, 0],
-            )
-            columns = schema.cross_history
-        else:
-            column = 0 if left == "user" else 1 + schema.context.index(left)
-            left_keys, left_mask = user.shared_keys[column : column + 1], user.shared_mask[column : column + 1]
-            columns = 1
-        width, count = right_keys.shape[1], len(left_keys)
-        pairs = cross(left_keys[None, :, None], right_keys[:, None, :]).reshape(num_items, count * width)
-        both = (left_mask[None, :, None] & right_mask[:, None, :]).reshape(num_items, count * width)
-        keys[:, start : start + count * width] = np.where(both, pairs, 0)
-        mask[:, start : start + count * width] = both
-        start += columns * width
+    for left, right in schema.cross_sides:
+        (left_keys, left_mask), (right_keys, right_mask) = columns(left), columns(right)
+        pairs = cross(left_keys[:, :, None], right_keys[:, None, :])
+        both = left_mask[:, :, None] & right_mask[:, None, :]
+        end = start + pairs.shape[1] * pairs.shape[2]
+        keys[:, start:end] = np.where(both, pairs, 0).reshape(len(keys), end - start)
+        mask[:, start:end] = both.reshape(len(keys), end - start)
+        start += left.width * right.width
     return keys, mask
 
 

@@ -28,14 +28,13 @@ class Catalogue:
     """
 
     def __init__(self, schema: Schema, capacity: int = 1024) -> None:
-        self._schema = schema
         self.ids, self.titles, self.documents = Texts(), Texts(), Texts()
         width = len(schema.item_slots)
         self.keys: Int64 = np.zeros((capacity, width), np.int64)
         self.mask: Bool = np.zeros((capacity, width), np.bool_)
         self.alive: Bool = np.zeros(capacity, np.bool_)
         self._rows = RowIndex(self.keys)
-        self._columns = self._column_ranges()
+        self._columns = schema.item_columns
         self._attributes = [name for name, _ in schema.item_fields[1:]]
         self._edges = schema.edges
         self._times = {name for kind, name in schema.declared if kind == "time"}
@@ -55,13 +54,6 @@ class Catalogue:
     @property
     def num_alive(self) -> int:
         return len(self.ids) - self.deleted
-
-    def _column_ranges(self) -> dict[str, slice]:
-        ranges, start = {}, 0
-        for name, width in self._schema.item_fields:
-            ranges[name] = slice(start, start + width)
-            start += width
-        return ranges
 
     def columns(self, field: str) -> slice:
         """Where a field's columns lie in `keys` and `mask`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from recsys.config import Config
 from recsys.features.counted import CounterLayout
 from recsys.features.kernels import ITEM, MAX_SLOTS, SHARED
 from recsys.types import Int32
+
+
+class Side(NamedTuple):
+    """One side of a cross."""
+
+    block: Literal["shared", "item", "history"]
+    where: slice
+    """Its columns there"""
+    width: int
+    """Columns in all, of `cross_history` entries if it is the history"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,29 +145,38 @@ class Schema:
         return np.array([self.slot(name) for name, width in self.item_fields[:fields] for _ in range(width)], np.int32)
 
     @cached_property
+    def item_columns(self) -> dict[str, slice]:
+        """Where each item field's columns lie."""
+        ends = np.cumsum([width for _, width in self.item_fields]).tolist()
+        return {name: slice(end - width, end) for (name, width), end in zip(self.item_fields, ends, strict=True)}
+
+    @cached_property
     def cross_slots(self) -> Int32:
         """Slot of each cross column [C]."""
-        columns: list[int] = []
-        for left, right in self.crosses:
-            columns += (
-                [self.slot(f"{left}*{right}")] * (self.cross_history if left == "history" else 1) * self.width(right)
-            )
-        return np.array(columns, np.int32)
+        pairs = zip(self.crosses, self.cross_sides, strict=True)
+        return np.array([self.slot(f"{x}*{y}") for (x, y), (a, b) in pairs for _ in range(a.width * b.width)], np.int32)
 
-    def width(self, field: str) -> int:
-        """Columns of an item field."""
-        return dict(self.item_fields)[field]
+    @cached_property
+    def cross_sides(self) -> tuple[tuple[Side, Side], ...]:
+        """Where the two sides of each cross lie."""
+        shared = {
+            name: Side("shared", slice(column, column + 1), 1) for column, name in enumerate(("user", *self.context))
+        }
+        items = {name: Side("item", where, where.stop - where.start) for name, where in self.item_columns.items()}
+        past = {
+            "history" if name == "item" else f"history.{name}": Side("history", where, width * self.cross_history)
+            for name, (_, where, width) in list(items.items())[: self.num_history_fields]
+        }
+        return tuple(((items | shared | past)[left], (shared | items)[right]) for left, right in self.crosses)
 
     @cached_property
     def counter_spec(self) -> Int32:
         """Where the slots of each counter lie [C, 3, 3]: see `kernels.py`."""
         spec = np.zeros((len(self.counters.slots), MAX_SLOTS, 3), np.int32)
-        widths = [width for _, width in self.item_fields]
-        starts = dict(zip((name for name, _ in self.item_fields), np.cumsum([0, *widths]).tolist(), strict=False))
         for counter, names in enumerate(self.counters.slots):
             for place, name in enumerate(names):
-                if name in starts:
-                    spec[counter, place] = ITEM, starts[name], self.width(name)
+                if (where := self.item_columns.get(name)) is not None:
+                    spec[counter, place] = ITEM, where.start, where.stop - where.start
                 else:
                     spec[counter, place] = SHARED, 0 if name == "user" else 1 + self.context.index(name), 1
         return spec

@@ -120,9 +120,7 @@ def _check_names(arguments: argparse.Namespace, loaded: config.Config, found: fi
     for option, wanted, known, enough in (
         ("catalogue.attributes", loaded.catalogue.attributes, found.attributes, all),
         ("features.context", features.context, found.context, all),
-        ("features.numbers", [n for n in features.numbers if n not in features.context], found.attributes, all),
-        ("features.time_since", [n for n in features.time_since if n != "last_event"], found.attributes, all),
-        ("features.numbers", features.numbers, found.attributes | found.context, all),
+        ("features.numbers", features.numbers, found.attributes | set(features.context), all),
         ("features.time_since", features.time_since, found.attributes | {"last_event"}, all),
         ("features.history_types", features.history_types, found.types, any),
         ("features.elsewhere_types", features.elsewhere_types, found.types, any),

@@ -68,6 +68,30 @@ def test_crosses_pair_present_columns_only() -> None:
     assert features.cross_mask[0][with_history].tolist() == [True, False, False, False, False]
 
 
+def test_a_cross_pairs_any_two_fields_of_which_one_is_the_items() -> None:
+    _, _, catalogue = small()
+    pairs = [
+        ("category", "tags"),
+        ("category", "hour"),
+        ("history.tags", "category"),
+        ("item", "user"),
+        ("hour", "tags"),
+    ]
+    schema = Schema.of(parse({"features": {"context": ["hour"], "crosses": pairs, "cross_history": 3}}))
+    user = user_features(schema, catalogue, "u", [event("i3", 1), event("i1", 2)], {"hour": 7})
+    features = item_features(schema, catalogue, user, np.array([1, 0], np.int32), signals(schema, 2), 0.8)
+    item = {"category": ["c1"], "tags": ["t1", "all"], "item": ["i1"]}
+    known = {**item, "user": ["u"], "hour": ["7"], "history.tags": ["t1", "all", "t3", "all"]}
+    for left, right in pairs:
+        where = schema.cross_slots == schema.slot(f"{left}*{right}")
+        assert where.sum() == {"tags": 4, "history.tags": 12}.get(left, 1) * {"tags": 4}.get(right, 1)
+        keys, mask = features.cross_keys[0, where], features.cross_mask[0, where]
+        expected = [cross(np.array([key_of(x)]), np.array([key_of(y)]))[0] for x in known[left] for y in known[right]]
+        assert keys[mask].tolist() == expected
+        assert not keys[~mask].any()
+    assert features.cross_mask[1].sum() == 1 + 1 + 4 + 1 + 1  # of one tag, not two
+
+
 def test_each_sequence_keeps_its_newest_events_and_others_are_left_out() -> None:
     features = {"sequences": {"seen": ["click", "like"], "liked": ["like"]}, "history_len": 2, "time_gaps": True}
     _, _, catalogue = small()
