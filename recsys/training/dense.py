@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 CLIP_NORM = 10.0
-"""Largest norm of the dense gradient; half slows the first minutes, double lets one odd batch move everything."""
+"""Largest norm of a whole batch's dense gradient, of a share r of one 1/√r times as much, since chance makes it larger by that; half
+slows the first minutes, double lets one odd batch move everything. With one bound for all, learning as labels come, by ones and
+twos, cuts every other example short: .004 of KuaiRand's click AUC."""
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
@@ -40,16 +42,16 @@ class DenseOptimizer:
 
     @torch.no_grad()
     def step(self, share: float = 1.0) -> None:
-        """One update with the gradient of a batch's mean loss, its norm bounded by CLIP_NORM; it must be finite.
+        """One update with the gradient of a batch's mean loss, its norm bounded; it must be finite.
 
         `share` r in (0, 1]: Adam's decay rates and step are taken to the power of, and times, r, and the square of a mean over
         fewer examples counts r times: it is larger by chance. With r = 1 it is as published. Adagrad needs none of it: r times
         the gradient, in both its step and its sum of squares, is the same step.
         """
-        gradient = self.gradient
+        gradient, most = self.gradient, CLIP_NORM / share**0.5
         norm = float(gradient.norm())
-        if norm > CLIP_NORM:
-            gradient.mul_(CLIP_NORM / norm)
+        if norm > most:
+            gradient.mul_(most / norm)
         if not self._adam:
             self._square.addcmul_(gradient, gradient)
             self._weights.addcdiv_(gradient, self._square.sqrt().add_(_EPSILON), value=-self._rate)

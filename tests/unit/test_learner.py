@@ -133,6 +133,15 @@ def test_flat_adam_is_adam_with_its_norm_bounded() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize(("share", "norm"), [(1.0, CLIP_NORM), (1 / 256, 16 * CLIP_NORM)])
+def test_the_bound_of_the_norm_grows_as_chance_does_in_smaller_batches(share: float, norm: float) -> None:
+    for factor, bounded in ((0.99, 0.99), (3.0, 1.0)):
+        optimizer = DenseOptimizer(torch.nn.Linear(3, 1), "adam", 0.01)
+        optimizer.gradient.fill_(factor * norm / 2)  # of four numbers
+        optimizer.step(share)
+        assert optimizer.gradient.norm().item() == pytest.approx(bounded * norm)
+
+
 @pytest.mark.parametrize("kind", ["adam", "adagrad"])
 def test_how_a_stream_is_cut_into_batches_hardly_changes_what_is_learned(kind: str) -> None:
     """256 examples a step, or 16, or 1: noisy regression ends at nearly the same weights; unscaled steps of 1 do not."""
