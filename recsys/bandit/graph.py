@@ -62,6 +62,10 @@ class Graph:
     rows: Int32
 
 
+def _forgotten(centroid: Float32, k: int) -> tuple[Int32, Float32]:
+    raise RuntimeError("a retired generation is not searched")
+
+
 @dataclass(frozen=True, slots=True)
 class _Near:
     """A cluster's nearest items, by which centroid they were found, and the least cosine among them (-1: there is room)."""
@@ -108,6 +112,10 @@ class Space:
         if len(self._rows) and len(ids):
             self._add_newest(rows, centroids, np.array([near[cluster].floor for cluster in ids.tolist()]))
         self.graph = Graph(published=published, ids=ids, places=published.places[known], centroids=centroids, rows=rows)
+
+    def retire(self) -> None:
+        """A newer generation is in use: the graph stays for requests under way, the index goes."""
+        self._search = _forgotten
 
     def _centroids(self, published: Published, generation: str) -> Float32:
         """The trainer's, of this generation and of enough vectors; else our own; else what there is."""

@@ -77,6 +77,8 @@ class Bandit:
         published = self._scorer.clusters
         if published is not None:
             space.follow(published, name)
+        for one in older:
+            one.retire()
         self._spaces = {**dict(list(self._spaces.items())[-1:]), name: space}
 
     def _own_centroids(self, towers: TwoTower) -> dict[int, Float32]:

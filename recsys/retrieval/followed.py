@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.decay import ForwardDecay
-from recsys.retrieval.trending import among
+from recsys.retrieval.trending import among, largest
 from recsys.types import Bool, Float32, Int32, Int64
 
 _POPULAR = 200
@@ -197,5 +197,5 @@ class Followed:
         if allowed is not None:
             kept = among(rows, allowed)
             rows, scores = rows[kept], scores[kept]
-        best = np.argsort(-scores, kind="stable")[:k]
+        best = largest(scores, k)
         return rows[best], scores[best].astype(np.float32)

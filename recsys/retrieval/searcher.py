@@ -9,7 +9,7 @@ from collections.abc import Collection
 import numpy as np
 
 from recsys.retrieval.index import ItemIndex, unit
-from recsys.retrieval.trending import among
+from recsys.retrieval.trending import among, largest
 from recsys.types import Bool, Float32, Int32, UInt8
 
 
@@ -160,5 +160,5 @@ def _merged(found: list[tuple[Int32, Float32]], k: int) -> tuple[Int32, Float32]
     rows, where = np.unique(np.concatenate([rows for rows, _ in found]), return_inverse=True)
     scores = np.full(len(rows), -np.inf, np.float32)
     np.maximum.at(scores, where, np.concatenate([scores for _, scores in found]))
-    best = np.argsort(-scores, kind="stable")[:k]
+    best = largest(scores, k)
     return rows[best], scores[best]

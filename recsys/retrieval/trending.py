@@ -69,7 +69,7 @@ class Trending:
 
     def _raise_bar(self) -> None:
         rows = np.array(self._above)
-        kept = rows[np.argsort(-self._sums[rows], kind="stable")[: self._top]]
+        kept = rows[largest(self._sums[rows], self._top)]
         self._bar, self._bar_row = float(self._sums[kept[-1]]), int(kept[-1])
         self._above = array("i", np.sort(kept).tobytes())
 
@@ -86,7 +86,7 @@ class Trending:
                 rows = every[among(every, allowed)].astype(np.int32)
             sums = self._sums[rows]
             decay = self._decay.decay(now_ms)
-        best = np.argsort(-sums, kind="stable")[:k]  # rows ascend, so stable means ties by row
+        best = largest(sums, k)  # rows ascend: ties by row
         return rows[best], (sums[best] * decay).astype(np.float32)
 
     def score(self, rows: Int32, now_ms: int) -> Float32:
@@ -120,6 +120,16 @@ class Trending:
             origin_ms, shift, self.last_ms = state["clock"].tolist()
             self._decay.restore(origin_ms, shift)
             self._resize(sums)
+
+
+def largest(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
+    """Places of the k largest values [n], best first, the lower place first among equals; without sorting the rest."""
+    if k >= len(values):
+        return np.argsort(-values, kind="stable")
+    if k < 1:
+        return np.zeros(0, np.intp)
+    rows = np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
+    return rows[np.argsort(-values[rows], kind="stable")[:k]]
 
 
 def among(rows: Int32 | Int64, allowed: Bool | None) -> npt.NDArray[np.intp]:

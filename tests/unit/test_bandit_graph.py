@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_each_cluster_has_its_nearest_items() -> None:
     space.follow(published(centroids), "g1")
     assert graph(space).ids.tolist() == [10, 12] and graph(space).places.tolist() == [2, 0]
     assert edges(space, 10) == near(centroids[0]) and edges(space, 12) == near(centroids[2])
+
+
+def test_a_retired_graph_answers_but_lets_go_of_its_index() -> None:
+    index = Index()
+    freed, space = weakref.ref(index), Space(index, W, {})
+    space.follow(published(np.eye(8, dtype=np.float32)[:1]), "g1")
+    del index
+    space.retire()
+    assert freed() is None and edges(space, 10)
 
 
 def test_only_a_cluster_that_moved_is_searched_for_again() -> None:

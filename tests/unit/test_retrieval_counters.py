@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.followed import Followed
-from recsys.retrieval.trending import Trending
+from recsys.retrieval.trending import Trending, largest
 from recsys.types import Int32
 
 HOUR_MS = 3_600_000
@@ -285,3 +285,9 @@ def test_followed_is_exact_up_to_its_bound(notes: list[tuple[int, int]], k: int)
     popular = best({row: c for row, c in enumerate(counts.tolist()) if c}, k)
     ranked = followed.query([(0, 1, 1.0)], 1000)[0].tolist()
     assert set(popular) <= set(ranked)
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(0, 45))
+def test_largest_is_a_stable_sort_cut_short(values: list[int], k: int) -> None:
+    given_values = np.array(values, np.float32)
+    np.testing.assert_array_equal(largest(given_values, k), np.argsort(-given_values, kind="stable")[:k])
