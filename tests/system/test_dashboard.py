@@ -62,6 +62,7 @@ UNMOVED = {
     "recsys_table_expired_rows_total",
     "recsys_skipped_batches_total",
     "recsys_generation_failures_total",
+    "recsys_unusable_vectors_total",
     "recsys_dead_units_ratio",
     "recsys_breaker_open",
     "recsys_published_tombstones_total",
