@@ -81,7 +81,7 @@ class Joiner:
                 self._types.setdefault(kind, []).append(index)
         self._open: dict[str, _Open] = {}
         self._queues: list[deque[str]] = [deque() for _ in self._ends_ms]
-        self._waiting: OrderedDict[str, tuple[int, list[Feedback]]] = OrderedDict()
+        self._waiting: OrderedDict[str, tuple[int, list[tuple[int, Feedback]]]] = OrderedDict()
         """Feedback ahead of its impression."""
         self._positives: list[tuple[str, int, int]] = []
         """(request, item, task) of positives to emit without waiting."""
@@ -113,7 +113,7 @@ class Joiner:
         for queue in self._queues:
             queue.append(message.request_id)
         _, early = self._waiting.pop(message.request_id, (0, []))
-        self._settled += [self.feedback(feedback, now_ms) for feedback in early]
+        self._settled += [self.feedback(feedback, max(at_ms, now_ms)) for at_ms, feedback in early]
         return "opened"
 
     def feedback(self, message: Feedback, now_ms: int) -> str:
@@ -149,7 +149,7 @@ class Joiner:
         request_id = message.request_id or ""
         if self._requests.contains(request_id):
             return "too_late"
-        self._waiting.setdefault(request_id, (now_ms, []))[1].append(message)
+        self._waiting.setdefault(request_id, (now_ms, []))[1].append((now_ms, message))
         return "early"
 
     def due(self, now_ms: int) -> bool:
@@ -259,7 +259,9 @@ class Joiner:
                 ]
                 for request_id, entry in self._open.items()
             ],
-            "early": [[r, t, [_feedback_state(f) for f in messages]] for r, (t, messages) in self._waiting.items()],
+            "early": [
+                [r, t, [(at, _feedback_state(f)) for at, f in messages]] for r, (t, messages) in self._waiting.items()
+            ],
             "requests": {name: array.tolist() for name, array in self._requests.state().items()},
             "spill": self._spill.sizes(),
         }
@@ -286,7 +288,9 @@ class Joiner:
             )
             for queue in self._queues[closed:]:
                 queue.append(request_id)
-        self._waiting = OrderedDict((r, (t, [Feedback(**f) for f in messages])) for r, t, messages in state["early"])
+        self._waiting = OrderedDict(
+            (r, (t, [(at, Feedback(**f)) for at, f in messages])) for r, t, messages in state["early"]
+        )
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
         self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
 

@@ -72,6 +72,18 @@ def test_late_early_duplicate_and_foreign_feedback_are_told_apart(tmp_path: Path
     assert joiner.feedback(feedback("r"), 70_000) == "too_late"
 
 
+def test_feedback_read_before_its_impression_is_judged_by_its_own_time_even_after_a_restart(tmp_path: Path) -> None:
+    first, second = Joiner(TASKS, tmp_path), Joiner(TASKS, tmp_path / "again")
+    assert first.feedback(feedback("r", "i0"), 11_000) == "early"
+    assert first.feedback(feedback("r", "i1", event_id="f"), 11_001) == "early"
+    second.restore(orjson.loads(orjson.dumps(first.state())))
+    for joiner in (first, second):
+        joiner.impression(impression("r"), 1000)
+        assert joiner.take_settled() == ["joined", "too_late"]
+        (emission,) = joiner.close(11_002)
+        assert emission.labels[:, 0].tolist() == [True, False]
+
+
 def test_impressions_out_of_time_order_keep_their_features(tmp_path: Path) -> None:
     """Partitions are not read in step: an older impression may come after a younger one, even after that one's file was dropped."""
     joiner = Joiner(TASKS, tmp_path)
