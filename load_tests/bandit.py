@@ -19,7 +19,7 @@ import numpy.typing as npt
 from load_tests.bandit_costs import costs, inflation, speed
 from load_tests.bandit_loop import loop_choose, loop_update
 from load_tests.chart import line_chart
-from load_tests.common import RESULTS, ROOT, Report, run, say
+from load_tests.common import RESULTS, ROOT, Report, choose_parts, run, say
 from recsys.bandit.base import Choices, Events, Policy, Requests
 from recsys.bandit.policy import EdgeValues, PolicyOptions, Shape, make_policy
 from recsys.bandit.sums import EdgeSums
@@ -83,13 +83,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judged", type=int, default=10, help="worlds of Diag-LinUCB and LinUCB, likewise")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="of `worlds`")
     parser.add_argument("--duration", type=int, default=7200, help="seconds of event time of each of --runs")
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        default=PARTS,
-        help="what to measure; figures of other parts stay as they were saved (default: all)",
-    )
+    choose_parts(parser, PARTS)
     parser.add_argument("--choose", action="store_true", help="print each policy's loss over its grid, in other worlds")
 
 
@@ -193,8 +187,7 @@ def cases(world: BanditWorld, policies: Sequence[str]) -> dict[str, Runner]:
 
 def measure(options: argparse.Namespace, report: Report) -> None:
     """Regret of each case over all worlds, then costs and the inflation of the published mean."""
-    if (saved := RESULTS / "bandit.json").exists():
-        report.keep(json.loads(saved.read_text(encoding="utf-8")))
+    report.keep()
     if "worlds" in options.parts:
         _worlds(options, report)
     if "judged" in options.parts:

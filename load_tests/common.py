@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from load_tests import calibrate
+from recsys.provenance import cpu_model, git, head
 from recsys.testing.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,9 +102,10 @@ class Report:
             raise ValueError(f"figure {name!r} has no unit, no budget, or was reported already: look at budgets.toml")
         self._values[name] = (figure, value)
 
-    def keep(self, result: Mapping[str, Any]) -> None:
-        """Let an earlier result's figures stand, scaled as they were then, where this run measures none of that name."""
-        self._kept = result
+    def keep(self) -> None:
+        """Let the committed figures stand, scaled as they were then, where this run measures none of that name."""
+        if (saved := RESULTS / f"{self.test}.json").exists():
+            self._kept = json.loads(saved.read_text(encoding="utf-8"))
 
     def percentiles(self, name: str, values_ms: Sequence[float]) -> None:
         """Two figures in ms, NAME_p50 and NAME_p99, over all values."""
@@ -149,6 +151,17 @@ class Report:
         }
 
 
+def choose_parts(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    """`--parts`, of a load test that keeps the committed figures of the others."""
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=parts,
+        default=parts,
+        help="what to measure; figures of other parts stay as they were saved (default: all)",
+    )
+
+
 def slowness_of(rounds: Mapping[str, Sequence[float]], reference: Mapping[str, float]) -> float:
     """How many times slower than the reference machine: geometric mean over the loops."""
     return math.prod(median(rounds[loop]) / reference[loop] for loop in reference) ** (1 / len(reference))
@@ -169,20 +182,14 @@ def windowed(at_s: Sequence[float], values: Sequence[float], percent: float, win
 
 def commit() -> dict[str, Any]:
     """The commit checked out, null where there is none, and whether files differ from it."""
-    head, status = (
-        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        for words in (("rev-parse", "--verify", "-q", "HEAD"), ("status", "--porcelain"))
-    )
-    return {"commit": head.stdout.strip() or None, "dirty": bool(status.returncode or status.stdout.strip())}
+    found = head(ROOT)
+    return {"commit": found or None, "dirty": not found or bool(git(ROOT, "status", "--porcelain").strip())}
 
 
 def hardware() -> dict[str, Any]:
     """The machine."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return {
-        "cpu": model or platform.processor() or platform.machine(),
+        "cpu": cpu_model(),
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "python": platform.python_version(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ import faiss
 import numpy as np
 
 from load_tests import retrieval_served
-from load_tests.common import RESULTS, Report, percentile, run, say
+from load_tests.common import Report, choose_parts, percentile, run, say
 from recsys import config as configuration
 from recsys.retrieval.index import ItemIndex
 from recsys.retrieval.searcher import Searcher
@@ -44,13 +43,7 @@ Search = Callable[[Float32], Any]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=int, default=1_000_000, help="of the largest measurements")
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        default=PARTS,
-        help="what to measure; figures of other parts stay as they were saved (default: all)",
-    )
+    choose_parts(parser, PARTS)
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
@@ -60,8 +53,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         "world": lambda: _world(report, options),
         "served": lambda: retrieval_served.measure(report, options.items, options.seed),
     }
-    if (saved := RESULTS / "retrieval.json").exists():
-        report.keep(json.loads(saved.read_text(encoding="utf-8")))
+    report.keep()
     for part in options.parts:
         measured[part]()
 

@@ -59,8 +59,8 @@ class BanditLearner:
         self._rewards, self._window_ms = set(bandit.reward_types), int(bandit.reward_window_s * 1000)
         self._requests = Recent()
         self._open: OrderedDict[str, _Open] = OrderedDict()
-        self._early: OrderedDict[str, tuple[int, list[tuple[int, str]]]] = OrderedDict()
-        """Feedback ahead of its impression: (item key, type) by request."""
+        self._early: OrderedDict[str, list[tuple[int, int, str]]] = OrderedDict()
+        """Feedback ahead of its impression: (log time, item key, type) by request."""
         self._due: list[tuple[_Open, Int64, int]] = []
         """Items (by number) of an impression that count as shown, or as rewarded, since the last step."""
         self._outcomes: list[str] = []
@@ -98,9 +98,8 @@ class BanditLearner:
         if message.activation != "deferred":
             opened.became[:] = SHOWN
             self._due.append((opened, np.arange(len(with_edge)), SHOWN))
-        _, early = self._early.pop(message.request_id, (0, []))
-        for key, kind in early:
-            self._happened(opened, key, kind, now_ms)
+        for at_ms, key, kind in self._early.pop(message.request_id, ()):
+            self._happened(opened, key, kind, max(at_ms, now_ms))
 
     def feedback(self, message: Feedback, now_ms: int) -> None:
         """Reward an item, or count it as shown (`view`, where that was deferred)."""
@@ -112,7 +111,7 @@ class BanditLearner:
         elif self._requests.contains(message.request_id):
             self._settle(message.type, "too_late")
         else:
-            self._early.setdefault(message.request_id, (now_ms, []))[1].append((key, message.type))
+            self._early.setdefault(message.request_id, []).append((now_ms, key, message.type))
 
     def _happened(self, opened: _Open, key: int, kind: str, now_ms: int) -> None:
         at = np.flatnonzero(opened.keys == key)
@@ -154,9 +153,9 @@ class BanditLearner:
         oldest = now_ms - self._window_ms
         while self._open and next(iter(self._open.values())).time_ms < oldest:
             self._open.popitem(last=False)
-        while self._early and next(iter(self._early.values()))[0] < oldest:
-            _, (_, never) = self._early.popitem(last=False)
-            for _, kind in never:
+        while self._early and next(iter(self._early.values()))[0][0] < oldest:
+            _, never = self._early.popitem(last=False)
+            for _, _, kind in never:
                 self._settle(kind, "no_impression")
         for change in self.clusters.step():
             self._follow(change)
@@ -223,7 +222,7 @@ class BanditLearner:
     def state(self) -> Arrays:
         """Everything but the edges, as arrays."""
         opened = list(self._open.values())
-        early = [(r, t, k, kind) for r, (t, events) in self._early.items() for k, kind in events]
+        early = [(r, *event) for r, events in self._early.items() for event in events]
         return {
             **{f"clusters.{name}": array for name, array in self.clusters.state().items()},
             **{f"requests.{name}": array for name, array in self._requests.state().items()},
@@ -256,7 +255,7 @@ class BanditLearner:
         for r, (t, key), kind in zip(
             split(state["early.ids"]), state["early.events"].tolist(), split(state["early.types"]), strict=True
         ):
-            self._early.setdefault(r, (t, []))[1].append((key, kind))
+            self._early.setdefault(r, []).append((t, key, kind))
 
 
 def _flat(parts: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:

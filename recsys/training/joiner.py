@@ -81,8 +81,8 @@ class Joiner:
                 self._types.setdefault(kind, []).append(index)
         self._open: dict[str, _Open] = {}
         self._queues: list[deque[str]] = [deque() for _ in self._ends_ms]
-        self._waiting: OrderedDict[str, tuple[int, list[tuple[int, Feedback]]]] = OrderedDict()
-        """Feedback ahead of its impression."""
+        self._waiting: OrderedDict[str, list[tuple[int, Feedback]]] = OrderedDict()
+        """Feedback ahead of its impression, with its log times."""
         self._positives: list[tuple[str, int, int]] = []
         """(request, item, task) of positives to emit without waiting."""
         self._settled: list[str] = []
@@ -112,7 +112,7 @@ class Joiner:
         )
         for queue in self._queues:
             queue.append(message.request_id)
-        _, early = self._waiting.pop(message.request_id, (0, []))
+        early = self._waiting.pop(message.request_id, ())
         self._settled += [self.feedback(feedback, max(at_ms, now_ms)) for at_ms, feedback in early]
         return "opened"
 
@@ -149,7 +149,7 @@ class Joiner:
         request_id = message.request_id or ""
         if self._requests.contains(request_id):
             return "too_late"
-        self._waiting.setdefault(request_id, (now_ms, []))[1].append((now_ms, message))
+        self._waiting.setdefault(request_id, []).append((now_ms, message))
         return "early"
 
     def due(self, now_ms: int) -> bool:
@@ -177,8 +177,8 @@ class Joiner:
             _, index = min(due)
             yield self._close(self._queues[index].popleft(), index)
         waited = self._ends_ms[-1]
-        while self._waiting and next(iter(self._waiting.values()))[0] + waited < now_ms:
-            _, (_, never) = self._waiting.popitem(last=False)
+        while self._waiting and next(iter(self._waiting.values()))[0][0] + waited < now_ms:
+            _, never = self._waiting.popitem(last=False)
             self._settled += ["no_impression"] * len(never)
         self._spill.drop_closed()
 
@@ -259,9 +259,7 @@ class Joiner:
                 ]
                 for request_id, entry in self._open.items()
             ],
-            "early": [
-                [r, t, [(at, _feedback_state(f)) for at, f in messages]] for r, (t, messages) in self._waiting.items()
-            ],
+            "early": [[r, [(at, _feedback_state(f)) for at, f in early]] for r, early in self._waiting.items()],
             "requests": {name: array.tolist() for name, array in self._requests.state().items()},
             "spill": self._spill.sizes(),
         }
@@ -288,9 +286,7 @@ class Joiner:
             )
             for queue in self._queues[closed:]:
                 queue.append(request_id)
-        self._waiting = OrderedDict(
-            (r, (t, [(at, Feedback(**f)) for at, f in messages])) for r, t, messages in state["early"]
-        )
+        self._waiting = OrderedDict((r, [(at, Feedback(**f)) for at, f in early]) for r, early in state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
         self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
 

@@ -61,6 +61,7 @@ class TowerLearner:
         self._schema, self._catalogue = schema, catalogue
         self._table = tables["tower"]
         self._types, self._past = set(config.retrieval.count_types), set(config.features.history_types)
+        self._known = self._types | self._past
         self._seen = Recent()
         self._length, self._hard = config.features.history_len, config.model.hard_negatives
         self.model = build.two_tower(config, schema)
@@ -92,7 +93,7 @@ class TowerLearner:
 
         False: the batch's gradient was not finite, and nothing was learned of it.
         """
-        if message.type not in self._types | self._past or not self._seen.add(message.event_id, now_ms):
+        if message.type not in self._known or not self._seen.add(message.event_id, now_ms):
             return True
         user, row = self._user(message.user_id), self._catalogue.row(message.item_id)
         asked = message.request_id is not None and message.request_id == user.request_id
@@ -178,14 +179,15 @@ class TowerLearner:
 
     def arrays(self) -> dict[str, Any]:
         """Item frequencies and the ids of recent feedback, as arrays."""
-        parts = {"frequency": self.frequency.state(), "seen": self._seen.state()}
-        return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+        return {f"{name}.{key}": array for name, part in self._parts().items() for key, array in part.state().items()}
 
     def restore_arrays(self, arrays: Mapping[str, Any]) -> None:
         """Load what `arrays` returned."""
-        for part in (self.frequency, self._seen):
-            prefix = "seen." if part is self._seen else "frequency."
-            part.restore({k.removeprefix(prefix): array for k, array in arrays.items() if k.startswith(prefix)})
+        for name, part in self._parts().items():
+            part.restore({key.removeprefix(f"{name}."): a for key, a in arrays.items() if key.startswith(f"{name}.")})
+
+    def _parts(self) -> dict[str, Frequency | Recent]:
+        return {"frequency": self.frequency, "seen": self._seen}
 
     def state(self) -> dict[str, Any]:
         """Users, waiting positives and step, as JSON-able values."""

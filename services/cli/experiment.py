@@ -8,7 +8,6 @@ import difflib
 import io
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 from recsys.errors import BadInput, FolderLocked
 from recsys.events import files
 from recsys.files import write_file
+from recsys.provenance import cpu_model, git, head
 from services.cli.main import DONE, MISSED, emit, parser
 from services.cli.replay import config_of, prepared
 
@@ -163,21 +163,13 @@ def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:
 def _circumstances(folder: Path, out: Path) -> dict[str, str | bool]:
     """What else a result depends on: the commit of the folder that holds the experiment (empty: none), whether files other
     than results differ from it, and the machine."""
-    changed = [line[3:] for line in _git(folder, "status", "--porcelain").splitlines()]
-    top, results = Path(_git(folder, "rev-parse", "--show-toplevel").strip()), out.resolve()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    changed = [line[3:] for line in git(folder, "status", "--porcelain").splitlines()]
+    top, results = Path(git(folder, "rev-parse", "--show-toplevel").strip()), out.resolve()
     return {
-        "commit": _git(folder, "rev-parse", "--verify", "HEAD").strip(),
+        "commit": head(folder),
         "dirty": not all((top / name).is_relative_to(results) for name in changed),
-        "hardware": f"{os.cpu_count()} cores, {(models or [platform.machine()])[0]}",
+        "hardware": f"{os.cpu_count()} cores, {cpu_model()}",
     }
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    """What it says; nothing where the folder is not under version control."""
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout
 
 
 def _one_after_another(todo: list[Run], out: Path, folder: Path) -> Iterator[Run]:

@@ -148,6 +148,17 @@ def test_a_reward_ahead_of_its_impression_waits_for_it(learner: Make) -> None:
     assert sums(bandit, 0, "a") == [1, 1, 1] and bandit.take_outcomes() == ["rewarded"]
 
 
+def test_a_reward_read_before_its_impression_is_late_by_its_own_time(learner: Make) -> None:
+    bandit = learner()
+    bandit.feedback(act("r", "a"), T0 + 60_000)
+    bandit.feedback(act("r", "b"), T0 + 60_001)
+    again = learner()
+    again.restore(bandit.state())
+    for one in (bandit, again):
+        show(one, shown("r", ["a", "b"], [0], [1.0], [1, 1]), T0)
+        assert one.take_outcomes() == ["rewarded", "too_late"]
+
+
 def test_deferred_items_count_once_viewed(learner: Make) -> None:
     bandit = learner()
     show(bandit, replace(shown("r", ["a", "b"], [0], [0.5], [1, 1]), activation="deferred"))

@@ -88,14 +88,17 @@ def test_every_budgeted_figure_is_in_the_result_even_if_never_measured() -> None
     assert {"commit", "dirty", "hardware", "seed", "calibration", "results"} <= set(result)
 
 
-def test_kept_figure_is_not_scaled_again_and_says_its_commit() -> None:
+def test_kept_figure_is_not_scaled_again_and_says_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(name: str, value: float | None) -> dict[str, Any]:
         return {"name": name, "value": value, "unit": "s", "better": "lower", "budget": None, "met": value is not None}
 
     report = Report("ingest", {})
     report.add("build", 1.0, "s")
     old = [row("build", 9.0), row("build_raw", 9.0), row("start", 2.0), row("start_raw", 4.0), row("never", None)]
-    report.keep({"commit": "b" * 40, "kept": {"start": "a" * 40, "start_raw": "a" * 40}, "results": old})
+    saved = {"commit": "b" * 40, "kept": {"start": "a" * 40, "start_raw": "a" * 40}, "results": old}
+    (tmp_path / "ingest.json").write_text(json.dumps(saved))
+    monkeypatch.setattr("load_tests.common.RESULTS", tmp_path)
+    report.keep()
     result = report.finish()
     values = {row["name"]: row["value"] for row in result["results"]}
     assert values["build_raw"] == 1.0
