@@ -11,6 +11,7 @@ import shutil
 import struct
 import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -274,12 +275,12 @@ def _inverted(vectors: Float32) -> tuple[Any, Int64]:
     means = faiss.Clustering(dim, lists)
     means.niter, means.spherical = 10, True
     means.min_points_per_centroid, means.max_points_per_centroid = 1, 2 * _TRAIN_PER_LIST
-    centroids: Any = faiss.IndexFlatIP(dim)
-    means.train(vectors[:: max(1, count // (_TRAIN_PER_LIST * lists))], centroids)
-    used, nearest = np.unique(centroids.search(vectors, 1)[1][:, 0], return_inverse=True)
+    comparing = _comparing(dim)
+    means.train(vectors[:: max(1, count // (_TRAIN_PER_LIST * lists))], comparing)
+    used, nearest = np.unique(comparing.search(vectors, 1)[1][:, 0], return_inverse=True)
     # Items that look the same leave lists empty, whose centroids would be probed in vain.
-    middle, centroids = centroids.reconstruct_n(0, lists)[used], faiss.IndexFlatIP(dim)
-    centroids.add(middle)
+    centroids: Any = faiss.IndexFlatIP(dim)
+    centroids.add(faiss.vector_to_array(means.centroids).reshape(lists, dim)[used])
     half = faiss.ScalarQuantizer.QT_fp16
     index: Any = faiss.IndexIVFScalarQuantizer(centroids, dim, len(used), half, faiss.METRIC_INNER_PRODUCT, True)
     index.own_fields = False  # Python owns the centroids
@@ -289,6 +290,15 @@ def _inverted(vectors: Float32) -> tuple[Any, Int64]:
     index.train(ordered[:1])
     index.add_core(count, faiss.swig_ptr(ordered), None, faiss.swig_ptr(where))
     return index, order
+
+
+def _comparing(dim: int) -> Any:
+    """An empty index that compares everything: on the GPU where there is one with 2 GB to spare, which is where building's time goes."""
+    flat: Any = faiss.IndexFlatIP(dim)
+    if faiss.get_num_gpus():
+        with suppress(RuntimeError):
+            return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, flat)
+    return flat
 
 
 def _choose_probes(index: Any, vectors: Float32, order: Int64, corrected: bool) -> float:

@@ -287,6 +287,17 @@ def test_followed_is_exact_up_to_its_bound(notes: list[tuple[int, int]], k: int)
     assert set(popular) <= set(ranked)
 
 
+def test_followed_sorts_anew_once_a_fiftieth_of_its_items_was_noted() -> None:
+    followed, count = Followed(), 200
+    for row in range(count):
+        followed.upsert(row, [[1]])
+        followed.note(row)
+    assert followed.query([(0, 1, 1.0)], 1)[0].tolist() == [count - 1]
+    for _ in range(count // 50 + 1):
+        followed.note(150)
+    assert followed.query([(0, 1, 1.0)], 1)[0].tolist() == [150]
+
+
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(0, 45))
 def test_largest_is_a_stable_sort_cut_short(values: list[int], k: int) -> None:
     given_values = np.array(values, np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -128,6 +129,17 @@ def test_saved_index_answers_the_same_and_a_torn_one_is_refused(small: tuple[Int
         path.write_bytes(damaged)
         with pytest.raises(SnapshotCorrupt, match=r"items\.index"):
             ItemIndex.load(path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not faiss.get_num_gpus(), reason="needs a CUDA device")
+def test_a_gpu_builds_lists_as_good_as_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, rows = clustered(60_000, 8, 3), np.arange(60_000, dtype=np.int32)
+    by_gpu = ItemIndex.build(rows, vectors)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    by_cpu = ItemIndex.build(rows, vectors)
+    assert by_gpu.recall >= by_cpu.recall - 0.01
+    np.testing.assert_array_equal(np.sort(by_gpu.rows), rows)
 
 
 def test_large_index_finds_nearly_all_and_is_deterministic(tmp_path: Path) -> None:
