@@ -12,8 +12,13 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from load_tests.chart import line_chart
 from load_tests.common import RESULTS, ROOT, Figure, read_budgets
+from recsys.evaluation.metrics import differences
 
 FOLDER = RESULTS / "quality"
 DOCUMENT = ROOT / "docs" / "quality.md"
@@ -51,6 +56,8 @@ PARTS = {
     "with_calibrate": "+ calibrator",
     "with_error_memory": "+ ReLoop2's error memory, .3",
 }
+WHOLE = "kuairand_online_0"
+COLUMNS = ("prediction", "label", "user", "day")
 SYNC_S = (18_000, 1_800, 60, 1, 0)
 WITH = {"delay": "models alone", "with_bandit": "with the bandit"}
 DELAYS_S = (0, 1, 60, 1_800, 18_000, 86_400)
@@ -97,7 +104,10 @@ def report(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     rows = [Figure(name=n, **budget).row(values[n]) for n, budget in read_budgets()["quality"].items()]
     commits = sorted({run["commit"] for run in runs.values()})
     machines = sorted({run["hardware"] for run in runs.values()})
-    return {"commit": commits, "hardware": machines, "seed": [0, 1, 2], "results": rows}
+    given = {
+        run["arguments"][run["arguments"].index("--seed") + 1] for run in runs.values() if "--seed" in run["arguments"]
+    }
+    return {"commit": commits, "hardware": machines, "seed": sorted(map(int, given)), "results": rows}
 
 
 def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -113,10 +123,43 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def ablation(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """What each part brings, seed 0: AUC with its 95% interval."""
-    names = {"kuairand_online_0": "(as configured)"} | {f"kuairand_{n}": title for n, title in PARTS.items()}
-    return tasks_table("days 5–8", runs, names)
+def paired(known: dict[str, Any]) -> dict[str, Any]:
+    """Of each part, seed 0: how each metric differs from the whole's, on the same examples, with the interval of the difference.
+
+    From the scored examples that runs leave beside their results; where these are not at hand, what is `known` stays.
+    """
+    whole, every = scored(WHOLE), {name: scored(f"kuairand_{name}") for name in PARTS}
+    new = {
+        name: {task: differences(whole[task], found[task]) for task in TASKS}
+        for name, found in every.items()
+        if whole and found
+    }
+    return {name: (known | new)[name] for name in PARTS if name in known | new}
+
+
+def scored(name: str) -> dict[str, Any]:
+    """A run's scored examples by task; none where its file is not at hand."""
+    path = FOLDER / f"{name}.parquet"
+    if not path.exists():
+        return {}
+    table = pq.read_table(path)
+    tasks = {task: table.filter(pc.field("task") == task) for task in TASKS}
+    return {
+        task: np.rec.fromarrays([rows[c].to_numpy() for c in COLUMNS], names=COLUMNS) for task, rows in tasks.items()
+    }
+
+
+def ablation(runs: dict[str, dict[str, Any]], parts: dict[str, Any]) -> list[str]:
+    """What each part brings, seed 0: the whole's AUC and normalised entropy, and how the others differ."""
+    lines = tasks_table("days 5–8", runs, {WHOLE: "(as configured)"})
+    for name, tasks in parts.items():
+        cells = []
+        for task in TASKS:
+            auc, entropy = (tasks[task][metric] for metric in ("auc", "normalized_entropy"))
+            low, high = auc["difference_ci"]
+            cells.append(f"{auc['difference']:+.4f} [{low:+.4f}, {high:+.4f}] / {entropy['difference']:+.4f}")
+        lines.append(f"| {PARTS[name]} | {' | '.join(cells)} |")
+    return lines
 
 
 def choices(runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -223,12 +266,14 @@ def written(text: str, tables: dict[str, list[str]]) -> str:
 
 
 def main() -> int:
-    runs = results()
+    runs, path = results(), RESULTS / "quality.json"
     result = report(runs)
-    (RESULTS / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    known = json.loads(path.read_text(encoding="utf-8")).get("paired", {}) if path.exists() else {}
+    result["paired"] = paired(known)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     tables = {
         "judged": judged(result["results"]),
-        "ablation": ablation(runs),
+        "ablation": ablation(runs, result["paired"]),
         "choices": choices(runs),
         "globo choices": globo_choices(runs),
         "sync": sync_table(runs),

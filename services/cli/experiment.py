@@ -109,6 +109,8 @@ def _run(given: Mapping[str, Any], path: Path, out: Path) -> Run:
         if key in KEYS or value is False:
             continue
         listed = value if isinstance(value, list) else [] if value is True else [value]
+        if key == "predictions":
+            listed = [str(out / f"{name}.parquet" if value is True else path.parent / str(value))]
         if key in ("events", "config"):
             listed = [str(path.parent / str(each)) for each in listed]
             if missing := [each for each in listed if not Path(each).exists()]:

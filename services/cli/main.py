@@ -198,6 +198,7 @@ def _offline_commands(commands: Any) -> None:
         "recsys replay --events globo/ --json",
     )
     _replay_options(replay)
+    replay.add_argument("--predictions", type=Path, metavar="FILE", help="write each scored example (Parquet)")
     experiment = commands.add_parser("experiment", help="many replays").add_subparsers(required=True, metavar="ACTION")
     several = _command(
         experiment,
@@ -218,9 +219,7 @@ def _replay_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--report-from", help="ISO time; metrics count from here on")
     command.add_argument("--until", help="ISO time; events from here on are left out")
     command.add_argument("--tasks", help="names, comma-separated: predict and learn these alone")
-    command.add_argument(
-        "--label-delay", type=float, help="seconds until a label is final, in place of the tasks' windows"
-    )
+    command.add_argument("--label-delay", type=float, help="seconds until a label is final, for the tasks' windows")
     command.add_argument(
         "--set",
         action="append",
@@ -230,9 +229,7 @@ def _replay_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, help="in place of the configuration's")
     command.add_argument("--threads", type=int, default=1, help="torch threads; one sums in a fixed order")
-    command.add_argument(
-        "--delay", type=float, default=0.0, help="seconds that parameters and others' counters are old"
-    )
+    command.add_argument("--delay", type=float, default=0.0, help="seconds that parameters and counters are old")
     command.add_argument(
         "--sync-interval",
         type=float,

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -22,6 +24,17 @@ from recsys.errors import BadInput
 from recsys.evaluation.replay import Options, Replay
 from recsys.events import files
 from services.cli.main import DONE, emit
+
+SCORED = pa.schema(
+    [
+        ("task", pa.string()),
+        ("prediction", pa.float64()),
+        ("label", pa.bool_()),
+        ("user", pa.int64()),
+        ("day", pa.int32()),
+    ]
+)
+"""A scored example: `user` is the user's key, `day` the day since the first impression. A task's rows come in time order."""
 
 
 def iso_ms(text: str | None, field: str) -> int:
@@ -105,6 +118,8 @@ def prepared(arguments: argparse.Namespace, seen: dict[tuple[Path, ...], files.N
     set_threads(arguments)
     loaded = config_of(arguments)
     options = options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"])
+    if options.click_log and getattr(arguments, "predictions", None):
+        raise BadInput("--predictions: events without impressions have no examples to score", field="predictions")
     events = tuple(arguments.events)
     if events not in seen:
         with progress_bar("check") as progress:
@@ -162,11 +177,28 @@ def set_threads(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Replay with progress on stderr; the report on stdout."""
     loaded, chosen = prepared(arguments, {})
-    events = files.merged(arguments.events)
-    with tempfile.TemporaryDirectory() as folder, progress_bar("replay") as progress:
-        result = Replay(loaded, chosen, Path(folder)).run(events, progress)
+    events, wanted = files.merged(arguments.events), arguments.predictions
+    sink: contextlib.AbstractContextManager[pq.ParquetWriter | None] = (
+        _sink(wanted) if wanted else contextlib.nullcontext()
+    )
+    with sink as scored, tempfile.TemporaryDirectory() as folder, progress_bar("replay") as progress:
+        replay = Replay(loaded, chosen, Path(folder))
+        result = replay.run(events, progress)
+        if scored is not None:
+            for task in replay.schema.tasks:
+                rows = replay.progressive.rows(task)
+                columns = [pa.array([task] * len(rows)), *(pa.array(rows[name]) for name in SCORED.names[1:])]
+                scored.write_table(pa.table(columns, schema=SCORED))
     emit(arguments, result)
     return DONE
+
+
+def _sink(path: Path) -> pq.ParquetWriter:
+    """The file of scored examples, opened before any hour is spent."""
+    try:
+        return pq.ParquetWriter(path, SCORED)
+    except OSError as error:
+        raise BadInput(f"--predictions {str(path)!r} cannot be written: {error}", field="predictions") from None
 
 
 @contextlib.contextmanager

@@ -141,6 +141,7 @@ GOOD = '[[runs]]\nname = "good"\n'
         ('[[runs]]\nname = "a"\nset = 3', "set must be a table"),
         (GOOD + '[[runs]]\nname = "a"\nsample = 3', "run 'a': --sample 3.0"),
         (GOOD + '[[runs]]\nname = "a"\nthreads = 0', "run 'a': --threads 0"),
+        (GOOD + '[[runs]]\nname = "a"\npredictions = true', "run 'a': --predictions: events without impressions"),
         (GOOD + '[[runs]]\nname = "a"\nset = { "features.context" = ["hour"] }', "features.context names 'hour'"),
         (GOOD + '[[runs]]\nname = "a"\nevents = ["bad"]', "feedback.jsonl row 61: "),
     ],

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys.evaluation.metrics import auc
 from recsys.events.files import write_events
 from recsys.types import Feedback, Impression, Item, ShownItem
 from services.cli.main import main
@@ -91,6 +94,25 @@ def test_the_report_has_each_task_each_day_and_what_it_cost(tmp_path: Path, caps
     for name in ("seconds", "events_per_second", "examples_per_second", "peak_memory_bytes"):
         assert report[name] > 0
     assert report["peak_memory_bytes"] > 50 * 2**20
+
+
+def test_scored_examples_are_written_in_time_order_as_they_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scored.parquet"
+    report = replay(tmp_path, capsys, "a", "--label-delay", "60", "--predictions", str(path))
+    rows = pq.read_table(path)
+    for task, found in report["tasks"].items():
+        scored = {
+            name: column.to_numpy()
+            for name, column in zip(rows.column_names, rows.filter(pc.field("task") == task).columns, strict=True)
+        }
+        assert len(scored["label"]) == found["examples"] == 12
+        assert auc(scored["prediction"], scored["label"]) == found["auc"]
+        assert scored["day"].tolist() == [1] * 10 + [2] * 2 and len(set(scored["user"])) == 1
+    for where in (tmp_path / "no" / "folder", tmp_path):
+        assert main(["replay", "--events", str(tmp_path / "events"), "--predictions", str(where)]) == 2
+        assert "cannot be written" in capsys.readouterr().err
 
 
 def test_frozen_days_know_everything_up_to_their_start_and_nothing_of_themselves(
