@@ -181,15 +181,16 @@ def run(arguments: argparse.Namespace) -> int:
     sink: contextlib.AbstractContextManager[pq.ParquetWriter | None] = (
         _sink(wanted) if wanted else contextlib.nullcontext()
     )
-    with sink as scored, tempfile.TemporaryDirectory() as folder, progress_bar("replay") as progress:
-        replay = Replay(loaded, chosen, Path(folder))
-        result = replay.run(events, progress)
+    with sink as scored:
+        with tempfile.TemporaryDirectory() as folder, progress_bar("replay") as progress:
+            replay = Replay(loaded, chosen, Path(folder))
+            result = replay.run(events, progress)
+        emit(arguments, result)  # before what a full disk may refuse
         if scored is not None:
             for task in replay.schema.tasks:
                 rows = replay.progressive.rows(task)
                 columns = [pa.array([task] * len(rows)), *(pa.array(rows[name]) for name in SCORED.names[1:])]
                 scored.write_table(pa.table(columns, schema=SCORED))
-    emit(arguments, result)
     return DONE
 
 
