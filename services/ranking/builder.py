@@ -75,9 +75,9 @@ class Builder:
         nothing = slice(0, 0)
         self._job = replace(job, rows=job.rows[nothing], keys=job.keys[nothing], mask=job.mask[nothing])
         self._until_s = time.monotonic() + LONGEST_S
-        # The pipe tells the process that its parent is gone.
+        # Low before its two seconds of imports. The pipe tells the process that its parent is gone.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "services.ranking.builder", str(folder), job.name],
+            ["nice", "-n", str(NICE), sys.executable, "-m", "services.ranking.builder", str(folder), job.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )
@@ -132,7 +132,6 @@ def _end_with_parent() -> None:
 def main(folder: Path, name: str) -> None:
     """Build the index of one job's folder."""
     started_s = time.monotonic()
-    os.nice(NICE)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     config = Config.model_validate_json((folder / "config.json").read_bytes())
