@@ -32,6 +32,7 @@ CHOICES = {
     "without_feature_gate": "- HoME's feature gate",
     "without_self_gate": "- HoME's self gate",
     "without_home_parts": "- all four",
+    "without_attention": "- DIN's attention: the mean of the history",
     "prelu": "PReLU for Dice",
     "softmax": "attention weights that sum to 1",
     "published": "published sizes: attention 80-40, expert layers 128-64",
@@ -40,6 +41,7 @@ CHOICES = {
 }
 GLOBO_CHOICES = {
     "": "(as configured)",
+    "without_attention": "- DIN's attention: the mean of the history",
     "light": "the network ranks the wide part's best 200 of 500",
     "nearest": "towers alone: the source `nearest`, in its own order",
     "nearest_hubness_2": "… with hubness 2",
