@@ -106,10 +106,9 @@ def report(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     rows = [Figure(name=n, **budget).row(values[n]) for n, budget in read_budgets()["quality"].items()]
     commits = sorted({run["commit"] for run in runs.values()})
     machines = sorted({run["hardware"] for run in runs.values()})
-    given = {
-        run["arguments"][run["arguments"].index("--seed") + 1] for run in runs.values() if "--seed" in run["arguments"]
-    }
-    return {"commit": commits, "hardware": machines, "seed": sorted(map(int, given)), "results": rows}
+    arguments = [run.get("arguments", []) for run in runs.values()]
+    given = {int(each[each.index("--seed") + 1]) for each in arguments if "--seed" in each}
+    return {"commit": commits, "hardware": machines, "seed": sorted(given), "results": rows}
 
 
 def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
