@@ -93,8 +93,9 @@ def figures(runs: dict[str, dict[str, Any]]) -> dict[str, float | None]:
                 if key in (name, f"{name}_seed_1", f"{name}_seed_2")
             ]
             found[f"{name}_{metric}"] = mean(values) if values else None
-    for metric in ("hit_rate_at_20", "mrr_at_20"):
-        found[f"globo_counting_{metric}"] = runs.get("globo_counting", {}).get("next_item", {}).get(metric)
+    for name in ("globo_tenth", "globo_counting"):
+        for metric in ("hit_rate_at_20", "mrr_at_20"):
+            found[f"{name}_{metric}"] = runs.get(name, {}).get("next_item", {}).get(metric)
     for name, run in (("kuairand", "kuairand_online_0"), ("globo_tenth", "globo_tenth")):
         found[f"{name}_replay"] = runs.get(run, {}).get("seconds")
     return found
