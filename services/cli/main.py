@@ -219,7 +219,7 @@ def _replay_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--report-from", help="ISO time; metrics count from here on")
     command.add_argument("--until", help="ISO time; events from here on are left out")
     command.add_argument("--tasks", help="names, comma-separated: predict and learn these alone")
-    command.add_argument("--label-delay", type=float, help="seconds until a label is final, for the tasks' windows")
+    command.add_argument("--label-delay", type=float, help="seconds until a label is final, whatever window_s says")
     command.add_argument(
         "--set",
         action="append",
@@ -229,7 +229,7 @@ def _replay_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, help="in place of the configuration's")
     command.add_argument("--threads", type=int, default=1, help="torch threads; one sums in a fixed order")
-    command.add_argument("--delay", type=float, default=0.0, help="seconds that parameters and counters are old")
+    command.add_argument("--delay", type=float, default=0.0, help="seconds that weights and others' counters are old")
     command.add_argument(
         "--sync-interval",
         type=float,
