@@ -24,20 +24,19 @@ FOLDER = RESULTS / "quality"
 DOCUMENT = ROOT / "docs" / "quality.md"
 TASKS = ("click", "long_view", "like")
 CHOICES = {
-    "": "(as configured)",
-    "calibrate": "+ calibrator",
-    "error_memory": "+ ReLoop2's error memory, .3",
-    "without_norm": "- HoME's expert normalisation",
-    "without_hierarchy": "- HoME's hierarchy mask",
-    "without_feature_gate": "- HoME's feature gate",
-    "without_self_gate": "- HoME's self gate",
-    "without_home_parts": "- all four",
-    "without_attention": "- DIN's attention: the mean of the history",
-    "prelu": "PReLU for Dice",
-    "softmax": "attention weights that sum to 1",
-    "published": "published sizes: attention 80-40, expert layers 128-64",
-    "rates_half": "all learning rates halved",
-    "rates_double": "all learning rates doubled",
+    "kuairand_dev_calibrate": "+ calibrator",
+    "kuairand_dev_error_memory": "+ ReLoop2's error memory, .3",
+    "kuairand_dev_without_norm": "- HoME's expert normalisation",
+    "kuairand_dev_without_hierarchy": "- HoME's hierarchy mask",
+    "kuairand_dev_without_feature_gate": "- HoME's feature gate",
+    "kuairand_dev_without_self_gate": "- HoME's self gate",
+    "kuairand_dev_without_home_parts": "- all four",
+    "kuairand_dev_without_attention": "- DIN's attention: the mean of the history",
+    "kuairand_dev_prelu": "PReLU for Dice",
+    "kuairand_dev_softmax": "attention weights that sum to 1",
+    "kuairand_dev_published": "published sizes: attention 80-40, expert layers 128-64",
+    "kuairand_dev_rates_half": "all learning rates halved",
+    "kuairand_dev_rates_double": "all learning rates doubled",
 }
 GLOBO_CHOICES = {
     "": "(as configured)",
@@ -49,16 +48,16 @@ GLOBO_CHOICES = {
     "nearest_interests": "… with 3 interests",
 }
 PARTS = {
-    "without_counters": "- streaming counters",
-    "without_crosses": "- crosses",
-    "without_wide": "- the wide part's learning",
-    "without_attention": "- DIN's attention: the mean of the history",
-    "without_history": "- all but the newest event of the history, everywhere",
-    "without_home_parts": "- HoME's normalisation, hierarchy, feature gate and self gate",
-    "with_calibrate": "+ calibrator",
-    "with_error_memory": "+ ReLoop2's error memory, .3",
+    "kuairand_without_counters": "- streaming counters",
+    "kuairand_without_crosses": "- crosses",
+    "kuairand_without_wide": "- the wide part's learning",
+    "kuairand_without_attention": "- DIN's attention: the mean of the history",
+    "kuairand_without_history": "- all but the newest event of the history, everywhere",
+    "kuairand_without_home_parts": "- HoME's normalisation, hierarchy, feature gate and self gate",
+    "kuairand_with_calibrate": "+ calibrator",
+    "kuairand_with_error_memory": "+ ReLoop2's error memory, .3",
 }
-WHOLE = "kuairand_online_0"
+WHOLE, DEV = "kuairand_online_0", "kuairand_dev"
 COLUMNS = ("prediction", "label", "user", "day")
 SYNC_S = (18_000, 1_800, 60, 1, 0)
 WITH = {"delay": "models alone", "with_bandit": "with the bandit"}
@@ -126,17 +125,17 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def paired(known: dict[str, Any]) -> dict[str, Any]:
-    """Of each part, seed 0: how each metric differs from the whole's, on the same examples, with the interval of the difference.
+    """Of each part and choice, seed 0: how each metric differs from the whole's, on the same examples, with the difference's interval.
 
     From the scored examples that runs leave beside their results; where these are not at hand, what is `known` stays.
     """
-    whole, every = scored(WHOLE), {name: scored(f"kuairand_{name}") for name in PARTS}
-    new = {
-        name: {task: differences(whole[task], found[task]) for task in TASKS}
-        for name, found in every.items()
-        if whole and found
-    }
-    return {name: (known | new)[name] for name in PARTS if name in known | new}
+    new = {}
+    for whole, names in ((WHOLE, PARTS), (DEV, CHOICES)):
+        base = scored(whole)
+        for name in names:
+            if base and (found := scored(name)):
+                new[name] = {task: differences(base[task], found[task]) for task in TASKS}
+    return {name: (known | new)[name] for name in (*PARTS, *CHOICES) if name in known | new}
 
 
 def scored(name: str) -> dict[str, Any]:
@@ -151,23 +150,26 @@ def scored(name: str) -> dict[str, Any]:
     }
 
 
-def ablation(runs: dict[str, dict[str, Any]], parts: dict[str, Any]) -> list[str]:
-    """What each part brings, seed 0: the whole's AUC and normalised entropy, and how the others differ."""
-    lines = tasks_table("days 5–8", runs, {WHOLE: "(as configured)"})
-    for name, tasks in parts.items():
+def parts_table(head: str, run: dict[str, Any] | None, parts: dict[str, Any], titles: dict[str, str]) -> list[str]:
+    """The whole's AUC with its 95% interval and its normalised entropy, and how the parts differ."""
+    lines = [f"| {head} | " + " | ".join(f"{task} AUC / NE" for task in TASKS) + " |", "| --- | --- | --- | --- |"]
+    if run:
+        cells = []
+        for task in TASKS:
+            t = run["tasks"][task]
+            low, high = t["auc_ci"]
+            cells.append(f"{t['auc']:.4f} [{low:.4f}, {high:.4f}] / {t['normalized_entropy']:.4f}")
+        lines.append(f"| (as configured) | {' | '.join(cells)} |")
+    for name, title in titles.items():
+        if (tasks := parts.get(name)) is None:
+            continue
         cells = []
         for task in TASKS:
             auc, entropy = (tasks[task][metric] for metric in ("auc", "normalized_entropy"))
             low, high = auc["difference_ci"]
             cells.append(f"{auc['difference']:+.4f} [{low:+.4f}, {high:+.4f}] / {entropy['difference']:+.4f}")
-        lines.append(f"| {PARTS[name]} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
-
-
-def choices(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """What was tried where choices are made: the days before the reported ones."""
-    names = {f"kuairand_dev_{name}" if name else "kuairand_dev": title for name, title in CHOICES.items()}
-    return tasks_table("days 3–4", runs, names)
 
 
 def globo_choices(runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -181,21 +183,6 @@ def globo_choices(runs: dict[str, dict[str, Any]]) -> list[str]:
                 low, high = found[f"{metric}_ci"]
                 cells.append(f"{found[metric]:.4f} [{low:.4f}, {high:.4f}]")
             lines.append(f"| {title} | {' | '.join(cells)} |")
-    return lines
-
-
-def tasks_table(head: str, runs: dict[str, dict[str, Any]], names: dict[str, str]) -> list[str]:
-    """AUC with its 95% interval, and normalised entropy, of each run that there is."""
-    lines = [f"| {head} | " + " | ".join(f"{task} AUC / NE" for task in TASKS) + " |", "| --- | --- | --- | --- |"]
-    for name, title in names.items():
-        if (run := runs.get(name)) is None:
-            continue
-        cells = []
-        for task in TASKS:
-            t = run["tasks"][task]
-            low, high = t["auc_ci"]
-            cells.append(f"{t['auc']:.4f} [{low:.4f}, {high:.4f}] / {t['normalized_entropy']:.4f}")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
@@ -275,8 +262,8 @@ def main() -> int:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     tables = {
         "judged": judged(result["results"]),
-        "ablation": ablation(runs, result["paired"]),
-        "choices": choices(runs),
+        "ablation": parts_table("days 5–8", runs.get(WHOLE), result["paired"], PARTS),
+        "choices": parts_table("days 3–4", runs.get(DEV), result["paired"], CHOICES),
         "globo choices": globo_choices(runs),
         "sync": sync_table(runs),
         "delay": delay_table(runs),
