@@ -58,7 +58,6 @@ PARTS = {
     "kuairand_with_error_memory": "+ ReLoop2's error memory, .3",
 }
 WHOLE, DEV = "kuairand_online_0", "kuairand_dev"
-COLUMNS = ("prediction", "label", "user", "day")
 SYNC_S = (18_000, 1_800, 60, 1, 0)
 WITH = {"delay": "models alone", "with_bandit": "with the bandit"}
 DELAYS_S = (0, 1, 60, 1_800, 18_000, 86_400)
@@ -124,18 +123,26 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def paired(known: dict[str, Any]) -> dict[str, Any]:
+def paired(known: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Of each part and choice, seed 0: how each metric differs from the whole's, on the same examples, with the difference's interval.
 
-    From the scored examples that runs leave beside their results; where these are not at hand, what is `known` stays.
+    From the scored examples that runs leave beside their results; where these are not at hand, what is `known` stays, if it is
+    of these very results.
     """
-    new = {}
+    found = {}
     for whole, names in ((WHOLE, PARTS), (DEV, CHOICES)):
         base = scored(whole)
         for name in names:
-            if base and (found := scored(name)):
-                new[name] = {task: differences(base[task], found[task]) for task in TASKS}
-    return {name: (known | new)[name] for name in (*PARTS, *CHOICES) if name in known | new}
+            if base and (part := scored(name)):
+                found[name] = {task: differences(base[task], part[task]) for task in TASKS}
+            elif name in known and {whole, name} <= runs.keys() and _of_these(known[name], runs[whole], runs[name]):
+                found[name] = known[name]
+    return found
+
+
+def _of_these(difference: dict[str, Any], whole: dict[str, Any], part: dict[str, Any]) -> bool:
+    aucs = ((difference[task]["auc"], whole["tasks"][task]["auc"], part["tasks"][task]["auc"]) for task in TASKS)
+    return all((auc["a"], auc["b"]) == (first, second) for auc, first, second in aucs)
 
 
 def scored(name: str) -> dict[str, Any]:
@@ -144,32 +151,31 @@ def scored(name: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     table = pq.read_table(path)
-    tasks = {task: table.filter(pc.field("task") == task) for task in TASKS}
+    tasks = {task: table.filter(pc.field("task") == task).drop_columns("task") for task in TASKS}
     return {
-        task: np.rec.fromarrays([rows[c].to_numpy() for c in COLUMNS], names=COLUMNS) for task, rows in tasks.items()
+        task: np.rec.fromarrays([column.to_numpy() for column in rows.columns], names=rows.column_names)
+        for task, rows in tasks.items()
     }
 
 
 def parts_table(head: str, run: dict[str, Any] | None, parts: dict[str, Any], titles: dict[str, str]) -> list[str]:
     """The whole's AUC with its 95% interval and its normalised entropy, and how the parts differ."""
     lines = [f"| {head} | " + " | ".join(f"{task} AUC / NE" for task in TASKS) + " |", "| --- | --- | --- | --- |"]
-    if run:
-        cells = []
-        for task in TASKS:
-            t = run["tasks"][task]
-            low, high = t["auc_ci"]
-            cells.append(f"{t['auc']:.4f} [{low:.4f}, {high:.4f}] / {t['normalized_entropy']:.4f}")
-        lines.append(f"| (as configured) | {' | '.join(cells)} |")
-    for name, title in titles.items():
-        if (tasks := parts.get(name)) is None:
-            continue
-        cells = []
-        for task in TASKS:
-            auc, entropy = (tasks[task][metric] for metric in ("auc", "normalized_entropy"))
-            low, high = auc["difference_ci"]
-            cells.append(f"{auc['difference']:+.4f} [{low:+.4f}, {high:+.4f}] / {entropy['difference']:+.4f}")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    rows = {"(as configured)": run["tasks"]} if run else {}
+    rows |= {title: parts[name] for name, title in titles.items() if name in parts}
+    for title, tasks in rows.items():
+        lines.append(f"| {title} | {' | '.join(_cell(tasks[task]) for task in TASKS)} |")
     return lines
+
+
+def _cell(task: dict[str, Any]) -> str:
+    """AUC with its interval and normalised entropy, or how they differ."""
+    auc, entropy = task["auc"], task["normalized_entropy"]
+    if isinstance(auc, float):
+        return "{:.4f} [{:.4f}, {:.4f}] / {:.4f}".format(auc, *task["auc_ci"], entropy)
+    return "{:+.4f} [{:+.4f}, {:+.4f}] / {:+.4f}".format(
+        auc["difference"], *auc["difference_ci"], entropy["difference"]
+    )
 
 
 def globo_choices(runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -258,7 +264,7 @@ def main() -> int:
     runs, path = results(), RESULTS / "quality.json"
     result = report(runs)
     known = json.loads(path.read_text(encoding="utf-8")).get("paired", {}) if path.exists() else {}
-    result["paired"] = paired(known)
+    result["paired"] = paired(known, runs)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     tables = {
         "judged": judged(result["results"]),

@@ -293,7 +293,7 @@ def _inverted(vectors: Float32) -> tuple[Any, Int64]:
 
 
 def _comparing(dim: int) -> Any:
-    """An empty index that compares everything: on the GPU where there is one with 2 GB to spare, which is where building's time goes."""
+    """An empty index that compares everything: on the GPU, where there is one with memory to spare."""
     flat: Any = faiss.IndexFlatIP(dim)
     if faiss.get_num_gpus():
         with suppress(RuntimeError):

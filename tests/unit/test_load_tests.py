@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from load_tests import quality
 from load_tests.client import Client, closed_loop, open_loop, poisson
 from load_tests.common import RESULTS, Figure, Report, percentile, read_budgets, slowness_of, windowed
 from recsys.testing.servers import free_port
@@ -226,3 +229,23 @@ def test_committed_result_agrees_with_the_budgets(path: Path) -> None:
     assert len(rows) == len(result["results"])
     for name, budget in read_budgets()[path.stem].items():
         assert rows[name] == Figure(name=name, **budget).row(rows[name]["value"])
+
+
+def test_saved_differences_stay_only_beside_the_results_they_are_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quality, "FOLDER", tmp_path)
+    part = "kuairand_without_wide"
+
+    def run(area: float) -> dict[str, Any]:
+        return {"tasks": {task: {"auc": area} for task in quality.TASKS}}
+
+    runs = {quality.WHOLE: run(0.75), part: run(0.74)}
+    known = {part: {task: {"auc": {"a": 0.75, "b": 0.74, "difference": -0.01}} for task in quality.TASKS}}
+    assert quality.paired(known, runs) == known
+    assert quality.paired(known, runs | {part: run(0.73)}) == quality.paired(known, {}) == {}
+    for name, predictions in ((quality.WHOLE, [0.1, 0.9]), (part, [0.9, 0.1])):
+        rows = {"prediction": predictions, "label": [False, True], "user": [1, 2], "day": [1, 1]}
+        tasks = [pa.table({"task": [task] * 2, **rows}) for task in quality.TASKS]
+        pq.write_table(pa.concat_tables(tasks), tmp_path / f"{name}.parquet")
+    assert quality.paired(known, runs)[part]["click"]["auc"]["difference"] == -1.0
