@@ -6,6 +6,15 @@ import threading
 import time
 from typing import Protocol
 
+MAX_LEAD_MS = 60_000
+"""Log time may lead its reader's wall clock by this much: half takes more of honest clocks for wrong ones, double lets a wrong
+one hold windows open for longer."""
+
+
+def bounded_ms(time_ms: int, wall_ms: int) -> int:
+    """A log time that leads the wall clock by at most `MAX_LEAD_MS`, and is not before 1970."""
+    return max(0, min(time_ms, wall_ms + MAX_LEAD_MS))
+
 
 class Clock(Protocol):
     """Where the time comes from, in milliseconds since the epoch."""

@@ -14,7 +14,7 @@ from recsys.config.bandit import BanditConfig
 from recsys.config.features import CatalogueConfig, FeaturesConfig
 from recsys.config.formula import formula
 from recsys.config.slate import SlateConfig
-from recsys.config.stores import LogConfig, StateConfig
+from recsys.config.stores import CapacityConfig, LogConfig, StateConfig
 from recsys.config.tasks import LATE, NEVER, Section, TaskConfig, check, expanded, quantities
 
 MAX_SOCKET_PATH = 100
@@ -216,6 +216,7 @@ class Config(Section):
     """Seeds row initialisation, dense weights and draws."""
     log: LogConfig = LogConfig()
     state: StateConfig = StateConfig()
+    capacity: CapacityConfig = CapacityConfig()
     catalogue: CatalogueConfig = CatalogueConfig()
     features: FeaturesConfig = FeaturesConfig()
     tasks: tuple[TaskConfig, ...] = (

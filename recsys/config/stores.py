@@ -1,4 +1,4 @@
-"""Options of the event log and of user state."""
+"""Options of the event log, of user state and of memory."""
 
 from __future__ import annotations
 
@@ -39,3 +39,10 @@ class StateConfig(Section):
     """Events of each type kept per user."""
     seen_len: int = Field(1000, ge=1, le=100_000)
     """Items last seen kept per user."""
+
+
+class CapacityConfig(Section):
+    """Bounds of what grows: tables, catalogue, counters, held feedback and the rest have shares of one budget."""
+
+    memory_bytes: int = Field(0, ge=0)
+    """Bytes that all bounded things of one machine may hold together; 0: half of the machine's memory."""
