@@ -21,12 +21,19 @@ class Clock(Protocol):
 
     def now_ms(self) -> int: ...
 
+    def monotonic_s(self) -> float:
+        """Seconds since some instant, for what is due every so often: never goes back, whatever is done to the date."""
+        ...
+
 
 class SystemClock:
     """The wall clock."""
 
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
 
 
 class ManualClock:
@@ -38,6 +45,9 @@ class ManualClock:
 
     def now_ms(self) -> int:
         return self._now_ms
+
+    def monotonic_s(self) -> float:
+        return self._now_ms / 1000
 
     def set(self, now_ms: int) -> None:
         with self._lock:

@@ -57,7 +57,7 @@ class Runner:
         self._marked_ms, self._marks = 0, dict[str, int]()
         """The partitions' ends at one log time; once they are read, nothing before it is still unread."""
         self._read_ms: dict[str, int] = {}
-        self._last = {"rows": 0.0, "dense": 0.0, "checkpoint": time.monotonic()}
+        self._last = {"rows": 0.0, "dense": 0.0, "checkpoint": clock.monotonic_s()}
 
     def start(self, *, accept_gap: bool = False, publish: bool = True) -> None:
         """Take the next epoch, load, run the journal's steps again without publishing, then publish what they changed.
@@ -245,7 +245,7 @@ class Runner:
             self._letters = []
 
     def _publish(self, *, force: bool = False) -> None:
-        training, now, bandit = self.config.training, time.monotonic(), self.trainer.bandit
+        training, now, bandit = self.config.training, self._clock.monotonic_s(), self.trainer.bandit
         force = force or (bandit is not None and bandit.moved)
         if force or now - self._last["rows"] >= training.publish_ms / 1000:
             if self._newest_epoch() > self.epoch:
@@ -264,7 +264,7 @@ class Runner:
     def _checkpoint(self) -> None:
         if (positions := self.checkpoints.poll()) is not None:
             self._commit(positions)
-        if time.monotonic() - self._last["checkpoint"] >= self.config.training.checkpoint_s:
+        if self._clock.monotonic_s() - self._last["checkpoint"] >= self.config.training.checkpoint_s:
             self.checkpoint(wait=False)
 
     def checkpoint(self, *, wait: bool) -> None:
@@ -274,14 +274,14 @@ class Runner:
         with metrics.CHECKPOINT_SECONDS.time():
             taken = self.checkpoints.save(self.positions, wait=wait)
         if taken:
-            self._last["checkpoint"] = time.monotonic()
+            self._last["checkpoint"] = self._clock.monotonic_s()
             if wait:
                 self._commit(self.positions)
 
     @property
     def checkpoint_age_s(self) -> float:
         """Seconds since the last checkpoint began."""
-        return time.monotonic() - self._last["checkpoint"]
+        return self._clock.monotonic_s() - self._last["checkpoint"]
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Records not yet read, by (topic, partition)."""

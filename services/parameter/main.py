@@ -35,7 +35,7 @@ class ParameterService:
         self._position = 0
         self._whole = 0
         """Position after the last whole delta: where a snapshot says to go on."""
-        self._saved = time.monotonic()
+        self._saved = clock.monotonic_s()
         self._saved_at = -1
         self._counted = (0, 0)
         self.caught_up = False
@@ -101,8 +101,9 @@ class ParameterService:
 
     def maintain(self, *, force: bool = False) -> None:
         """Snapshot when due; gauges."""
-        if force or time.monotonic() - self._saved >= self._config.parameter.snapshot_s:
-            self._saved = time.monotonic()
+        now_s = self._clock.monotonic_s()
+        if force or now_s - self._saved >= self._config.parameter.snapshot_s:
+            self._saved = now_s
             if self._whole != self._saved_at:
                 self._save()
         for layout, table in self.store.tables.items():

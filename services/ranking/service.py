@@ -27,6 +27,7 @@ from recsys.model import fused
 from recsys.ranking import catalogue_file, recent_users, snapshot
 from recsys.ranking.bandit import Bandit
 from recsys.ranking.generation import Generations
+from recsys.ranking.parameters import Parameters
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, AsOf, Request
 from recsys.ranking.scorer import Scorer
@@ -53,13 +54,17 @@ CATALOGUE_S = 3600.0
 class RankingService:
     """Everything behind the HTTP routes. Methods are thread-safe."""
 
-    def __init__(self, config: Config, log: EventLog, clock: Clock, stop: Stop) -> None:
+    def __init__(
+        self, config: Config, log: EventLog, clock: Clock, stop: Stop, parameters: Parameters | None = None
+    ) -> None:
         self.config, self.log, self.clock, self._stop = config, log, clock, stop
         self.schema = Schema.of(config)
         self.store = open_state(config)
-        self._parameters = GrpcParameters(config.parameter_address, self.schema.hash)
+        self._channel: GrpcParameters | None = None
+        if parameters is None:
+            parameters = self._channel = GrpcParameters(config.parameter_address, self.schema.hash)
         self.sources = Sources(config, self.schema, Catalogue(self.schema))
-        self.scorer = Scorer(config, self.schema, self._parameters)
+        self.scorer = Scorer(config, self.schema, parameters)
         self.bandit = Bandit(config, self.sources.catalogue, self.scorer) if config.explores else None
         # A name tells the space of its vectors: no other process, nor this one after a restart, may give it again.
         prefix = f"g{clock.now_ms():x}-"
@@ -92,15 +97,32 @@ class RankingService:
         while not self.catalogue_ready:
             if self._stop.wait(POLL_S):
                 return
-        snapshot.load(self._folder, self.sources, self.consumer, self.schema, self.clock.now_ms())
-        if self.bandit is not None:
-            self.bandit.recent.extend(recent_users.load(self._folder, self.schema))
+        self._load_counters()
         self._run("state", self._follow_state, POLL_S)
         self._run("dense", self._follow_dense, 0.2)
         self._run("generations", self._build_generation, 0.1)
-        self._run("snapshot", self._save, SNAPSHOT_S)
+        self._run("snapshot", self.save, SNAPSHOT_S)
         if not self._stop.wait(COMPILE_AFTER_S):
             fused.warm_up()
+
+    def restore(self) -> None:
+        """What `start` reads, without its threads: whoever calls this calls `turn` and `save` from then on."""
+        self._load_catalogue()
+        while not self.catalogue_ready:
+            self._follow_items()
+        self._load_counters()
+
+    def turn(self) -> bool:
+        """One turn of what the threads of `start` do, the building of generations left out; whether there was anything to do."""
+        worked = [self._follow_items(), self._follow_state()]
+        self._follow_dense()
+        self._refresh_generation()
+        return any(worked)
+
+    def _load_counters(self) -> None:
+        snapshot.load(self._folder, self.sources, self.consumer, self.schema, self.clock.now_ms())
+        if self.bandit is not None:
+            self.bandit.recent.extend(recent_users.load(self._folder, self.schema))
 
     def _load_catalogue(self) -> None:
         now_ms, bounds = self.clock.now_ms(), {}
@@ -114,7 +136,7 @@ class RankingService:
 
     def _save_catalogue(self) -> None:
         """When a hundredth of it changed, or anything did and the file is old: writing a million items takes a second of one core."""
-        positions, now_s = dict(self._item_positions), time.monotonic()
+        positions, now_s = dict(self._item_positions), self.clock.monotonic_s()
         changes = sum(positions.values()) - sum(self._catalogue_saved.get(p, 0) for p in positions)
         many = changes > self.sources.catalogue.num_alive / 100
         if self.catalogue_ready and changes and (many or now_s - self._catalogue_saved_s > CATALOGUE_S):
@@ -258,7 +280,7 @@ class RankingService:
         return False
 
     def _build_generation(self) -> bool:
-        generations, now_s = self.generations, time.monotonic()
+        generations, now_s = self.generations, self.clock.monotonic_s()
         if self._builder.idle:
             if generations.due(now_s):
                 self._builder.start(generations.begin())
@@ -270,15 +292,20 @@ class RankingService:
                 generations.num_items,
                 generations.recall,
             )
+        self._refresh_generation()
+        return False
+
+    def _refresh_generation(self) -> None:
+        generations, now_s = self.generations, self.clock.monotonic_s()
         generations.refresh(now_s)
         if self.bandit is not None:
             self.bandit.refresh()
         metrics.GENERATION_AGE_SECONDS.set(generations.age_s(now_s))
         metrics.GENERATION_ITEMS.set(generations.num_items)
         metrics.GENERATION_RECALL.set(generations.recall)
-        return False
 
-    def _save(self) -> bool:
+    def save(self) -> bool:
+        """Save catalogue, counters and recent users, so that a restart reads less of the log."""
         if self.state_ready:
             try:
                 self._save_catalogue()
@@ -300,9 +327,10 @@ class RankingService:
             thread.join(timeout=5)
         self._builder.close()
         try:
-            self._save()
+            self.save()
         except LogError as error:
             logger.warning("%s", error)
-        self._parameters.close()
+        if self._channel is not None:
+            self._channel.close()
         self.store.close()
         self.log.close()
