@@ -181,7 +181,7 @@ def scoring(report: Report, rng: np.random.Generator, rounds: int) -> None:
     features = some_features(schema, rng, CANDIDATES, HISTORY, lambda _, shape: rng.integers(0, IDS, shape))
     scorer, most = Scorer(settings, schema, store), settings.ranking.full_candidates
     lay = plan(schema, [features])
-    deep, wide = scorer._rows([lay.deep, lay.wide])
+    (deep, wide), _ = scorer._rows([lay.deep, lay.wide])
     model = build.ranker(settings, schema).eval()
 
     def forward() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import orjson
 
 from recsys.features.filters import Changes, Columns, Filters, Masks, passing
 from recsys.features.numeric import between, bucket_of, number_of, time_ms_of
+from recsys.features.overflow import Overflow
 from recsys.features.rows import RowIndex
 from recsys.features.schema import Schema
 from recsys.features.texts import Texts
@@ -44,6 +45,8 @@ class Catalogue:
         """(attribute, key) -> the value as it was written, for reasons."""
         self.numbers: dict[str, npt.NDArray[np.float64]] = {}
         """Attribute -> its values [rows] where it was ever a number, NaN where it is none."""
+        self.overflow = Overflow()
+        """Values that have no column: for rules, which look at all that an item has."""
         self.deleted = 0
         self._changes = Changes()
         self._masks = Masks(self._changes, self.passing, lambda: (len(self.ids), len(self.alive)))
@@ -101,6 +104,7 @@ class Catalogue:
                     mask[:, columns],
                     None if numbers is None else numbers[where],
                     clause.attribute in self._edges,
+                    self.overflow.of(clause.attribute, where),
                 ),
             )
         return passed
@@ -143,6 +147,7 @@ class Catalogue:
             arrays[f"{name}.starts"], arrays[f"{name}.buffer"] = getattr(self, name).state(size)
         for name, numbers in list(self.numbers.items()):
             arrays[f"number.{name}"] = numbers[:size]
+        arrays |= self.overflow.state(size)
         labels = [[name, key, text] for (name, key), text in list(self.labels.items())]
         return arrays | {"labels": np.frombuffer(orjson.dumps(labels), np.uint8)}
 
@@ -157,6 +162,7 @@ class Catalogue:
             numbers[size:] = np.nan
             self.numbers[name] = numbers
         self.labels = {(name, key): text for name, key, text in orjson.loads(arrays["labels"].tobytes())}
+        self.overflow.restore(arrays)
         self.deleted = size - int(np.count_nonzero(self.alive[:size]))
         for name in reversed(_TEXTS):  # the ids last: they say how many rows there are
             getattr(self, name).restore(arrays[f"{name}.starts"], arrays[f"{name}.buffer"])
@@ -175,6 +181,7 @@ class Catalogue:
         keys = np.zeros(self.keys.shape[1], np.int64)
         mask = np.zeros(self.keys.shape[1], np.bool_)
         keys[0], mask[0] = key_of(item.item_id), True
+        further: dict[str, Iterable[int]] = dict.fromkeys(self._attributes, ())
         for name in self._others:
             self._number(row, name, item.attributes.get(name))
         for name in self._attributes:
@@ -186,12 +193,16 @@ class Catalogue:
                 continue
             where = self._columns[name]
             values = value if isinstance(value, list | tuple) else (value,)
-            for column, text in zip(range(where.start, where.stop), values, strict=False):
-                key = key_of(text if isinstance(text, str) else str(text))
+            known = [key_of(text if isinstance(text, str) else str(text)) for text in values]
+            width = where.stop - where.start
+            further[name] = dict.fromkeys(key for key in known[width:] if key not in known[:width])
+            for column, key, text in zip(range(where.start, where.stop), known, values, strict=False):
                 keys[column], mask[column] = key, True
                 self.labels.setdefault(
                     (name, key), between(self._edges[name], text) if name in self._edges else str(text)
                 )
+        for name, others in further.items():
+            self.overflow.set(name, row, others)
         self.keys[row], self.mask[row] = keys, mask
 
     def _number(self, row: int, name: str, value: Any) -> None:

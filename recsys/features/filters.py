@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from recsys.features.overflow import NONE, More
 from recsys.keys import key_of
 from recsys.types import Bool, Int32, Int64
 
@@ -47,13 +48,15 @@ Filters: TypeAlias = tuple[Clause, ...]
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """An attribute's columns of some rows: keys and mask [n, w], numbers [n] (None: the attribute never was a number); whether
+    """An attribute's values of some rows: keys and mask [n, w], numbers [n] (None: the attribute never was a number); whether
     the keys are those of buckets, so that values are told by the numbers."""
 
     keys: Int64
     mask: Bool
     numbers: npt.NDArray[np.float64] | None
     in_buckets: bool = False
+    more: More = NONE
+    """Values beyond the columns."""
 
 
 def passing(clause: Clause, columns: Columns) -> Bool:
@@ -87,6 +90,9 @@ def _has(columns: Columns, values: tuple[str, ...]) -> Bool:
         else:
             hit = wanted[np.searchsorted(wanted[:-1], column)] == column
         found |= hit & known
+    places, keys = columns.more
+    if len(keys):
+        found[places[np.isin(keys, wanted)]] = True
     return found
 
 

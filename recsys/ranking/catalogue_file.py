@@ -21,7 +21,8 @@ from recsys.files import replace, write_file
 from recsys.ranking.sources import Sources
 
 MANIFEST = "catalogue.json"
-VERSION = 1
+VERSION = 2
+"""Raised with what is kept of an item: a file of an older version is not used, and the topic, which is compacted, is read anew."""
 OLDEST_MS = 12 * 3_600_000
 """A file that is behind the log and older is not used: the broker may have dropped deletions that came since (Kafka: after a day)."""
 _PIECE = 4 * 2**20

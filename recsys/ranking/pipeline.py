@@ -268,11 +268,11 @@ class Pipeline:
             return
         most = max(self._config.ranking.full_candidates, work.request.n + self._config.slate.draw_pool)
         pinned = np.flatnonzero(np.isin(work.rows, list(work.pinned.values())))
-        kept, work.predictions = self._scorer.rank(work.features, most, pinned)
-        if len(kept) < len(work.rows):
-            work.keep(kept)
-        work.scores = self._scorer.value(work.predictions)
-        if not self._scorer.available:
+        work.scored = self._scorer.rank(work.features, most, pinned)
+        if len(work.scored.kept) < len(work.rows):
+            work.keep(work.scored.kept)
+        work.scores = self._scorer.value(work.scored.predictions)
+        if not work.scored.available:
             work.degraded.append("no_parameters")
 
     def answer(self, work: Work) -> Answer:
@@ -294,13 +294,12 @@ class Pipeline:
         )
         last = self._last_title(work)
         reasons = tuple(
-            self._reasons.of(int(work.rows[c.candidate]), work.sources(c.candidate), work.user, last)
-            if work.user
-            else ""
-            for c in choices
+            self._reasons.of(int(work.rows[c.candidate]), work.sources(c.candidate), work.user, last) for c in choices
         )
-        scorer = self._scorer
-        state, dense_version = scorer.used if work.predictions is not None else (scorer.state, scorer.dense_version)
+        scored = work.scored
+        state, dense_version = (
+            (scored.state, scored.dense_version) if scored else (self._scorer.state, self._scorer.dense_version)
+        )
         model_version = f"{state.version.epoch}.{state.version.step}.{dense_version}"
         generation = self._generation(work)
         impression = Impression(
@@ -364,9 +363,9 @@ class Pipeline:
         return self._bandit.served(work.active, work.rows[[c.candidate for c in choices]])
 
     def _predictions(self, work: Work, candidate: int) -> dict[str, float]:
-        if work.predictions is None:
+        if work.scored is None:
             return {}
-        return dict(zip(self._schema.tasks, work.predictions[candidate].tolist(), strict=True))
+        return dict(zip(self._schema.tasks, work.scored.predictions[candidate].tolist(), strict=True))
 
     def _last_title(self, work: Work) -> str:
         if not work.history_rows:

@@ -8,6 +8,17 @@ from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 
+_PLAIN = {
+    "pinned": "placed here",
+    "caller": "one of the given candidates",
+    "covisited": "often chosen with what you chose",
+    "following": "often chosen next",
+    "trending": "popular now",
+    "followed": "like what you chose",
+    "bandit": "worth a try for users like you",
+}
+"""What a source says by itself, the most specific first; an item of none of these was the newest."""
+
 
 class Reasons:
     """Explains shown items from their sources and from what the user's recent history shares with them."""
@@ -16,17 +27,15 @@ class Reasons:
         self._catalogue = catalogue
         self._fields = [name for name, _ in schema.item_fields[1 : schema.num_history_fields]]
 
-    def of(self, row: int, sources: Sequence[str], user: UserFeatures, last_title: str) -> str:
-        """The most specific true reason."""
+    def of(self, row: int, sources: Sequence[str], user: UserFeatures | None, last_title: str) -> str:
+        """The most specific true reason; `user` None: no source and no ranker needed to know them."""
         if "covisited" in sources and last_title:
             return f"often chosen with “{last_title}”"
-        if shared := self._shared(row, user):
+        if user is not None and (shared := self._shared(row, user)):
             return f"you recently chose {shared}"
-        if "nearest" in sources and len(user.history_keys):
+        if "nearest" in sources and user is not None and len(user.history_keys):
             return "close to what you chose"
-        if "caller" in sources:
-            return "one of the given candidates"
-        return "popular now" if "trending" in sources else "new"
+        return next((reason for source, reason in _PLAIN.items() if source in sources), "new")
 
     def _shared(self, row: int, user: UserFeatures) -> str:
         """The newest history event's attribute value that this item has, too."""

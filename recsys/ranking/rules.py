@@ -106,11 +106,14 @@ class RuleBook:
         config, catalogue = self._config, self._catalogue
         index = {int(row): number for number, row in enumerate(rows)} if pinned else {}
         pins = {position: index[row] for position, row in pinned.items() if row in index}
-        wanted = {*(cap.attribute for cap in config.caps), *config.coverage}
+        wanted = set(config.coverage)
         if config.diversity != "none":
             wanted |= set(self._alike)
         values = {attribute: values_of(catalogue, rows, attribute) for attribute in wanted}
-        limits: list[Limit] = [Cap(values[cap.attribute], cap.most, cap.window, pins) for cap in config.caps]
+        limits: list[Limit] = [
+            Cap(values_of(catalogue, rows, cap.attribute, every=True), cap.most, cap.window, pins)
+            for cap in config.caps
+        ]
         terms: list[Term] = [Coverage(values[attribute], weight) for attribute, weight in config.coverage.items()]
         if config.diversity != "none":
             likeness = Likeness([values[attribute] for attribute in self._alike])

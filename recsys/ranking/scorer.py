@@ -46,6 +46,19 @@ class _Networks:
     clusters: Published | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Probabilities [k, T] of the candidates `kept` [k], and what they were made with: that of this very call."""
+
+    kept: npt.NDArray[np.intp]
+    predictions: Float32
+    state: ParameterState
+    """Rows as of this state."""
+    dense_version: int
+    available: bool
+    """Whether the rows came from the parameter service; else they are the last known ones."""
+
+
 class Scorer:
     """Ranker and user tower over looked-up rows. Thread-safe; dense weights are swapped whole by `refresh`."""
 
@@ -61,8 +74,8 @@ class Scorer:
         """A table has one writer: of two requests at once one remembers."""
         self._refreshing = threading.Lock()
         self.state = ParameterState()
-        self._used = threading.local()
         self.available = True
+        """Whether the last look-up of any thread was answered. What one answer was made with is in its `Scored`."""
         self.value = Value(config)
 
     @property
@@ -73,7 +86,7 @@ class Scorer:
     def predict(self, batch: Sequence[Features]) -> list[Float32]:
         """Probabilities [K, T] of each request's items, from one forward pass."""
         lay = plan(self._schema, batch)
-        deep, wide = self._rows([lay.deep, lay.wide])
+        (deep, wide), _ = self._rows([lay.deep, lay.wide])
         self._networks.ranker.eval()
         with torch.inference_mode():
             inputs = ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim)
@@ -81,19 +94,30 @@ class Scorer:
         counts = np.cumsum([len(f.item_keys) for f in batch])[:-1]
         return list(np.split(probabilities, counts))
 
-    def rank(self, features: Features, most: int, always: Int64 = NONE) -> tuple[npt.NDArray[np.intp], Float32]:
-        """The whole network's probabilities [k, T] of the `most` items that the wide part values most, `always` among them,
-        and which they are [k]."""
-        lay = plan(self._schema, [features])
-        deep, wide = self._rows([lay.deep, lay.wide])
-        return self.score_rows(lay, (deep, wide), most, always)
+    def rank(self, features: Features, most: int, always: Int64 = NONE) -> Scored:
+        """The whole network's probabilities of the `most` items that the wide part values most, `always` among them."""
+        lay, networks = plan(self._schema, [features]), self._networks
+        (deep, wide), reply = self._rows([lay.deep, lay.wide])
+        kept, predictions = self._score(networks, lay, (deep, wide), most, always)
+        return Scored(
+            kept=kept,
+            predictions=predictions,
+            state=self.state if reply is None else reply,
+            dense_version=networks.dense_version,
+            available=reply is not None,
+        )
 
     def score_rows(
         self, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64 = NONE
     ) -> tuple[npt.NDArray[np.intp], Float32]:
-        """As `rank`, of a request laid out whose rows were looked up: deep [U, d + tasks …] and wide [U', tasks]."""
-        dim, networks, kept = self._config.model.dim, self._networks, np.arange(len(lay.item))
-        self._used.dense_version = networks.dense_version
+        """As `rank`, of a request laid out whose rows were looked up: deep [U, d + tasks …] and wide [U', tasks]; which items are
+        kept [k], and their probabilities [k, T]."""
+        return self._score(self._networks, lay, rows, most, always)
+
+    def _score(
+        self, networks: _Networks, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64
+    ) -> tuple[npt.NDArray[np.intp], Float32]:
+        dim, kept = self._config.model.dim, np.arange(len(lay.item))
         with torch.inference_mode():
             if len(kept) > most:
                 sums = wide_sums(self._schema, lay, *rows, dim)
@@ -108,11 +132,6 @@ class Scorer:
         return kept, probabilities
 
     @property
-    def used(self) -> tuple[ParameterState, int]:
-        """What this thread's last `rank` was made with: rows as of this state, dense weights of this version."""
-        return getattr(self._used, "state", self.state), getattr(self._used, "dense_version", self.dense_version)
-
-    @property
     def towers(self) -> TwoTower:
         """The towers in use."""
         return self._networks.towers
@@ -124,7 +143,7 @@ class Scorer:
 
     def rows(self, block: Block) -> Float32:
         """The values of a block's rows [U, D]; the last known ones when parameter is away."""
-        values: Float32 = self._rows([block])[0].numpy()
+        values: Float32 = self._rows([block])[0][0].numpy()
         return values
 
     def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
@@ -144,7 +163,7 @@ class Scorer:
         block, (shared, past) = unique_rows(
             [(self._schema.shared_slots, *mine), (self._schema.history_slots, past_keys, past_mask)], "tower"
         )
-        (rows,) = self._rows([block])
+        (rows,), _ = self._rows([block])
         fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
         with torch.inference_mode():
             parts = [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
@@ -156,27 +175,27 @@ class Scorer:
     def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]."""
         block, (items,) = unique_rows([(self._schema.item_slots, keys, mask)], "tower")
-        (rows,) = self._rows([block])
+        (rows,), _ = self._rows([block])
         with torch.inference_mode():
             parts = [(items, starts(self._schema.item_fields))]
             vectors: Float32 = towers.item_vectors(*fused.take_fields(rows, self._config.model.dim, parts)).numpy()
         return vectors
 
-    def _rows(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
+    def _rows(self, blocks: Sequence[Block]) -> tuple[list[torch.Tensor], ParameterState | None]:
+        """Each block's rows, and the state that they are of; None: the parameter service is away, and they are the last known."""
         try:
             reply = self._parameters.lookup(blocks)
         except ParametersUnavailable:
             self.available = False
-            return [torch.from_numpy(self._known[b.layout].lookup(b.slots, b.keys)[0]) for b in blocks]
+            return [torch.from_numpy(self._known[b.layout].lookup(b.slots, b.keys)[0]) for b in blocks], None
         self.available, self.state = True, reply.state
-        self._used.state = reply.state
         # A reply says no width where there is no row.
         found = [
             v if len(b.keys) else self._known[b.layout].lookup(b.slots, b.keys)[0]
             for b, v in zip(blocks, reply.values, strict=True)
         ]
         self._remember(blocks, found)
-        return [torch.from_numpy(values) for values in found]
+        return [torch.from_numpy(values) for values in found], reply.state
 
     def _remember(self, blocks: Sequence[Block], values: Sequence[Float32]) -> None:
         """Keep some of the rows for when parameter is away; a full store starts anew."""

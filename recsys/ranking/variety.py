@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.features.catalogue import Catalogue
+from recsys.features.overflow import NONE
 from recsys.types import Bool, Int32
 
 Float64 = npt.NDArray[np.float64]
@@ -28,14 +29,23 @@ class Values:
     num: int
 
 
-def values_of(catalogue: Catalogue, rows: Int32, attribute: str) -> Values:
-    """An attribute's values of the items at `rows` [K]."""
+def values_of(catalogue: Catalogue, rows: Int32, attribute: str, *, every: bool = False) -> Values:
+    """An attribute's values of the items at `rows` [K]: those that have a column, or `every` one."""
     columns = catalogue.columns(attribute)
     keys, mask = catalogue.keys[rows][:, columns], catalogue.mask[rows][:, columns]
+    width = keys.shape[1]
+    places, further = catalogue.overflow.of(attribute, rows) if every else NONE
+    if len(places):
+        # Those of one item lie side by side: each goes to the next column behind its item's own.
+        counts = np.bincount(places, minlength=len(rows))
+        at = width + np.arange(len(places)) - (np.cumsum(counts) - counts)[places]
+        room = ((0, 0), (0, int(counts.max())))
+        keys, mask = np.pad(keys, room), np.pad(mask, room)
+        keys[places, at], mask[places, at] = further, True
     distinct, numbers = np.unique(keys[mask], return_inverse=True)
     codes: Int32 = np.full(keys.shape, len(distinct), np.int32)
     codes[mask] = numbers
-    for column in range(1, codes.shape[1]):
+    for column in range(1, width):
         again = (codes[:, :column] == codes[:, column : column + 1]).any(1)
         codes[again, column] = len(distinct)
     return Values(codes, len(distinct))

@@ -12,6 +12,7 @@ from recsys.features.build import Features, UserFeatures
 from recsys.ranking.bandit import Active
 from recsys.ranking.generation import Located
 from recsys.ranking.request import Request
+from recsys.ranking.scorer import Scored
 from recsys.types import Bool, Float32, Int32, Int64, UserState
 
 
@@ -44,7 +45,8 @@ class Work:
     located: Located | None = None
     active: Active | None = None
     features: Features | None = None
-    predictions: Float32 | None = None
+    scored: Scored | None = None
+    """The ranker's answer; None: there was none, and the sources' scores rank."""
     scores: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def sources(self, candidate: int) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -89,6 +90,30 @@ def test_filters_pins_and_boosts_are_honoured_and_a_short_list_says_why(running:
     assert {kinds[item["item_id"]] for item in running.call("POST", "/v1/recommend", boosted)["items"]} == {kind}
     nothing = running.call("POST", "/v1/recommend", {"user_id": "filters", "filters": {"tags": "nowhere"}})
     assert (nothing["items"], "tags any of nowhere" in nothing["note"]) == ([], True)
+
+
+def test_filters_look_at_every_value_an_item_has(running: Embedded) -> None:
+    """Features take the first four tags and the first category; what is sold out is so wherever it says it."""
+    many = ["red", "metal", "desk", "led", "sold out"]
+    running.call("PUT", "/v1/items", {"item_id": "five-tags", "attributes": {"category": "sale", "tags": many}})
+    running.call("PUT", "/v1/items", {"item_id": "two-kinds", "attributes": {"category": ["sale", "sport"]}})
+
+    def shown(**filters: Any) -> list[str]:
+        answer = running.call("POST", "/v1/recommend", {"user_id": "all-values", "n": 100, "filters": filters})
+        return sorted(item["item_id"] for item in answer["items"])
+
+    wait_for(lambda: len(shown(category="sale")) == 2, "both items are in the catalogue")
+    assert shown(category="sale", tags={"none": "sold out"}) == ["two-kinds"]
+    assert shown(tags="sold out") == ["five-tags"]
+    assert shown(tags={"all": ["red", "sold out"]}) == ["five-tags"]
+    assert shown(category="sport") == ["two-kinds"]
+    assert shown(category={"any": "sale", "none": "sport"}) == ["five-tags"]
+    plain = {"item_id": "two-kinds", "attributes": {"category": "sale", "tags": many[::-1]}}
+    running.call("PATCH", "/v1/items", plain)
+    wait_for(lambda: shown(category="sport") == [], "the change is in the catalogue")
+    assert shown(tags={"all": many}) == ["five-tags", "two-kinds"]
+    for item_id in ("five-tags", "two-kinds"):
+        running.call("DELETE", f"/v1/items/{item_id}")
 
 
 def test_feedback_has_one_outcome_an_event_in_order(running: Embedded) -> None:

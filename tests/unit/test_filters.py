@@ -24,7 +24,7 @@ from tests.unit.test_scorer import world
 
 CONFIG = parse(
     {
-        "catalogue": {"attributes": ["category", "tags", "price"], "multivalued": ["tags"], "max_values": 3},
+        "catalogue": {"attributes": ["category", "tags", "price"], "multivalued": ["tags"], "max_values": 2},
         "features": {"history_attributes": ["category"], "crosses": []},
     }
 )
@@ -42,8 +42,9 @@ asked = st.fixed_dictionaries({}, optional={"category": conditions, "tags": cond
 attributes = st.fixed_dictionaries(
     {},
     optional={
-        "category": st.sampled_from((*CATEGORIES, 7)),
-        "tags": st.lists(st.sampled_from(TAGS), max_size=3),
+        # More values than columns: features see the first, filters all.
+        "category": st.one_of(st.sampled_from((*CATEGORIES, 7)), st.lists(st.sampled_from(CATEGORIES), max_size=3)),
+        "tags": st.lists(st.sampled_from(TAGS), max_size=4),
         "price": st.one_of(st.integers(0, 9), st.floats(0, 9), st.just("free"), st.booleans()),
     },
 )
@@ -75,11 +76,15 @@ def naive(item: Item, wanted: dict[str, Any]) -> bool:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.one_of(items, asked), max_size=60))
+@given(st.lists(st.one_of(items, asked, st.just("restart")), max_size=60))
 def test_masks_say_what_filters_mean_whatever_has_changed(story: list[Any]) -> None:
-    """Items and filters in any order, so that masks are made, remembered, grown past and caught up with."""
+    """Items, filters and restarts in any order, so that masks are made, remembered, grown past and caught up with."""
     catalogue, known, used = Catalogue(Schema.of(CONFIG), capacity=1), {}, []
     for step in story:
+        if step == "restart":
+            saved, catalogue = catalogue, Catalogue(Schema.of(CONFIG), capacity=1)
+            catalogue.restore(saved.state())
+            continue
         if isinstance(step, Item):
             if catalogue.apply(step) >= 0:
                 known[step.item_id] = step if not step.deleted else Item(item_id=step.item_id, deleted=True)

@@ -137,6 +137,14 @@ def test_caps_diversity_and_coverage_spread_an_answer(diversity: str) -> None:
     assert all(len(set(window[at : at + 4])) == 4 for at in range(9))
 
 
+def test_a_cap_counts_values_beyond_the_columns() -> None:
+    pipeline, _, ids = ranked(caps=[{"attribute": "tags", "most": 2}])
+    for number, item_id in enumerate(ids):
+        tags = [f"own-{number}-{n}" for n in range(6)] + (["promoted"] if number % 2 else ["plain", "promoted"])
+        pipeline._catalogue.apply(Item(item_id=item_id, attributes={"tags": tags}))
+    assert len(order(ask(pipeline, n=60, candidates=ids))) == 2
+
+
 @pytest.mark.parametrize("kind", ["softmax", "epsilon", "squarecb"])
 def test_the_largest_boosts_and_scores_of_0_leave_probabilities_finite(kind: str) -> None:
     pipeline, _, ids = ranked(draw_positions="all", draw_kind=kind)

@@ -1,0 +1,58 @@
+"""Attribute values beyond an item's columns: features see what fits, rules see all that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from recsys.types import Int32, Int64
+
+More = tuple[Int64, Int64]
+"""Values beyond the columns of some rows: which of the rows each is of [m], and its key [m]."""
+NONE: More = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+class Overflow:
+    """Keys that an item's columns have no room for, by attribute and row. One writer beside many readers."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, dict[int, Int64]] = {}
+
+    def set(self, attribute: str, row: int, keys: Iterable[int]) -> None:
+        """Replace a row's further values, distinct; none of them is in its columns."""
+        further = np.array(list(keys), np.int64)
+        if len(further):
+            self._keys.setdefault(attribute, {})[row] = further
+        elif rows := self._keys.get(attribute):
+            rows.pop(row, None)
+
+    def of(self, attribute: str, rows: slice | Int32) -> More:
+        """The further values of these rows; a slice must begin at row 0."""
+        known = self._keys.get(attribute)
+        if not known:
+            return NONE
+        if isinstance(rows, slice):
+            found = [(row, keys) for row, keys in known.copy().items() if row < rows.stop]
+        else:
+            found = [(at, keys) for at, row in enumerate(rows.tolist()) if (keys := known.get(row)) is not None]
+        if not found:
+            return NONE
+        places = np.repeat(np.array([at for at, _ in found], np.int64), [len(keys) for _, keys in found])
+        return places, np.concatenate([keys for _, keys in found])
+
+    def state(self, size: int) -> dict[str, Any]:
+        """Everything of the first `size` rows as arrays."""
+        arrays = {}
+        for attribute in list(self._keys):
+            arrays[f"more.{attribute}.rows"], arrays[f"more.{attribute}.keys"] = self.of(attribute, slice(0, size))
+        return arrays
+
+    def restore(self, arrays: Mapping[str, Any]) -> None:
+        """Load what `state` returned."""
+        for name in [n for n in arrays if n.startswith("more.") and n.endswith(".rows")]:
+            attribute = name.removeprefix("more.").removesuffix(".rows")
+            rows, starts = np.unique(arrays[name], return_index=True)
+            parts = np.split(np.array(arrays[f"more.{attribute}.keys"], np.int64), starts[1:])
+            self._keys[attribute] = dict(zip(rows.tolist(), parts, strict=True))
