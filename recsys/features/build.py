@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -89,14 +89,8 @@ def user_features(
 ) -> UserFeatures:
     """Keys of the user, the context and the newest `history_len` history events of each sequence."""
     shared_keys, shared_mask = shared_columns(schema, user_id, context)
-    recent, kinds = _newest(schema, history)
-    width = len(schema.history_slots)
-    rows = catalogue.rows([event.item_id for event in recent])
-    known = np.maximum(rows, 0)
-    keys, mask = catalogue.keys[known, :width], catalogue.mask[known, :width]
-    for position in np.flatnonzero(rows < 0).tolist():
-        keys[position], mask[position] = 0, False
-        keys[position, 0], mask[position, 0] = key_of(recent[position].item_id), True
+    recent, kinds = newest(schema, history)
+    keys, mask = history_columns(schema, catalogue, [key_of(event.item_id) for event in recent])
     return UserFeatures(
         shared_keys=shared_keys,
         shared_mask=shared_mask,
@@ -130,7 +124,30 @@ def shared_columns(schema: Schema, user_id: str, context: Mapping[str, Any]) -> 
     return keys, mask
 
 
-def _newest(schema: Schema, history: Sequence[HistoryEvent]) -> tuple[Sequence[HistoryEvent], UInt8]:
+class Typed(Protocol):
+    """An event of a history, as far as its place in the sequences goes."""
+
+    @property
+    def type(self) -> str: ...
+
+
+Event = TypeVar("Event", bound=Typed)
+
+
+def history_columns(schema: Schema, catalogue: Catalogue, item_keys: Sequence[int]) -> tuple[Int64, Bool]:
+    """Keys and mask [T, H] of history items by their keys [T]; of one that the catalogue does not have, its key alone."""
+    wanted, width = np.array(item_keys, np.int64), len(schema.history_slots)
+    rows = catalogue.rows_of(wanted)
+    known = np.maximum(rows, 0)
+    keys, mask = catalogue.keys[known, :width], catalogue.mask[known, :width]
+    unknown = rows < 0
+    if unknown.any():
+        keys[unknown], mask[unknown] = 0, False
+        keys[unknown, 0], mask[unknown, 0] = wanted[unknown], True
+    return keys, mask
+
+
+def newest(schema: Schema, history: Sequence[Event]) -> tuple[Sequence[Event], UInt8]:
     """The newest events of each sequence, newest first, and the sequences that each belongs to."""
     if schema.sequences == ((),):
         recent = history[: -schema.history_len - 1 : -1]

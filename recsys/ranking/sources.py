@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from recsys.clock import bounded_ms
 from recsys.config import Config
 from recsys.events.recent import Recent
 from recsys.features.build import Signals, UserFeatures
@@ -35,30 +34,25 @@ class Sources:
 
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
         self._config, self._schema, self.catalogue = config, schema, catalogue
-        self._types = set(config.retrieval.count_types)
-        self._gap_ms = int(config.retrieval.session_gap_s * 1000)
+        retrieval = config.retrieval
+        self._types = set(retrieval.count_types)
+        self._gap_ms = int(retrieval.session_gap_s * 1000)
         self.lock = threading.RLock()
+        self.trending = Trending(retrieval.trending_half_life_s)
+        self.covisits = CoVisits(
+            retrieval.covisit_half_life_s, retrieval.covisit_backward, retrieval.covisit_neighbours
+        )
         self.followed = Followed()
-        self.clear()
+        self.counting = Counting(config, schema, catalogue)
+        self.following = Following(config, schema, catalogue) if config.features.transitions else None
+        self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
+        self._seen = Recent()
         self.on_counted: Callable[[int], None] = lambda row: None
         """Called with the row of each counted feedback."""
         self.on_forgotten: Callable[[int], None] = lambda user_key: None
         """Called with the key of each user to be forgotten."""
-
-    def clear(self) -> None:
-        """Begin to count anew. The catalogue and what its items are filed under stay."""
-        config, retrieval = self._config, self._config.retrieval
-        with self.lock:
-            self.trending = Trending(retrieval.trending_half_life_s)
-            self.covisits = CoVisits(
-                retrieval.covisit_half_life_s, retrieval.covisit_backward, retrieval.covisit_neighbours
-            )
-            self.counting = Counting(config, self._schema, self.catalogue)
-            self.following = Following(config, self._schema, self.catalogue) if config.features.transitions else None
-            self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
-            self._seen = Recent()
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
@@ -184,15 +178,13 @@ class Sources:
                 **(self.following.state() if self.following is not None else {}),
             }
 
-    def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int, saved_ms: int = 0) -> None:
-        """Load `state` of log time `saved_ms`; `row_map[old row]` is today's row, -1 where the item is gone. SnapshotCorrupt where it
-        cannot be: then these sources are not to be used."""
-        times = {"saved_ms": saved_ms, "latest_ms": bounded_ms(2**62, now_ms)}
+    def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int) -> None:
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
         with self.lock:
-            self.trending.restore(state["trending"], row_map, **times)
-            self.covisits.restore(state["covisits"], row_map, **times)
+            self.trending.restore(state["trending"], row_map)
+            self.covisits.restore(state["covisits"], row_map)
             self._seen.restore(state["seen"])
-            self.counting.restore(state, **times)
+            self.counting.restore(state)
             if self.following is not None:
                 self.following.restore(state, row_map)
             for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):

@@ -16,6 +16,7 @@ from recsys.errors import Fenced, LogTruncated
 from recsys.streams.base import EventLog
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.journal import Entry, Journal
+from recsys.training.old_towers import first_upserts
 from recsys.training.publish import Publisher
 from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Record
@@ -125,8 +126,12 @@ class Runner:
             topic, partition = self._split(key)
             if topic != "item":
                 continue
-            for record in self._read_range(topic, partition, self._log.begin(topic, partition), end):
+            records = self._read_range(topic, partition, self._log.begin(topic, partition), end)
+            for record in records:
                 self.trainer.take(record, StepReport())
+            towers = self.trainer.towers
+            if towers is not None and towers.numbered is not None:
+                towers.number(first_upserts(records) if self._log.partitions(topic) == 1 else None)
 
     @staticmethod
     def _split(key: str) -> tuple[str, int]:
@@ -201,7 +206,8 @@ class Runner:
     def _poll(self) -> tuple[list[Record], dict[str, int], int]:
         """New records, the partitions' new ends, and log time: no impression or feedback before it is still unread.
 
-        A read that found nothing does not say so: Kafka's client answers before the broker did.
+        A read that found nothing does not say so: Kafka's client answers before the broker did. Items go first: as long as there may be
+        more of them nothing else is read, which would be learned without knowing what it names.
         """
         records: list[Record] = []
         ends: dict[str, int] = {}
@@ -212,6 +218,8 @@ class Runner:
                 records += batch
                 ends[key] = batch[-1].offset + 1
                 self._read_ms[key] = max(self._read_ms.get(key, 0), batch[-1].time_ms)
+            if len(batch) >= READ_LIMIT and key.startswith("item/"):
+                break
         for key, end in self._marks.items():
             if ends.get(key, self.positions[key]) >= end:
                 self._read_ms[key] = max(self._read_ms.get(key, 0), self._marked_ms)

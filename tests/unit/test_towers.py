@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from recsys.config import parse
+from recsys.events import messages
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
+from recsys.keys import key_of
 from recsys.model.layers import seeded
 from recsys.model.layouts import layouts
 from recsys.model.two_tower import Passed, TwoTower, TwoTowerSpec
 from recsys.table.tables import Tables
+from recsys.training.old_towers import first_upserts
 from recsys.training.towers import BATCH, TowerLearner
-from recsys.types import Feedback, Impression, Item, ShownItem
+from recsys.types import Feedback, Impression, Item, Record, ShownItem
 
 ITEMS = 12
 NUMBERS = itertools.count()
@@ -47,21 +50,31 @@ def shown(user: str, *items: int, request_id: str = "r", place: str = "home") ->
     return Impression(request_id=request_id, user_id=user, time_ms=0, items=rows, context={"place": place})
 
 
+def items(model: TowerLearner) -> list[list[str]]:
+    """Each waiting positive's item and what was passed over."""
+    name = {key_of(f"i{n}"): f"i{n}" for n in range(ITEMS)}
+    return [[name[key] for key in p.keys[:, 0].tolist()] for p in model._positives]
+
+
+def history(model: TowerLearner, user: str) -> list[tuple[int, str]]:
+    return [(past.item, past.type) for past in model._users.history(model._users.of(key_of(user)))]
+
+
 def test_a_user_without_past_is_a_positive_only_with_context() -> None:
     model = learner()
     model.feedback(click("new", 1), 0)
     assert model._positives == []
     model.feedback(click("elsewhere", 1, context={"place": "home"}), 0)
     model.feedback(click("new", 2), 0)
-    assert [p.row for p in model._positives] == [1, 2]
-    assert model._positives[0].user.shared_mask.tolist() == [True, True]
+    assert items(model) == [["i1"], ["i2"]]
+    assert model._positives[0].shared_mask.tolist() == [True, True]
 
 
 def test_a_context_value_of_0_is_learned_from_as_it_is_served() -> None:
     model = learner()
     model.impression(replace(shown("u", 1), context={"place": 0}))
     model.feedback(click("u", 1, request_id="r"), 0)
-    assert (model._positives[0].user.shared_keys[1], model._positives[0].user.shared_mask[1]) == (0, True)
+    assert (model._positives[0].shared_keys[1], model._positives[0].shared_mask[1]) == (0, True)
 
 
 def test_what_is_history_is_learned_from_as_history_and_what_counts_as_the_next_item() -> None:
@@ -69,9 +82,9 @@ def test_what_is_history_is_learned_from_as_history_and_what_counts_as_the_next_
     model = learner()
     for number, kind in enumerate(("like", "purchase", "click", "view")):
         model.feedback(event("u", number, kind), 0)
-    assert [p.row for p in model._positives] == [1, 2]
-    assert [len(p.user.history_keys) for p in model._positives] == [1, 1]
-    assert model._users["u"].events == [("i0", "like"), ("i2", "click")]
+    assert items(model) == [["i1"], ["i2"]]
+    assert [len(p.history_keys) for p in model._positives] == [1, 1]
+    assert history(model, "u") == [(key_of("i0"), "like"), (key_of("i2"), "click")]
 
 
 def test_the_same_event_twice_is_learned_once_even_after_a_restart() -> None:
@@ -82,7 +95,7 @@ def test_the_same_event_twice_is_learned_once_even_after_a_restart() -> None:
     second.restore_arrays(first.arrays())
     for model in (first, second):
         model.feedback(again, 0)
-        assert len(model._positives) == len(model._users["u"].events) == 1
+        assert len(model._positives) == len(history(model, "u")) == 1
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told() -> None:
@@ -102,7 +115,7 @@ def test_context_of_the_request_belongs_to_its_feedback() -> None:
     model.impression(shown("u", 1, 2))
     model.feedback(click("u", 1, "r"), 0)
     model.feedback(click("u", 2, "another"), 0)
-    assert [p.user.shared_mask[1] for p in model._positives] == [True, False]
+    assert [p.shared_mask[1] for p in model._positives] == [True, False]
 
 
 def test_hard_negatives_are_what_was_shown_last_and_passed_over() -> None:
@@ -110,7 +123,7 @@ def test_hard_negatives_are_what_was_shown_last_and_passed_over() -> None:
     model.impression(shown("u", 1, 2, 3, 4, 5))
     model.feedback(click("u", 4, "r"), 0)
     model.feedback(click("u", 5, "r"), 0)
-    assert [p.passed for p in model._positives] == [[3, 5], [2, 3]]
+    assert items(model) == [["i4", "i3", "i5"], ["i5", "i2", "i3"]]
     assert learner(hard_negatives=0)._hard == 0
 
 
@@ -158,4 +171,64 @@ def test_forgetting_a_user_drops_history_and_waiting_positives() -> None:
         model.feedback(click(user, 1), 0)
         model.feedback(click(user, 2), 0)
     model.forget("u")
-    assert list(model._users) == ["v"] and len(model._positives) == 1
+    assert len(model._users) == 1 and history(model, "v") and len(model._positives) == 1
+
+
+def numbered(model: TowerLearner) -> dict[str, Any]:
+    """The state of a user who clicked i3, then i5, as releases wrote it that named items by row; rows begin at 100 here."""
+    shared, past = len(model._schema.shared_slots), len(model._schema.history_slots)
+    row = model._catalogue.row("i3")
+    columns = [model._catalogue.keys[row, :past].tolist()], [model._catalogue.mask[row, :past].tolist()]
+    positive = [
+        105,
+        [104, 103],
+        [key_of("u"), *[0] * (shared - 1)],
+        [True, *[False] * (shared - 1)],
+        *columns,
+        [1],
+        [0],
+    ]
+    user = ["u", [["i3", "click"], ["i5", "click"]], [107, 104], "r", {"place": "home"}]
+    return {"users": [user], "positives": [positive], "steps": 0}
+
+
+def test_state_that_names_rows_is_carried_over_where_the_log_still_tells_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = learner()
+    ids = [f"gone{n}" for n in range(100)] + [f"i{n}" for n in range(ITEMS)]
+    model.restore(orjson.loads(orjson.dumps(numbered(model))))
+    model.number(ids)
+    assert items(model) == [["i5", "i4", "i3"]] and not caplog.records
+    assert history(model, "u") == [(key_of("i3"), "click"), (key_of("i5"), "click")]
+    model.feedback(click("u", 2, "r"), 0)
+    assert items(model)[1] == ["i2", "i7", "i4"] and model._positives[1].shared_mask.tolist() == [True, True]
+
+
+def test_state_that_names_rows_nobody_knows_any_more_drops_them_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    model = learner()
+    model.restore(numbered(model))
+    model.number(None)
+    assert items(model) == [] and "1 waiting positives" in caplog.text
+    assert history(model, "u") == [(key_of("i3"), "click"), (key_of("i5"), "click")]
+    model.feedback(click("u", 2, "r"), 0)
+    assert items(model) == [["i2"]]
+
+
+def test_rows_are_told_from_a_log_that_holds_every_record_alone() -> None:
+    def record(offset: int, item: Item) -> Record:
+        value = messages.dump_item(item)
+        return Record(topic="item", partition=0, offset=offset, key=item.item_id, value=value, time_ms=0)
+
+    records = [record(n, Item(item_id=i, deleted=i == "b")) for n, i in enumerate(("a", "b", "c", "a", "d"))]
+    assert first_upserts(records) == ["a", "c", "d"]
+    assert first_upserts(records[1:]) is None and first_upserts(records[:1] + records[2:]) is None
+
+
+def test_an_item_deleted_while_the_batch_fills_is_learned_as_it_was() -> None:
+    model = learner()
+    model.feedback(click("u", 1, context={"place": "home"}), 0)
+    before = model._positives[0].keys.copy()
+    model._catalogue.apply(Item(item_id="i1", deleted=True))
+    model._catalogue.apply(Item(item_id="i1", attributes={"category": "other"}))
+    for number in range(1, BATCH):
+        model.feedback(click(f"u{number}", 1 + number % (ITEMS - 1), context={"place": "home"}), 0)
+    assert model.steps == 1 and before.any()
