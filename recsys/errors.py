@@ -18,6 +18,20 @@ RecsysError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+_LONGEST_NAME = 64
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known name that is most like `name`, for a message; "" where none is known.
+
+    A stranger chooses `name`, and likeness takes time with the square of its length: only its beginning is looked at.
+    """
+    found = difflib.get_close_matches(str(name)[:_LONGEST_NAME], sorted(known), n=1, cutoff=0.0)
+    return found[0] if found else ""
+
 
 class RecsysError(Exception):
     """Base of all errors that this project raises on purpose. The message names the thing, the value and the remedy."""

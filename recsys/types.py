@@ -93,20 +93,27 @@ class Impression:
     generation: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEvent:
-    """One event of a user's history; ordered by (time, event_id), which is also its identity."""
+    """One event of a user's history. Its identity is (time, event_id); its place is by time, then by arrival."""
 
     time_ms: int
     event_id: str
     item_id: str = field(compare=False)
     type: str = field(compare=False)
     session_id: str | None = field(compare=False, default=None)
+    arrival: int = field(compare=False, default=0)
+    """Where its record lies in the log, from 1: what came later has more. 0: not known, as earlier versions wrote it."""
+
+    @property
+    def place(self) -> tuple[int, int, str]:
+        """What a history is sorted by."""
+        return self.time_ms, self.arrival, self.event_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserState:
-    """What is known of one user: history in (time, event_id) order, oldest first; item ids last seen, oldest first."""
+    """What is known of one user: history by time, then arrival, oldest first; item ids last seen, oldest first."""
 
     history: tuple[HistoryEvent, ...] = ()
     seen: tuple[str, ...] = ()

@@ -7,7 +7,6 @@ time and, for a replay, log time: within a file it never goes back. Everything s
 
 from __future__ import annotations
 
-import difflib
 import heapq
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.errors import BadInput
+from recsys.errors import BadInput, nearest
 from recsys.events import columns, messages
 from recsys.events.columns import LAYOUT, REQUIRED, Message
 from recsys.types import Feedback, Impression, Item
@@ -257,8 +256,9 @@ def _check_fields(
     """Refuse unknown, missing and mistyped columns, or fields of a struct column."""
     for name in found:
         if name not in layout:
-            near = difflib.get_close_matches(name, layout, n=1, cutoff=0.0)[0]
-            problem = f"column {path + name!r} is not known: did you mean {path + near!r}? Else leave it out"
+            problem = (
+                f"column {path + name!r} is not known: did you mean {path + nearest(name, layout)!r}? Else leave it out"
+            )
             raise BadInput(f"{where}: {problem}", field=path + name)
         _check_type(where, path + name, found[name], layout[name])
     for name in required:

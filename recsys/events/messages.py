@@ -8,13 +8,12 @@ same rules, as JSON Schema: `recsys.events.schemas`; as prose: `docs/events.md`.
 from __future__ import annotations
 
 import base64
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import orjson
 
-from recsys.errors import BadInput
+from recsys.errors import BadInput, nearest
 from recsys.events.fields import (
     MAX_ID_BYTES,
     MAX_ITEMS,
@@ -39,7 +38,7 @@ from recsys.events.fields import (
 from recsys.types import FORGET, Feedback, Impression, Item, ShownItem
 
 __all__ = [
-    "clamp_time",
+    "check_milliseconds",
     "dump_feedback",
     "dump_forget",
     "dump_impression",
@@ -55,8 +54,7 @@ __all__ = [
 VERSION = 1
 MAX_MESSAGE_BYTES = 2**20
 """Kafka brokers refuse larger records by default; a full impression of 100 items is below 50 kB."""
-CLIENT_TIME_WINDOW_MS = 7 * 86_400_000
-"""A client's clock may lag its log by this much (a phone that was offline for a week); older claims are moved up."""
+YEAR_2000_MS = 946_684_800_000
 ACTIVATIONS = ("shown", "deferred")
 
 FEEDBACK_FIELDS = frozenset(
@@ -201,9 +199,10 @@ def dump_item(item: Item) -> bytes:
     )
 
 
-def clamp_time(time_ms: int, log_time_ms: int) -> int:
-    """A client's time, moved into [log time − 7 d, log time]: it may neither lead nor lag without bound."""
-    return min(max(time_ms, log_time_ms - CLIENT_TIME_WINDOW_MS), log_time_ms)
+def check_milliseconds(time_ms: int, now_ms: int) -> None:
+    """BadInput for a client's time that must be of another unit: seconds, taken as milliseconds, all lie in January 1970."""
+    if 0 < time_ms < YEAR_2000_MS <= now_ms:
+        raise bad("time_ms", time_ms, "is before the year 2000 and looks like seconds: send milliseconds since 1970")
 
 
 def _shown_items(value: Any) -> tuple[ShownItem, ...]:
@@ -257,10 +256,9 @@ def _unknown(message: Mapping[str, Any], known: Iterable[str], where: str) -> Ba
     name = next(n for n in message if n not in known)
     if not isinstance(name, str):
         return bad(where or "message", name, "field names must be strings")
-    near = difflib.get_close_matches(name[:MAX_NAME_CHARS], sorted(known), n=1, cutoff=0.0)
     field = where + name[:MAX_NAME_CHARS].encode("utf-8", "replace").decode()
     return BadInput(
-        f"{where}{shorten(name)} is not a known field: did you mean {near[0]!r}? "
+        f"{where}{shorten(name)} is not a known field: did you mean {nearest(name, known)!r}? "
         "Fields of your own belong into `context` or `attributes`",
         field=field,
     )

@@ -6,52 +6,107 @@ import hashlib
 
 import numpy as np
 
+from recsys.capacity import entries
 from recsys.types import Int64
+
+HORIZON_MS = 3_600_000
+"""Copies are known by their ids for this long. What happened before it, by its own time, is `too_late`: it may be a copy."""
+_BYTES_EACH = 100
+"""Of one digest: an int in a set that is, on average, half full."""
+_SETS = 6
+"""Of one process that share the bound: ranking has accepted, late and answered ids, and counts events, requests and positives."""
+
+
+def too_late(own_ms: int, log_ms: int) -> bool:
+    """Whether what happened at `own_ms` and came into the log at `log_ms` may be a copy that nobody remembers."""
+    return own_ms < log_ms - HORIZON_MS
+
+
+def recent_limit(memory_bytes: int) -> int:
+    """Ids that one set may hold, of `capacity.memory_bytes`."""
+    return entries(memory_bytes, "digests", _BYTES_EACH * _SETS)
+
+
+class _Generation:
+    __slots__ = ("digests", "first_ms")
+
+    def __init__(self, first_ms: int, digests: set[int]) -> None:
+        self.first_ms, self.digests = first_ms, digests
 
 
 class Recent:
-    """A set of 8-byte id digests in generations of log time; ids older than the horizon are forgotten, a generation at a time."""
+    """A set of 8-byte id digests in generations of log time; ids older than the horizon are forgotten, a generation at a time.
 
-    def __init__(self, horizon_s: float = 3600.0, generations: int = 6) -> None:
-        self._step_ms = int(horizon_s * 1000 / generations)
-        self._generations: dict[int, set[int]] = {}
+    Of more than `limit` the oldest generation is forgotten early, and the horizon begins after it. One writer; any thread reads.
+    """
+
+    def __init__(self, horizon_s: float = HORIZON_MS / 1000, generations: int = 6, limit: int = 2**40) -> None:
+        self._horizon_ms = int(horizon_s * 1000)
+        self._step_ms = self._horizon_ms // generations
         self._keep = generations + 1
+        self._limit = limit
+        self._generations: tuple[_Generation, ...] = ()
+        self._forgotten_ms = 0
+
+    def __len__(self) -> int:
+        return sum(len(generation.digests) for generation in self._generations)
+
+    @property
+    def full_ratio(self) -> float:
+        """How full it is; at 1 the horizon gets shorter."""
+        return len(self) / self._limit
 
     def add(self, identity: str, now_ms: int) -> bool:
         """True when the id is new within the horizon; it is then remembered."""
         digest = _digest(identity)
-        if any(digest in generation for generation in self._generations.values()):
+        if self._has(digest):
             return False
-        current = now_ms // self._step_ms
-        if current not in self._generations:
-            self._generations[current] = set()
-            for old in [g for g in self._generations if g <= current - self._keep]:
-                del self._generations[old]
-        self._generations[current].add(digest)
+        self._current(now_ms).add(digest)
         return True
 
     def contains(self, identity: str) -> bool:
         """Whether the id was added within the horizon."""
-        digest = _digest(identity)
-        return any(digest in generation for generation in self._generations.values())
+        return self._has(_digest(identity))
 
-    def oldest_ms(self, now_ms: int) -> int:
-        """Records older than this cannot be told from duplicates any more."""
-        return now_ms - self._step_ms * (self._keep - 1)
+    def _has(self, digest: int) -> bool:
+        return any(digest in generation.digests for generation in self._generations)
+
+    def _current(self, now_ms: int) -> set[int]:
+        """The newest generation; where log time went back it takes what comes, which is then kept longer than need be."""
+        generations, step_ms = self._generations, self._step_ms
+        if generations:
+            newest = generations[-1]
+            if now_ms // step_ms <= newest.first_ms // step_ms and len(newest.digests) * self._keep < self._limit:
+                return newest.digests
+            now_ms = max(now_ms, newest.first_ms)
+        newest = _Generation(now_ms, set())
+        kept = [old for old in generations if now_ms // step_ms - old.first_ms // step_ms < self._keep]
+        while sum(len(old.digests) for old in kept) * self._keep > self._limit * (self._keep - 1):
+            del kept[0]
+            self._forgotten_ms = kept[0].first_ms if kept else now_ms
+        self._generations = (*kept, newest)
+        return newest.digests
+
+    def covers(self, own_ms: int, now_ms: int) -> bool:
+        """Whether a copy of what happened at `own_ms` would be known now: what came earlier than the horizon is told from nothing."""
+        return own_ms >= max(now_ms - self._horizon_ms, self._forgotten_ms)
 
     def state(self) -> dict[str, Int64]:
-        """Digests and their generations, as arrays."""
-        items = sorted(self._generations.items())
-        digests = [np.array(sorted(generation), np.int64) for _, generation in items]
+        """Digests and their generations, as arrays; and before when ids were forgotten early."""
+        items = [(old.first_ms // self._step_ms, sorted(old.digests)) for old in self._generations]
         return {
-            "generation": np.repeat(np.array([g for g, _ in items], np.int64), [len(d) for d in digests]),
-            "digest": np.concatenate(digests) if digests else np.zeros(0, np.int64),
+            "generation": np.repeat(np.array([g for g, _ in items], np.int64), [len(d) for _, d in items]),
+            "digest": np.concatenate([np.zeros(0, np.int64), *(np.array(d, np.int64) for _, d in items)]),
+            "forgotten": np.array([self._forgotten_ms], np.int64),
         }
 
     def restore(self, state: dict[str, Int64]) -> None:
-        self._generations = {
-            int(g): set(state["digest"][state["generation"] == g].tolist()) for g in np.unique(state["generation"])
-        }
+        """Load `state`, also that of a version that forgot nothing early."""
+        self._generations = tuple(
+            _Generation(int(g) * self._step_ms, set(state["digest"][state["generation"] == g].tolist()))
+            for g in np.unique(state["generation"])
+        )
+        self._forgotten_ms = int(state["forgotten"][0]) if "forgotten" in state else 0
 
 
 def _digest(identity: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from recsys.config import Config
-from recsys.events.recent import Recent
+from recsys.events.recent import Recent, recent_limit
 from recsys.features.build import UserFeatures, shared_columns
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
@@ -85,7 +85,8 @@ class Counting:
         self._elsewhere = config.features.elsewhere_types
         self._last: dict[bool, OrderedDict[str, str]] = {live: OrderedDict() for live in (False, True)}
         """Item of each user's last event of the first type elsewhere; those that are counted live on their own."""
-        self._shown, self._positives = Recent(), Recent()
+        most = recent_limit(config.capacity.memory_bytes)
+        self._shown, self._positives = Recent(limit=most), Recent(limit=most)
 
     def _new(self) -> Counters:
         return Counters(self._schema, self._config.features.counter_rows)
@@ -107,6 +108,10 @@ class Counting:
             return False
         self._count_shown(self.counters, impression, now_ms)
         return True
+
+    def knows(self, request_id: str) -> bool:
+        """Whether an impression of this request was counted of late. From any thread."""
+        return self._shown.contains(request_id)
 
     def shown_live(self, impression: Impression, now_ms: int) -> None:
         """The same in the counters that are live."""

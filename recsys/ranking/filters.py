@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recsys.config import Config
 from recsys.config.slate import MAX_BOOST
-from recsys.events.fields import MAX_VALUES, bad, parse_id, parse_number, parse_position
+from recsys.errors import nearest
+from recsys.events.fields import MAX_TEXT_BYTES, MAX_VALUES, bad, parse_id, parse_number, parse_position, parse_text
 from recsys.features.filters import Clause, Filters
 from recsys.ranking.request import Boost
 
@@ -30,8 +30,8 @@ def parse_filters(raw: Any, attributes: Iterable[str], field: str = "filters") -
     known = list(attributes)
     for name in raw:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            remedy = f"did you mean {near[0]!r}? Known: {', '.join(known)}" if near else "catalogue.attributes is empty"
+            near = nearest(name, known)
+            remedy = f"did you mean {near!r}? Known: {', '.join(known)}" if near else "catalogue.attributes is empty"
             raise bad(f"{field}.{str(name)[:64]}", name, f"is not one of catalogue.attributes: {remedy}")
     return tuple(_clause(name, raw[name], f"{field}.{name}") for name in sorted(raw))
 
@@ -43,7 +43,7 @@ def _clause(attribute: str, raw: Any, field: str) -> Clause:
         raise bad(field, raw, f"name a condition: {', '.join(_CONDITIONS)}")
     for name in raw:
         if name not in _CONDITIONS:
-            near = difflib.get_close_matches(str(name), _CONDITIONS, n=1, cutoff=0.0)[0]
+            near = nearest(name, _CONDITIONS)
             raise bad(field, name, f"is no condition, did you mean {near!r}? Known: {', '.join(_CONDITIONS)}")
     low, high = (
         parse_number(raw[n], f"{field}.{n}") if n in raw else b for n, b in (("min", -math.inf), ("max", math.inf))
@@ -62,6 +62,8 @@ def _values(raw: Any, field: str) -> tuple[str, ...]:
     for value in values:
         if not isinstance(value, str | int | float):
             raise bad(field, value, "must be a string, a number or a boolean")
+        if isinstance(value, str):
+            parse_text(value, field, MAX_TEXT_BYTES)
     return tuple(sorted({value if isinstance(value, str) else str(value) for value in values}))
 
 
@@ -108,8 +110,7 @@ def _rules(raw: Any, field: str, example: str) -> list[Mapping[str, Any]]:
 def _known(raw: Mapping[str, Any], names: tuple[str, ...], field: str) -> None:
     for name in raw:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise bad(field, name, f"is not a known field, did you mean {near!r}?")
+            raise bad(field, name, f"is not a known field, did you mean {nearest(name, names)!r}?")
 
 
 def described(filters: Filters) -> str:

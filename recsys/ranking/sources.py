@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from recsys.config import Config
-from recsys.events.recent import Recent
+from recsys.events.recent import Recent, recent_limit
 from recsys.features.build import Signals, UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -48,7 +48,7 @@ class Sources:
         self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
-        self._seen = Recent()
+        self._seen = Recent(limit=recent_limit(config.capacity.memory_bytes))
         self.on_counted: Callable[[int], None] = lambda row: None
         """Called with the row of each counted feedback."""
         self.on_forgotten: Callable[[int], None] = lambda user_key: None
@@ -128,7 +128,7 @@ class Sources:
         rows: list[int] = []
         last_ms = event.time_ms
         for past in reversed(history):
-            if past >= event:
+            if past.place >= event.place:
                 continue
             if event.session_id is not None and past.session_id is not None:
                 if past.session_id != event.session_id:
@@ -161,6 +161,18 @@ class Sources:
                 covisit=covisit,
                 follows=follows,
             )
+
+    def knows(self, event_id: str) -> bool:
+        """Whether this feedback was read within the horizon. From any thread."""
+        return self._seen.contains(event_id)
+
+    def too_late(self, own_ms: int, now_ms: int) -> bool:
+        """Whether what happened at `own_ms` may be a copy of what nobody remembers. From any thread."""
+        return not self._seen.covers(own_ms, now_ms)
+
+    def answered(self, request_id: str) -> bool:
+        """Whether the impression of this request was read within the horizon. From any thread."""
+        return self.counting.knows(request_id)
 
     def seen(self) -> Arrays:
         """Digests of the feedback events counted of late, as `Recent.restore` takes them."""

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from recsys import metrics
-from recsys.clock import Clock
+from recsys.clock import Clock, bounded_ms
 from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
+from recsys.events.recent import Recent, recent_limit
 from recsys.ranking.request import AsOf
 from recsys.ranking.sources import Sources
 from recsys.state.base import StateStore
 from recsys.streams.base import EventLog
-from recsys.types import FORGET, Feedback, HistoryEvent, Record, UserUpdate
+from recsys.types import FORGET, Feedback, HistoryEvent, Impression, Record, UserUpdate
 
 Histories = dict[str, tuple[HistoryEvent, ...]]
 TOPICS = ("impression", "feedback")
 READ_LIMIT = 1000
 """Records of one transaction: half makes a backlog slower, double holds freshness back."""
+_OFFSET_BITS = 48
+"""An arrival is a partition and an offset in one number; a user's events lie in one partition."""
 
 
 class StateConsumer:
@@ -38,6 +41,10 @@ class StateConsumer:
         self._history_types = set(config.features.history_types)
         self._partitions = [(topic, p) for topic in TOPICS for p in range(log.partitions(topic))]
         self.counter_positions = {f"{t}/{p}": log.begin(t, p) for t, p in self._partitions}
+        self._nothing_read = lambda: Recent(limit=recent_limit(config.capacity.memory_bytes))
+        self._reread = self._nothing_read()
+        """Events that are read again for a store that lost them."""
+        self._stored: dict[str, int] = {}
         self.user_state = AsOf()
         self.counters = AsOf()
 
@@ -45,6 +52,9 @@ class StateConsumer:
         """Read and apply what is new; returns how many records. Raises LogUnavailable, StateUnavailable: then call again."""
         started_ms = self._clock.now_ms()
         stored = self._store.positions()
+        if any(stored.get(key, 0) < position for key, position in self._stored.items()):
+            self._reread = self._nothing_read()  # the store lost what it had
+        self._stored = dict(stored)
         count, behind = 0, False
         for topic, partition in self._partitions:
             key = f"{topic}/{partition}"
@@ -66,19 +76,22 @@ class StateConsumer:
         return count
 
     def apply(self, records: Sequence[Record], *, store_from: int, count_from: int, key: str) -> None:
-        """Records of one partition: to the store from offset `store_from` on, to the counters from `count_from` on."""
-        updates: list[UserUpdate] = []
-        histories: Histories = {}
+        """Records of one partition: to the store from offset `store_from` on, to the counters from `count_from` on.
+
+        1. Judge each: what it is, and whether it is a copy. 2. Write to the store. 3. Count. The store may fail, and then the same
+        records come again: nothing is remembered before it has them.
+        """
+        batch = _Batch(count_from)
         for record in records:
             try:
-                update = self._take(record, histories, counted=record.offset >= count_from)
+                self._judge(record, batch)
             except BadInput as error:
                 self._on_bad(record, str(error))
-                continue
-            if update is not None and record.offset >= store_from:
-                updates.append(update)
         if records[-1].offset >= store_from:
+            updates = [update for offset, update in batch.updates if offset >= store_from]
             self._store.apply(updates, {key: records[-1].offset + 1})
+        for count in batch.counts:
+            count()
         now_ms = self._clock.now_ms()
         for record in records:
             if record.topic == "feedback":
@@ -88,48 +101,85 @@ class StateConsumer:
                 if record.offset >= count_from:
                     metrics.FRESHNESS_SECONDS.labels("counters").observe(age_s)
 
-    def _take(self, record: Record, histories: Histories, *, counted: bool) -> UserUpdate | None:
+    def _judge(self, record: Record, batch: _Batch) -> None:
+        now_ms = bounded_ms(record.time_ms, self._clock.now_ms())
         if record.topic == "impression":
-            impression = messages.parse_impression(record.value)
-            if counted:
-                self._sources.impression(impression, record.time_ms)
-            if impression.activation == "deferred":
-                return None
-            seen = tuple(item.item_id for item in impression.items)
-            return UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=record.time_ms)
+            self._impression(messages.parse_impression(record.value), now_ms, record.offset, batch)
+            return
         feedback = messages.parse_feedback(record.value, internal=True)
-        return self.feedback(feedback, record.time_ms, histories, counted=counted)
-
-    def feedback(self, feedback: Feedback, now_ms: int, histories: Histories, *, counted: bool) -> UserUpdate | None:
-        """One feedback at log time `now_ms`; `histories` is what the batch's users have when the store has what came before."""
-        user_id = feedback.user_id
         if feedback.type == FORGET:
-            histories[user_id] = ()
-            if counted:
-                self._sources.forget(user_id)
-            return UserUpdate(user_id=user_id, forget=True)
+            self._forget(feedback.user_id, record.offset, batch)
+            return
+        messages.check_milliseconds(feedback.time_ms, now_ms)
+        late = self._sources.too_late(feedback.time_ms, now_ms)
+        if late or self._first(feedback.event_id, now_ms, record.offset, batch):
+            self._feedback(feedback, now_ms, record, batch, late)
+
+    def _impression(self, impression: Impression, now_ms: int, offset: int, batch: _Batch) -> None:
+        if offset >= batch.count_from:
+            batch.counts.append(lambda: self._sources.impression(impression, now_ms))
+        if impression.activation != "deferred":
+            seen = tuple(item.item_id for item in impression.items)
+            batch.updates.append((offset, UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=now_ms)))
+
+    def _forget(self, user_id: str, offset: int, batch: _Batch) -> None:
+        batch.histories[user_id] = ()
+        batch.updates.append((offset, UserUpdate(user_id=user_id, forget=True)))
+        if offset >= batch.count_from:
+            batch.counts.append(lambda: self._sources.forget(user_id))
+
+    def _first(self, event_id: str, now_ms: int, offset: int, batch: _Batch) -> bool:
+        """Whether no copy of it was read before, within the horizon."""
+        again = offset < batch.count_from
+        if event_id in batch.event_ids:
+            return False
+        # What is read again for the store alone the sources know already: it is told from what was read again.
+        if self._reread.contains(event_id) if again else self._sources.knows(event_id):
+            return False
+        batch.event_ids.add(event_id)
+        if again:
+            batch.counts.append(lambda: self._reread.add(event_id, now_ms))
+        return True
+
+    def _feedback(self, feedback: Feedback, now_ms: int, record: Record, batch: _Batch, late: bool) -> None:
+        """What came too late enters the history alone: counted, it might be counted twice."""
+        user_id, offset = feedback.user_id, record.offset
         event = HistoryEvent(
-            time_ms=messages.clamp_time(feedback.time_ms, now_ms),
+            time_ms=min(feedback.time_ms, now_ms),
             event_id=feedback.event_id,
             item_id=feedback.item_id,
             type=feedback.type,
             session_id=feedback.session_id,
+            arrival=(record.partition << _OFFSET_BITS) + offset + 1,
         )
         kept = feedback.type in self._history_types
-        if counted:
-            history = histories.get(user_id)
+        if offset >= batch.count_from and not late:
+            history = batch.histories.get(user_id)
             if history is None:
                 history = self._store.get(user_id).history
-            self._sources.feedback(feedback, history, event, now_ms)
-            histories[user_id] = _with(history, event) if kept else history
+            batch.histories[user_id] = _with(history, event) if kept else history
+            batch.counts.append(lambda: self._sources.feedback(feedback, history, event, now_ms))
         if kept:
-            return UserUpdate(user_id=user_id, events=(event,))
-        if feedback.type == "view":
-            return UserUpdate(user_id=user_id, seen=(feedback.item_id,), seen_ms=now_ms)
-        return None
+            batch.updates.append((offset, UserUpdate(user_id=user_id, events=(event,))))
+        elif feedback.type == "view":
+            batch.updates.append((offset, UserUpdate(user_id=user_id, seen=(feedback.item_id,), seen_ms=now_ms)))
+
+
+class _Batch:
+    """What one turn's records of one partition mean: for the store, by offset; for the counters, in order."""
+
+    __slots__ = ("count_from", "counts", "event_ids", "histories", "updates")
+
+    def __init__(self, count_from: int) -> None:
+        self.count_from = count_from
+        self.updates: list[tuple[int, UserUpdate]] = []
+        self.counts: list[Callable[[], object]] = []
+        self.histories: Histories = {}
+        """What users have when the store has what came before."""
+        self.event_ids: set[str] = set()
 
 
 def _with(history: tuple[HistoryEvent, ...], event: HistoryEvent) -> tuple[HistoryEvent, ...]:
-    if not history or history[-1] < event:
+    if not history or history[-1].place < event.place:
         return (*history, event)
-    return tuple(sorted({*history, event}))
+    return tuple(sorted({*history, event}, key=lambda one: one.place))

@@ -17,8 +17,8 @@ class StateStore(Protocol):
     def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
         """Apply the updates in order and set the positions ("topic/partition" -> next offset), all in one transaction.
 
-        Idempotent: history is a set ordered by (time_ms, event_id), so applying a record again, or in another order,
-        gives the same state. Keeps the newest `history_len` events of each type and the last `seen_len` distinct seen items
+        Idempotent: history is a set of (time_ms, event_id) ordered by time, then arrival, so applying a record again, or in
+        another order, gives the same state. Keeps the newest `history_len` events of each type and the last `seen_len` distinct seen items
         (seeing an item again makes it the newest), with when they were last shown, and how often: seen again within a minute is once.
         """
         ...

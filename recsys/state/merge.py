@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ SHOWING_MS = 60_000
 
 
 class UserEntry:
-    """History in (time, event_id) order with the number of events of each type, and seen items, oldest first."""
+    """History by time, then arrival, with the number of events of each type, and seen items, oldest first."""
 
     __slots__ = ("counts", "history", "seen")
 
@@ -46,11 +46,17 @@ class UserEntry:
         if not history or event.time_ms > history[-1].time_ms:
             history.append(event)
         else:
-            key = (event.time_ms, event.event_id)
-            at = bisect_left(history, key, key=_identity)
-            if at < len(history) and _identity(history[at]) == key:
-                return
-            history.insert(at, event)
+            begin = bisect_left(history, event.time_ms, key=_time)
+            end = bisect_right(history, event.time_ms, lo=begin, key=_time)
+            for at in range(begin, end):
+                if history[at].event_id == event.event_id:  # a copy: the one that came first stays
+                    if history[at].arrival > event.arrival:
+                        self.counts[history[at].type] -= 1
+                        del history[at]
+                        end -= 1
+                        break
+                    return
+            history.insert(bisect_right(history, event.place, begin, end, key=_place), event)
         count = self.counts.get(event.type, 0)
         if count < history_len:
             self.counts[event.type] = count + 1
@@ -61,18 +67,30 @@ class UserEntry:
         return state_of(self.history, self.seen)
 
 
-def _identity(event: HistoryEvent) -> tuple[int, str]:
-    return event.time_ms, event.event_id
+def _time(event: HistoryEvent) -> int:
+    return event.time_ms
+
+
+def _place(event: HistoryEvent) -> tuple[int, int, str]:
+    return event.place
 
 
 def pack_history(history: Iterable[HistoryEvent]) -> bytes:
-    return orjson.dumps([(e.time_ms, e.event_id, e.item_id, e.type, e.session_id) for e in history])
+    return orjson.dumps([(e.time_ms, e.event_id, e.item_id, e.type, e.session_id, e.arrival) for e in history])
 
 
 def unpack_history(data: bytes | None) -> list[HistoryEvent]:
+    """As packed; of rows without arrival, as earlier versions wrote them, it is not known."""
     return [
-        HistoryEvent(time_ms=time_ms, event_id=event_id, item_id=item_id, type=kind, session_id=session_id)
-        for time_ms, event_id, item_id, kind, session_id in orjson.loads(data or b"[]")
+        HistoryEvent(
+            time_ms=time_ms,
+            event_id=event_id,
+            item_id=item_id,
+            type=kind,
+            session_id=session_id,
+            arrival=arrival[0] if arrival else 0,
+        )
+        for time_ms, event_id, item_id, kind, session_id, *arrival in orjson.loads(data or b"[]")
     ]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
+from recsys.events.recent import too_late
 from recsys.features.build import Index, decode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -144,6 +145,9 @@ class Trainer:
             if self.towers:
                 self.towers.forget(feedback.user_id)
             report.count("forget")
+            return
+        if too_late(feedback.time_ms, now_ms):  # a copy of it may have been learned: nobody remembers for so long
+            report.count("too_late")
             return
         outcome = self.joiner.feedback(feedback, now_ms)
         if outcome != "early":  # counted once it is known what becomes of it

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+from urllib.parse import unquote_to_bytes
 
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,10 +17,13 @@ from recsys import metrics
 from recsys.events import messages
 from recsys.events.schemas import HTTP_FEEDBACK
 from services.ranking import answers, catalogue_api, parse
-from services.ranking.problems import OPENAPI, Overloaded, TooLarge, failed, install
+from services.ranking.problems import OPENAPI, Overloaded, TooLarge, failed, install, problem
 from services.ranking.service import RankingService
 
 T = TypeVar("T")
+_NO_TEXT = "path: its %-escapes are no UTF-8; send ids as UTF-8, each byte escaped"
+_SMALL_BYTES = 65_536
+"""A body up to this is read on the event loop, in about a millisecond; a larger one in a thread, where nobody waits behind it."""
 Next = Callable[[Request], Awaitable[Response]]
 _CLICK = {"version": 1, "event_id": "c2f1", "user_id": "u1", "item_id": "42", "type": "click", "time_ms": 1767225600000}
 Read = Callable[[Request], Awaitable[bytes]]
@@ -77,12 +81,23 @@ def create_app(service: RankingService) -> FastAPI:
         return read_body(request, service.config.ranking.max_body_bytes)
 
     app.add_middleware(Observe)
-    _recommend_route(app, service, Workers("score", 2, max_inflight), read)
+    _recommend_route(app, service, Workers("score", 2, max_inflight), others, read)
     _feedback_route(app, service, others, read)
     _user_routes(app, service, others)
     _health_routes(app, service)
     catalogue_api.add_routes(app, service, others.run, read)
     return app
+
+
+def is_text(raw_path: bytes) -> bool:
+    """Whether a path's escapes are UTF-8: what is not would be read as another id than was meant."""
+    if b"%" not in raw_path:
+        return True
+    try:
+        unquote_to_bytes(raw_path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class Observe:
@@ -95,6 +110,8 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # HEAD is GET whose body the server leaves out: it still sees the scope that it made.
+        scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = 0
 
         async def watched(message: Message) -> None:
@@ -104,7 +121,10 @@ class Observe:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            if is_text(scope["raw_path"]):
+                await self._app(scope, receive, watched)
+            else:
+                await problem(400, _NO_TEXT, field="path")(scope, receive, watched)
         except Exception as error:  # the last resort: logged under an id, raised again once an answer has begun
             response = failed(Request(scope), error)
             if status:
@@ -114,7 +134,7 @@ class Observe:
             metrics.HTTP_REQUESTS.labels(getattr(scope.get("route"), "path", "other"), str(status or 499)).inc()
 
 
-def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, read: Read) -> None:
+def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, others: Workers, read: Read) -> None:
     @app.post(
         "/v1/recommend",
         openapi_extra=answers.json_body(answers.RECOMMEND_SCHEMA),
@@ -122,7 +142,11 @@ def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, re
     )
     async def recommend(request: Request) -> Response:
         started = time.perf_counter()
-        asked = parse.recommend(await read(request), uuid.uuid4().hex, service.config)
+        body, request_id = await read(request), uuid.uuid4().hex
+        if len(body) <= _SMALL_BYTES:
+            asked = parse.recommend(body, request_id, service.config)
+        else:
+            asked = await others.run(lambda: parse.recommend(body, request_id, service.config))
         answer, contains = await scoring.run(lambda: service.recommend(asked))
         metrics.RECOMMEND_SECONDS.observe(time.perf_counter() - started)
         return Response(

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import orjson
 
 from recsys.config import Config
-from recsys.errors import BadInput
+from recsys.errors import BadInput, nearest
 from recsys.events import messages
+from recsys.events.fields import MAX_NAME_CHARS
 from recsys.ranking.filters import parse_boosts, parse_filters, parse_pins
 from recsys.ranking.request import Request
 from recsys.types import Feedback, Item
+from services.ranking import rows
 
 MAX_N = 100
 MAX_EVENTS = 10_000
 MAX_LIST = 1000
 T = TypeVar("T")
+Body: TypeAlias = bytes | bytearray
 _RECOMMEND = (
     "user_id",
     "n",
@@ -43,18 +45,20 @@ class Refused:
     reason: str
 
 
-def each(rows: Iterable[Any], id_field: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T | Refused]:
+def each(found: Iterable[Any], id_field: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T | Refused]:
     """Every row parsed or refused by itself."""
-    found: list[T | Refused] = []
-    for row in rows:
+    taken: list[T | Refused] = []
+    for row in found:
         try:
+            if isinstance(row, BadInput):  # the row is no JSON
+                raise row
             if not isinstance(row, dict):
                 raise BadInput(f"{messages.shorten(row)} is not an object: send one with {id_field}", field=id_field)
             row.setdefault("version", 1)  # over HTTP the path says which version is meant
-            found.append(parse(row))
+            taken.append(parse(row))
         except BadInput as error:
-            found.append(Refused(id=_readable_id(row, id_field), field=error.field, reason=str(error)))
-    return found
+            taken.append(Refused(id=_readable_id(row, id_field), field=error.field, reason=str(error)))
+    return taken
 
 
 def _readable_id(row: Any, id_field: str) -> str:
@@ -64,10 +68,10 @@ def _readable_id(row: Any, id_field: str) -> str:
         return ""
 
 
-def body_object(body: bytes) -> dict[str, Any]:
+def body_object(body: Body) -> dict[str, Any]:
     """The body as a JSON object."""
     try:
-        value = orjson.loads(body)
+        value = orjson.loads(_without_mark(body))
     except orjson.JSONDecodeError as error:
         raise BadInput(
             f"the body is not valid JSON ({error}): send one JSON object in UTF-8, without NaN or infinity",
@@ -78,13 +82,15 @@ def body_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def recommend(body: bytes, request_id: str, config: Config) -> Request:
+def recommend(body: Body, request_id: str, config: Config) -> Request:
     """Body of POST /v1/recommend; the configuration says which attributes and sources there are to name."""
     raw = body_object(body)
-    if unknown := set(raw) - set(_RECOMMEND):
-        name = sorted(unknown)[0]
-        near = difflib.get_close_matches(name, _RECOMMEND, n=1, cutoff=0.0)[0]
-        raise BadInput(f"{name!r} is not a known field: did you mean {near!r}?", field=name)
+    for name in raw:
+        if name not in _RECOMMEND:
+            near = nearest(name, _RECOMMEND)
+            raise BadInput(
+                f"{messages.shorten(name)} is not a known field: did you mean {near!r}?", field=name[:MAX_NAME_CHARS]
+            )
     n = raw.get("n", 20)
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_N:
         raise BadInput(f"n = {messages.shorten(n)}: ask for an integer from 1 to {MAX_N}", field="n")
@@ -116,35 +122,43 @@ def _ids(value: Any, field: str) -> tuple[str, ...] | None:
     return tuple(messages.parse_id(item, f"{field}[{index}]") for index, item in enumerate(value))
 
 
-def feedback(body: bytes, event_ids: Iterator[str], now_ms: int) -> list[Feedback | Refused]:
+def feedback(body: Body, event_ids: Iterator[str], now_ms: int) -> list[Feedback | Refused]:
     """Body of POST /v1/feedback: one event, or {"events": [...]}; each parsed or refused by itself."""
-    return each(
-        _rows(body, "events"),
-        "event_id",
-        lambda event: messages.parse_feedback(event, event_id=next(event_ids), time_ms=now_ms),
-    )
+
+    def event(row: Mapping[str, Any]) -> Feedback:
+        found = messages.parse_feedback(row, event_id=next(event_ids), time_ms=now_ms)
+        messages.check_milliseconds(found.time_ms, now_ms)
+        return found
+
+    return each(_rows(body, "events"), "event_id", event)
 
 
-def items(body: bytes) -> list[Item | Refused]:
+def items(body: Body) -> list[Item | Refused]:
     """Body of PUT /v1/items: one item, or {"items": [...]}."""
     return each(_rows(body, "items"), "item_id", messages.parse_item)
 
 
-def patches(body: bytes) -> list[Any]:
+def patches(body: Body) -> list[Any]:
     """Body of PATCH /v1/items: one or many objects with `item_id` and what changes."""
     return _rows(body, "items")
 
 
-def deletes(body: bytes) -> list[Item | Refused]:
+def deletes(body: Body) -> list[Item | Refused]:
     """Body of DELETE /v1/items: {"item_ids": [...]}."""
-    rows = [{"item_id": item_id} for item_id in _rows(body, "item_ids", single=False)]
-    return each(rows, "item_id", lambda row: Item(item_id=messages.parse_id(row["item_id"], "item_id"), deleted=True))
+    found = _rows(body, "item_ids", may_be_one=False)
+    named = (row if isinstance(row, BadInput) else {"item_id": row} for row in found)
+    return each(named, "item_id", lambda row: Item(item_id=messages.parse_id(row["item_id"], "item_id"), deleted=True))
 
 
-def _rows(body: bytes, name: str, *, single: bool = True) -> list[Any]:
-    """The list under `name`, or (where `single`) the body itself as the one row."""
-    raw = body_object(body)
-    if single and name not in raw:
+def _rows(body: Body, name: str, *, may_be_one: bool = True) -> list[Any]:
+    """The list under `name`, or (where it `may_be_one`) the body itself as the one row."""
+    try:
+        raw = body_object(body)
+    except BadInput:
+        if (found := _each_alone(_without_mark(body), name, may_be_one)) is None:
+            raise
+        raw = {name: found}
+    if may_be_one and name not in raw:
         return [raw]
     found = raw.get(name)
     if not isinstance(found, list) or len(raw) != 1:
@@ -152,3 +166,18 @@ def _rows(body: bytes, name: str, *, single: bool = True) -> list[Any]:
     if len(found) > MAX_EVENTS:
         raise BadInput(f"{name}: {len(found)} are too many: send at most {MAX_EVENTS} a request", field=name)
     return found
+
+
+def _each_alone(body: Body, name: str, may_be_one: bool) -> list[Any] | None:
+    """The rows of a body that is no JSON as a whole; None where it cannot be told what its rows are."""
+    if (found := rows.split(body, name, MAX_EVENTS)) is not None or not may_be_one:
+        return found
+    try:
+        one = rows.loads(body)
+    except BadInput:
+        return None
+    return [one] if isinstance(one, dict) and name not in one else None
+
+
+def _without_mark(body: Body) -> Body:
+    return body[len(rows.BOM) :] if body.startswith(rows.BOM) else body

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from recsys.errors import BadInput, LogError, RecsysError, StateUnavailable
+from recsys.events.fields import MAX_NAME_CHARS
 from recsys.events.messages import shorten
 from services.common.process import logger
 
@@ -88,7 +89,7 @@ def problem(
 def failed(request: Request, error: Exception) -> Response:
     """Our own fault: the traceback goes to the log under an id, and only the id to the client."""
     request_id = uuid.uuid4().hex
-    logger.error("request %s: %s %s failed", request_id, request.method, shorten(request.url.path), exc_info=error)
+    logger.error("request %s: %s %s failed", request_id, request.method, shorten(request.scope["path"]), exc_info=error)
     detail = f"this is a fault of the service: look for {request_id} in its log"
     return problem(500, detail, headers={"X-Request-ID": request_id}, extra={"request_id": request_id})
 
@@ -102,7 +103,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        asked = f"{request.method} {shorten(request.url.path)}"
+        # Not request.url: it is made with the Host header, which anybody may write as no host at all.
+        asked = f"{request.method} {shorten(request.scope['path'])}"
         allowed = (error.headers or {}).get("Allow")
         detail = {404: f"{asked}: nothing is here; /docs lists what is", 405: f"{asked}: use {allowed}, see /docs"}
         headers = dict(error.headers) if error.headers else None
@@ -111,7 +113,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        field = str(first["loc"][-1])
+        field = str(first["loc"][-1])[:MAX_NAME_CHARS]
         return problem(400, f"{field} = {shorten(first.get('input'))}: {first['msg']}", field=field)
 
     @app.exception_handler(ClientDisconnect)

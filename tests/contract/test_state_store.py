@@ -48,8 +48,14 @@ def open_new(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
         store.close()
 
 
-def event(time_ms: int, name: str = "", kind: str = "click", item: str = "i") -> HistoryEvent:
-    return HistoryEvent(time_ms=time_ms, event_id=name or f"e{time_ms}", item_id=item, type=kind, session_id=None)
+def event(time_ms: int, name: str = "", kind: str = "click", item: str = "i", arrival: int = 0) -> HistoryEvent:
+    return HistoryEvent(
+        time_ms=time_ms, event_id=name or f"e{time_ms}", item_id=item, type=kind, session_id=None, arrival=arrival
+    )
+
+
+def place(event: HistoryEvent) -> tuple[int, int, str]:
+    return event.place
 
 
 def click(user: str, *times: int) -> UserUpdate:
@@ -72,11 +78,44 @@ def test_history_keeps_the_newest_of_each_type_in_time_order(open_new: Open) -> 
     assert [e.time_ms for e in history] == [3, 5, 6, 7, 8, 9]
 
 
+def test_events_of_one_time_lie_as_they_arrived_and_the_last_of_them_stay(open_new: Open) -> None:
+    store = open_new()
+    names = ["z", "a", "m", "b", "y", "c", "x"]  # an order that no sorting of ids gives
+    events = [event(1, name, arrival=1 + n) for n, name in enumerate(names)]
+    for group in (events[3:5], events[:3], events[2:4], events[5:], events[:1]):
+        store.apply([UserUpdate(user_id="u", events=tuple(group))], {})
+    assert [e.event_id for e in store.get("u").history] == names[-HISTORY_LEN:]
+    assert [e.arrival for e in store.get("u").history] == [3, 4, 5, 6, 7]
+
+
+def test_a_copy_that_arrived_later_changes_nothing(open_new: Open) -> None:
+    straight, turned = open_new(), open_new()
+    copies = [UserUpdate(user_id="u", events=(event(1, "a", arrival=at),)) for at in (1, 9)]
+    other = UserUpdate(user_id="u", events=(event(1, "b", arrival=5),))
+    straight.apply([copies[0], other, copies[1]], {})
+    turned.apply([copies[1], other, copies[0]], {})
+    assert straight.get("u") == turned.get("u")
+    assert [(e.event_id, e.arrival) for e in turned.get("u").history] == [("a", 1), ("b", 5)]
+
+
+def test_a_history_of_an_earlier_version_is_read_and_lies_before_what_comes(tmp_path: Path) -> None:
+    store = SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        rows = b'[[5,"x","i1","click",null],[7,"y","i2","click","s"]]'
+        connection.execute("INSERT INTO history VALUES ('u', ?)", (rows,))
+    connection.close()
+    assert [(e.event_id, e.session_id, e.arrival) for e in store.get("u").history] == [("x", None, 0), ("y", "s", 0)]
+    store.apply([UserUpdate(user_id="u", events=(event(7, "a", arrival=1), event(7, "y", arrival=2)))], {})
+    assert [e.event_id for e in store.get("u").history] == ["x", "y", "a"]
+    store.close()
+
+
 def test_all_fields_come_back(open_new: Open) -> None:
     store = open_new()
-    full = HistoryEvent(time_ms=2**40, event_id="ü\n", item_id="片", type="buy", session_id="s:1")
+    full = HistoryEvent(time_ms=2**40, event_id="ü\n", item_id="片", type="buy", session_id="s:1", arrival=2**50)
     store.apply([UserUpdate(user_id="u", events=(full,), seen=("片", "b"))], {})
     (found,) = store.get("u").history
+    assert found.arrival == 2**50
     assert (found.time_ms, found.event_id, found.item_id, found.type, found.session_id) == (
         2**40,
         "ü\n",
@@ -195,15 +234,15 @@ def test_any_order_with_duplicates_gives_the_history_of_the_sorted_stream(
 ) -> None:
     straight, shuffled = MemoryState(HISTORY_LEN, SEEN_LEN), open_new()
     once = {(u.user_id, u.events[0]): u for u in updates}
-    straight.apply(sorted(once.values(), key=lambda u: u.events[0]), {})
+    straight.apply(sorted(once.values(), key=lambda u: u.events[0].place), {})
     order = data.draw(st.permutations(updates + updates[: len(updates) // 2]))
     half = len(order) // 2
     shuffled.apply(order[:half], {})
     shuffled.apply(order[half:], {})
     for user in ("u", "v"):
-        expected = sorted({u.events[0] for u in updates if u.user_id == user})
+        expected = sorted({u.events[0] for u in updates if u.user_id == user}, key=place)
         newest = [e for kind in ("click", "like") for e in [x for x in expected if x.type == kind][-HISTORY_LEN:]]
-        assert list(shuffled.get(user).history) == sorted(newest)
+        assert list(shuffled.get(user).history) == sorted(newest, key=place)
         assert shuffled.get(user) == straight.get(user)
 
 

@@ -301,11 +301,14 @@ def test_what_says_nothing_is_not_written() -> None:
     assert written == {**IMPRESSION, "activation": "shown"}
 
 
-def test_client_time_is_moved_into_the_week_before_log_time() -> None:
-    week = 7 * 86_400_000
-    assert [messages.clamp_time(t, 10 * week) for t in (0, 9 * week - 1, 9 * week, 10 * week, 10 * week + 1)] == [
-        9 * week, 9 * week, 9 * week, 10 * week, 10 * week,
-    ]  # fmt: skip
+def test_seconds_are_told_from_milliseconds_where_the_clock_is_right() -> None:
+    now_s = 1_800_000_000
+    for fine in (0, 946_684_800_000, now_s * 1000, now_s * 1_000_000):
+        messages.check_milliseconds(fine, now_s * 1000)
+    messages.check_milliseconds(5, 6)  # a clock of a test
+    for seconds in (1, now_s, 946_684_799_999):
+        with pytest.raises(BadInput, match=f"time_ms = {seconds}.*milliseconds"):
+            messages.check_milliseconds(seconds, now_s * 1000)
 
 
 def test_the_http_schemas_stand_alone_and_leave_event_id_and_time_to_the_server() -> None:

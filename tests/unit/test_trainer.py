@@ -15,6 +15,7 @@ from recsys.config import Config, parse
 from recsys.errors import Fenced, LogTruncated, SchemaMismatch
 from recsys.events import messages
 from recsys.events.deltas import DeltaReader
+from recsys.events.recent import HORIZON_MS
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
@@ -28,6 +29,7 @@ from recsys.streams.memory import MemoryLog
 from recsys.testing.crash import Abort, AbortAt
 from recsys.testing.world import World
 from recsys.training.runner import Runner
+from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Feedback, Impression
 
 GAPS = (
@@ -303,3 +305,12 @@ def test_a_log_cut_under_the_checkpoint_is_refused_unless_accepted(log: MemoryLo
     again = Runner(configuration(tmp_path), empty, clock)
     again.start(accept_gap=True)
     assert again.trainer.steps == runner.trainer.steps
+
+
+def test_feedback_that_came_too_late_is_learned_by_nobody(tmp_path: Path) -> None:
+    trainer = Trainer(configuration(tmp_path), tmp_path)
+    report = StepReport()
+    for late_ms in (0, HORIZON_MS, HORIZON_MS + 1):
+        event = Feedback(event_id=str(late_ms), user_id="u", item_id="i", type="click", time_ms=5)
+        trainer.feedback(event, 5 + late_ms, report)
+    assert report.outcomes == {"no_request": 2, "too_late": 1}
