@@ -117,6 +117,10 @@ class UserState:
 
     history: tuple[HistoryEvent, ...] = ()
     seen: tuple[str, ...] = ()
+    acted: tuple[HistoryEvent, ...] = ()
+    """The last event of each item that was acted upon and is not in the history any more; only item, time and session are known."""
+    hidden: tuple[str, ...] = ()
+    """Items never to be shown again."""
     shown: tuple[tuple[int, int], ...] = ()
     """Of each seen item: log time when it was last shown, milliseconds (0: not known), and how often it was."""
 
@@ -127,6 +131,9 @@ class UserUpdate:
 
     user_id: str
     events: tuple[HistoryEvent, ...] = ()
+    acted: tuple[HistoryEvent, ...] = ()
+    """Events that are not kept in the history; their items are."""
+    hidden: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
     seen_ms: int = 0
     """Log time when they were seen."""

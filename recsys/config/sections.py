@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from recsys.config.bandit import BanditConfig
 from recsys.config.features import CatalogueConfig, FeaturesConfig
+from recsys.config.feedback import FeedbackConfig
 from recsys.config.formula import formula
 from recsys.config.slate import SlateConfig
 from recsys.config.stores import CapacityConfig, LogConfig, StateConfig
@@ -223,6 +224,7 @@ class Config(Section):
         TaskConfig(name="click", types=("click",), window_s=60.0),
         TaskConfig(name="like", types=("like", "purchase"), window_s=600.0, weight=0.5, prior=0.01),
     )
+    feedback: FeedbackConfig = FeedbackConfig()
     model: ModelConfig = ModelConfig()
     table: TableConfig = TableConfig()
     training: TrainingConfig = TrainingConfig()
@@ -247,6 +249,7 @@ class Config(Section):
             formula(self.ranking.value, self.value_names)
         attributes = set(self.catalogue.attributes)
         self.features.check(self.catalogue)
+        self.feedback.check(self.retrieval.count_types)
         unknown = set(self.retrieval.sources) - {"bandit", "covisited", "followed", "following", "nearest", "trending"}
         if unknown:
             raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")

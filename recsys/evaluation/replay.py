@@ -25,6 +25,7 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of, mix
 from recsys.ranking.counting import MAX_CONTEXTS
+from recsys.ranking.meaning import Meaning
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.sources import Sources
@@ -98,7 +99,7 @@ class Replay:
         self._is_old = bool(options.delay_s or options.sync_interval_s)
         if not options.freeze_user and self._is_old:
             self.sources.counting.split()
-        self._types = set(config.features.history_types)
+        self._meaning = Meaning(config)
         self._click_types = set(config.retrieval.count_types)
         self._later: deque[tuple[int, Callable[[], None]]] = deque()
         self._origin_ms: int | None = None
@@ -248,8 +249,7 @@ class Replay:
         if may_answer and feedback.type in self._click_types:
             feedback, learned = self._answer_before(feedback, event, history, now_ms)
             self._remember_context(feedback)
-        if feedback.type in self._types:
-            update = UserUpdate(user_id=feedback.user_id, events=(event,))
+        if update := self._meaning.update(feedback, event, now_ms):
             if self.options.freeze_user:
                 self._when_visible(now_ms, lambda: self.store.apply((update,), {}))
             else:

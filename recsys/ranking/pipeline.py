@@ -94,7 +94,7 @@ class Pipeline:
         except StateUnavailable:
             work.degraded.append("no_user_state")
         limit = self._config.retrieval.covisit_history
-        events = self._session(work) or work.state.history
+        events = self._session(work, work.state.history) or work.state.history
         rows = dict.fromkeys(self._catalogue.row(e.item_id) for e in reversed(events))
         work.history_rows = [r for r in rows if r is not None][:limit]
 
@@ -170,17 +170,19 @@ class Pipeline:
 
     def forbidden(self, work: Work) -> set[int]:
         """Rows never shown in this answer: excluded by the caller or by the `exclude` rule."""
-        rule, items = self._config.ranking.exclude, set(work.request.exclude)
+        rule, state, items = self._config.ranking.exclude, work.state, {*work.request.exclude, *work.state.hidden}
         if rule == "history":
-            items |= {event.item_id for event in work.state.history}
+            items.update(event.item_id for event in (*state.history, *state.acted))
         elif rule == "session":
-            items |= {event.item_id for event in self._session(work)}
-        items |= self.rules.seen(work.state, work.now_ms)
-        return {row for row in map(self._catalogue.row, items) if row is not None}
+            events = sorted((*state.acted, *state.history), key=lambda event: event.time_ms)
+            items.update(event.item_id for event in self._session(work, events))
+        items |= self.rules.seen(state, work.now_ms)
+        rows = self._catalogue.rows(list(items))
+        return set(rows[rows >= 0].tolist())
 
-    def _session(self, work: Work) -> list[HistoryEvent]:
+    def _session(self, work: Work, history: Sequence[HistoryEvent]) -> list[HistoryEvent]:
         """The user's events of the running session, oldest first."""
-        session, history = work.request.session_id, work.state.history
+        session = work.request.session_id
         if session is not None:
             return [event for event in history if event.session_id == session]
         gap_ms, last_ms, events = self._config.retrieval.session_gap_s * 1000, work.now_ms, []

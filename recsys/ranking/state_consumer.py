@@ -10,6 +10,7 @@ from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
 from recsys.events.recent import Recent, recent_limit
+from recsys.ranking.meaning import Meaning
 from recsys.ranking.request import AsOf
 from recsys.ranking.sources import Sources
 from recsys.state.base import StateStore
@@ -38,7 +39,7 @@ class StateConsumer:
     ) -> None:
         self._clock = clock
         self._log, self._store, self._sources, self._on_bad = log, store, sources, on_bad
-        self._history_types = set(config.features.history_types)
+        self._meaning = Meaning(config)
         self._partitions = [(topic, p) for topic in TOPICS for p in range(log.partitions(topic))]
         self.counter_positions = {f"{t}/{p}": log.begin(t, p) for t, p in self._partitions}
         self._nothing_read = lambda: Recent(limit=recent_limit(config.capacity.memory_bytes))
@@ -152,17 +153,15 @@ class StateConsumer:
             session_id=feedback.session_id,
             arrival=(record.partition << _OFFSET_BITS) + offset + 1,
         )
-        kept = feedback.type in self._history_types
         if offset >= batch.count_from and not late:
             history = batch.histories.get(user_id)
             if history is None:
                 history = self._store.get(user_id).history
+            kept = self._meaning.enters_history(feedback.type)
             batch.histories[user_id] = _with(history, event) if kept else history
             batch.counts.append(lambda: self._sources.feedback(feedback, history, event, now_ms))
-        if kept:
-            batch.updates.append((offset, UserUpdate(user_id=user_id, events=(event,))))
-        elif feedback.type == "view":
-            batch.updates.append((offset, UserUpdate(user_id=user_id, seen=(feedback.item_id,), seen_ms=now_ms)))
+        if update := self._meaning.update(feedback, event, now_ms):
+            batch.updates.append((offset, update))
 
 
 class _Batch:

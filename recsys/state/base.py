@@ -20,6 +20,8 @@ class StateStore(Protocol):
         Idempotent: history is a set of (time_ms, event_id) ordered by time, then arrival, so applying a record again, or in
         another order, gives the same state. Keeps the newest `history_len` events of each type and the last `seen_len` distinct seen items
         (seeing an item again makes it the newest), with when they were last shown, and how often: seen again within a minute is once.
+        Of items whose events left the history, or never were in it, the last event of the newest `merge.ACTED` stays; of those
+        hidden the last `merge.HIDDEN`.
         """
         ...
 

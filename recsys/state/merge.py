@@ -16,12 +16,28 @@ SHOWING_MS = 60_000
 """An item seen again so soon was shown once: an impression and the view of it, a page loaded again, a record applied again."""
 
 
+ACTED, HIDDEN = 1000, 5000
+"""Items of a user kept beyond the history, about 40 bytes each: half shows a buyer what they bought a year ago, double slows the reading
+of such users' states. Of too many the newest stay."""
+
+Acted = dict[str, tuple[int, str | None]]
+"""Item id → (time, session) of its last event."""
+
+
 class UserEntry:
-    """History by time, then arrival, with the number of events of each type, and seen items, oldest first."""
+    """History by time, then arrival, with the number of events of each type, seen items, oldest first, and items to leave out."""
 
-    __slots__ = ("counts", "history", "seen")
+    __slots__ = ("acted", "counts", "hidden", "history", "items_changed", "seen")
 
-    def __init__(self, history: Iterable[HistoryEvent] = (), seen: Mapping[str, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        history: Iterable[HistoryEvent] = (),
+        seen: Mapping[str, tuple[int, int]] | None = None,
+        items: tuple[Acted, dict[str, None]] | None = None,
+    ) -> None:
+        self.acted, self.hidden = items or ({}, {})
+        self.items_changed = False
+        """Whether `acted` or `hidden` must be stored again."""
         self.history = list(history)
         self.counts: dict[str, int] = {}
         for event in self.history:
@@ -31,8 +47,13 @@ class UserEntry:
     def apply(self, update: UserUpdate, history_len: int, seen_len: int) -> None:
         if update.forget:
             self.history, self.counts, self.seen = [], {}, {}
+            self.acted, self.hidden, self.items_changed = {}, {}, True
         for event in update.events:
             self._add(event, history_len)
+        for event in update.acted:
+            self._act(event)
+        for item_id in update.hidden:
+            self._hide(item_id)
         seen, now_ms = self.seen, update.seen_ms
         for item_id in update.seen:
             last_ms, count = seen.pop(item_id, (-SHOWING_MS, 0))
@@ -61,10 +82,25 @@ class UserEntry:
         if count < history_len:
             self.counts[event.type] = count + 1
         else:
-            del history[next(i for i, old in enumerate(history) if old.type == event.type)]
+            self._act(history.pop(next(i for i, old in enumerate(history) if old.type == event.type)))
+
+    def _act(self, event: HistoryEvent) -> None:
+        acted, last = self.acted, (event.time_ms, event.session_id)
+        before = acted.get(event.item_id)
+        if before is not None and before[0] >= last[0]:
+            return
+        acted[event.item_id], self.items_changed = last, True
+        if len(acted) > ACTED:
+            del acted[min(acted, key=lambda item_id: acted[item_id][0])]
+
+    def _hide(self, item_id: str) -> None:
+        self.hidden.pop(item_id, None)
+        self.hidden[item_id], self.items_changed = None, True
+        if len(self.hidden) > HIDDEN:
+            del self.hidden[next(iter(self.hidden))]
 
     def state(self) -> UserState:
-        return state_of(self.history, self.seen)
+        return state_of(self.history, self.seen, (self.acted, self.hidden))
 
 
 def _time(event: HistoryEvent) -> int:
@@ -112,5 +148,27 @@ def unpack_seen(data: bytes | None) -> Seen:
     return dict(zip(ids, zip(accumulate(steps), counts, strict=True), strict=True))
 
 
-def state_of(history: Iterable[HistoryEvent], seen: Seen) -> UserState:
-    return UserState(history=tuple(history), seen=tuple(seen), shown=tuple(seen.values()))
+def pack_items(acted: Acted, hidden: Iterable[str]) -> bytes:
+    """Items acted upon, with time and session of the last event, and hidden ones; nothing for nobody."""
+    items = [[item_id, *last] for item_id, last in acted.items()], list(hidden)
+    return orjson.dumps(items) if any(items) else b"[]"
+
+
+def unpack_items(data: bytes | None) -> tuple[Acted, dict[str, None]]:
+    acted, hidden = orjson.loads(data) if data and data != b"[]" else ((), ())
+    return {item_id: (time_ms, session) for item_id, time_ms, session in acted}, dict.fromkeys(hidden)
+
+
+def state_of(history: Iterable[HistoryEvent], seen: Seen, items: tuple[Acted, dict[str, None]]) -> UserState:
+    acted, hidden = items
+    return UserState(
+        history=tuple(history),
+        seen=tuple(seen),
+        shown=tuple(seen.values()),
+        acted=tuple(_last_event(item_id, *last) for item_id, last in acted.items()) if acted else (),
+        hidden=tuple(hidden),
+    )
+
+
+def _last_event(item_id: str, time_ms: int, session_id: str | None) -> HistoryEvent:
+    return HistoryEvent(time_ms=time_ms, event_id="", item_id=item_id, type="", session_id=session_id)

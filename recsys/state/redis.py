@@ -1,4 +1,4 @@
-"""User state in Redis: `<prefix>:h:<user>` history, `<prefix>:s:<user>` seen, `<prefix>:positions` a hash."""
+"""User state in Redis: `<prefix>:h:<user>` history, `<prefix>:s:<user>` seen, `<prefix>:i:<user>` items to leave out, `<prefix>:positions` a hash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import Any
 import redis
 
 from recsys.errors import ConfigError, StateUnavailable
-from recsys.state.merge import UserEntry, pack_history, pack_seen, state_of, unpack_history, unpack_seen
+from recsys.state.merge import (
+    UserEntry,
+    pack_history,
+    pack_items,
+    pack_seen,
+    state_of,
+    unpack_history,
+    unpack_items,
+    unpack_seen,
+)
 from recsys.types import UserState, UserUpdate
 
 _TIMEOUT_S = 0.5
@@ -44,8 +53,8 @@ class RedisState:
                 f"Redis at {self._url!r} cannot be used ({error}): check `state.url` and the server"
             ) from error
 
-    def _keys(self, user_id: str) -> tuple[str, str]:
-        return f"{self._prefix}:h:{user_id}", f"{self._prefix}:s:{user_id}"
+    def _keys(self, user_id: str) -> tuple[str, str, str]:
+        return f"{self._prefix}:h:{user_id}", f"{self._prefix}:s:{user_id}", f"{self._prefix}:i:{user_id}"
 
     def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
         user_ids = list(dict.fromkeys(update.user_id for update in updates))
@@ -53,8 +62,8 @@ class RedisState:
         with self._mapped():
             values = self._client.mget(keys) if keys else []
             entries = {
-                user_id: UserEntry(unpack_history(values[2 * i]), unpack_seen(values[2 * i + 1]))
-                for i, user_id in enumerate(user_ids)
+                user_id: UserEntry(unpack_history(history), unpack_seen(seen), unpack_items(items))
+                for user_id, history, seen, items in zip(user_ids, values[::3], values[1::3], values[2::3], strict=True)
             }
             for update in updates:
                 entries[update.user_id].apply(update, self._history_len, self._seen_len)
@@ -64,6 +73,9 @@ class RedisState:
                     self._put(transaction, self._keys(user_id)[0], pack_history(entries[user_id].history))
                 for user_id in {update.user_id: None for update in updates if update.seen or update.forget}:
                     self._put(transaction, self._keys(user_id)[1], pack_seen(entries[user_id].seen))
+                for user_id, entry in entries.items():
+                    if entry.items_changed:
+                        self._put(transaction, self._keys(user_id)[2], pack_items(entry.acted, entry.hidden))
                 if positions:
                     transaction.hset(f"{self._prefix}:positions", mapping=dict(positions))
                 transaction.execute()
@@ -76,8 +88,8 @@ class RedisState:
 
     def get(self, user_id: str) -> UserState:
         with self._mapped():
-            history, seen = self._client.mget(self._keys(user_id))
-        return state_of(unpack_history(history), unpack_seen(seen))
+            history, seen, items = self._client.mget(self._keys(user_id))
+        return state_of(unpack_history(history), unpack_seen(seen), unpack_items(items))
 
     def positions(self) -> dict[str, int]:
         with self._mapped():

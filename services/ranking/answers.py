@@ -135,5 +135,13 @@ def user(user_id: str, state: UserState, contains: AsOf) -> Response:
         {"event_id": e.event_id, "item_id": e.item_id, "type": e.type, "time_ms": e.time_ms, "session_id": e.session_id}
         for e in state.history
     ]
-    body = {"user_id": user_id, "history": history, "seen": state.seen, "as_of": as_of(contains)}
+    acted = [{"item_id": e.item_id, "time_ms": e.time_ms, "session_id": e.session_id} for e in state.acted]
+    body = {
+        "user_id": user_id,
+        "history": history,
+        "seen": state.seen,
+        "acted": acted,
+        "hidden": state.hidden,
+        "as_of": as_of(contains),
+    }
     return json(body)

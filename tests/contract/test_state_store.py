@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from recsys.config import Config, StateConfig
 from recsys.errors import ConfigError, StateUnavailable
+from recsys.state import merge
 from recsys.state.base import StateStore
 from recsys.state.memory import MemoryState
 from recsys.state.open import open_state
@@ -149,6 +150,46 @@ def test_seen_items_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert store.get("u") == UserState(seen=("a", "b"), shown=((0, 1), (0, 1)))
     store.apply([UserUpdate(user_id="u", seen=("a",), seen_ms=100_000)], {})
     assert store.get("u") == UserState(seen=("b", "a"), shown=((0, 1), (100_000, 2)))
+    store.close()
+
+
+def test_items_whose_events_left_the_history_stay_known(open_new: Open) -> None:
+    store = open_new()
+    for item in "abc":
+        store.apply([UserUpdate(user_id="u", events=(event(ord(item), item=item),))], {})
+    clicks = tuple(event(200 + n, item="x") for n in range(2 * HISTORY_LEN))
+    for _ in range(2):  # a record applied again changes nothing
+        store.apply([UserUpdate(user_id="u", events=clicks)], {})
+    state = store.get("u")
+    assert {e.item_id for e in state.history} == {"x"}
+    assert sorted((e.item_id, e.time_ms) for e in state.acted if e.item_id != "x") == [("a", 97), ("b", 98), ("c", 99)]
+    store.apply([UserUpdate(user_id="u", acted=(event(300, kind="dislike", item="d"), event(50, item="a")))], {})
+    assert {e.item_id: e.time_ms for e in store.get("u").acted}.items() >= {("a", 97), ("d", 300)}
+    store.apply([UserUpdate(user_id="u", forget=True)], {})
+    assert store.get("u") == UserState()
+
+
+def test_of_too_many_items_the_newest_stay_known_and_hidden(open_new: Open) -> None:
+    store = open_new()
+    acted = tuple(event(1000 - n, item=f"i{n}") for n in range(merge.ACTED + 3))
+    store.apply([UserUpdate(user_id="u", acted=acted, hidden=tuple(f"i{n}" for n in range(merge.HIDDEN + 2)))], {})
+    store.apply([UserUpdate(user_id="u", hidden=("i2",))], {})
+    state = store.get("u")
+    assert {e.item_id for e in state.acted} == {f"i{n}" for n in range(merge.ACTED)}
+    assert len(state.hidden) == merge.HIDDEN and state.hidden[0] == "i3" and state.hidden[-1] == "i2"
+
+
+def test_a_state_file_of_an_earlier_version_gets_room_for_items(tmp_path: Path) -> None:
+    store = SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+    store.apply([click("u", 1)], {})
+    store.close()
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        connection.execute("DROP TABLE items")
+    connection.close()
+    store = SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+    store.apply([UserUpdate(user_id="u", hidden=("a",))], {})
+    state = store.get("u")
+    assert (len(state.history), state.hidden, state.acted) == (1, ("a",), ())
     store.close()
 
 
