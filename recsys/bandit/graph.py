@@ -35,19 +35,19 @@ class Published:
     centroids: Float32
     weights: Float32
     generation: str
-    origin_ms: int
-    shift: int
+    clock: tuple[int, ...]
+    half_life_s: float | None
+    """Of the edges' sums; 0: they do not decay; None: an earlier version did not say."""
 
     @classmethod
     def of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Published:
         """From `BanditLearner.published`."""
-        origin_ms, shift = arrays["decay"].tolist()
         names = ("ids", "places", "centroids", "weights")
         return cls(
             **{name: arrays[name] for name in names},
             generation=arrays["generation"].tobytes().decode(),
-            origin_ms=origin_ms,
-            shift=shift,
+            clock=tuple(arrays["decay"].tolist()),
+            half_life_s=float(arrays["half_life_s"][0]) if "half_life_s" in arrays else None,
         )
 
 

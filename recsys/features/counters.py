@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from recsys.decay import ForwardDecay
+from recsys.decay import ForwardDecay, counted
 from recsys.features import kernels
 from recsys.features.kernels import Columns, Ratios, Sums
 from recsys.features.schema import Schema
@@ -126,15 +126,17 @@ class Counters:
         """Everything, as arrays."""
         table, size = self._table, self._size
         return {
-            "clocks": np.array([decay.state() for decay in self._decays], np.int64),
+            "clocks": np.array([decay.state() for decay in self._decays], np.int64).reshape(-1, 3),
+            "half_lives_s": np.array([decay.half_life_ms / 1000 for decay in self._decays]),
             "keys": table.keys[:size],
             "owners": table.owners[:size],
             "counters": table.counters[:size],
             "sums": table.sums[:size],
         }
 
-    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Load `state`."""
+    def restore(self, state: dict[str, npt.NDArray[Any]], **times: int) -> None:
+        """Load `state`; `times`: see `ForwardDecay.restore`."""
+        counted(state["sums"], "counters")
         self._size = len(state["keys"])
         self._table = Sums(
             places=np.zeros(0, np.int32),
@@ -144,8 +146,11 @@ class Counters:
             sums=state["sums"],
         )
         self._resize(max(_ROOM, self._size + 1))
-        for decay, (origin_ms, shift) in zip(self._decays, state["clocks"].tolist(), strict=True):
-            decay.restore(origin_ms, shift)
+        saved_s = state.get("half_lives_s", np.full(len(self._decays), None)).tolist()
+        for h, clock in enumerate(state["clocks"].tolist()):
+            factor = self._decays[h].restore(clock, saved_s[h], **times)
+            if factor != 1.0:
+                self._table.sums[: self._size, h] *= factor
 
 
 def columns_of(shared_keys: Int64, shared_mask: Bool, item_keys: Int64, item_mask: Bool) -> Columns:

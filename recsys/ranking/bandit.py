@@ -160,10 +160,12 @@ class Bandit:
         return cluster[:count], found[:count]
 
     def _decayed(self, published: Published, now_ms: int) -> float:
-        if not self._config.half_life_s:
+        told = published.half_life_s
+        half_life_s = self._config.half_life_s if told is None else told
+        if not half_life_s:
             return 1.0
-        decay = ForwardDecay(self._config.half_life_s)
-        decay.restore(published.origin_ms, published.shift)
+        decay = ForwardDecay(half_life_s)
+        decay.restore(published.clock)
         return decay.decay(now_ms)
 
     def _choose(self, scores: Scores, quota: int, request_id: str) -> Int64:

@@ -60,10 +60,12 @@ class Contexts:
             "masks": np.array([mask for _, _, mask in entries], np.bool_).reshape(-1, width),
         }
 
-    def restore(self, state: Arrays) -> None:
-        """Load `state`."""
+    def restore(self, state: Arrays, latest_ms: int) -> None:
+        """Load `state`; times of a clock that was ahead are brought back to `latest_ms`."""
         ids = split(state["ids"])
-        rows = zip(state["times"].tolist(), state["keys"], state["masks"].astype(np.bool_), strict=True)
+        rows = zip(
+            np.minimum(state["times"], latest_ms).tolist(), state["keys"], state["masks"].astype(np.bool_), strict=True
+        )
         self._open = OrderedDict(zip(ids, rows, strict=True))
 
 
@@ -188,10 +190,10 @@ class Counting:
             "positives": dict(self._positives.state()),
         }
 
-    def restore(self, state: dict[str, Arrays]) -> None:
-        """Load `state`."""
-        self.counters.restore(state["counters"])
-        self._contexts.restore(state["contexts"])
+    def restore(self, state: dict[str, Arrays], **times: int) -> None:
+        """Load `state`; `times`: see `ForwardDecay.restore`."""
+        self.counters.restore(state["counters"], **times)
+        self._contexts.restore(state["contexts"], times.get("latest_ms", 2**62))
         self._last[False] = OrderedDict(zip(split(state["last"]["users"]), split(state["last"]["items"]), strict=True))
         self._shown.restore(state["shown"])
         self._positives.restore(state["positives"])

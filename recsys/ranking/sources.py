@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from recsys.clock import bounded_ms
 from recsys.config import Config
 from recsys.events.recent import Recent, recent_limit
 from recsys.features.build import Signals, UserFeatures
@@ -34,25 +35,30 @@ class Sources:
 
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
         self._config, self._schema, self.catalogue = config, schema, catalogue
-        retrieval = config.retrieval
-        self._types = set(retrieval.count_types)
-        self._gap_ms = int(retrieval.session_gap_s * 1000)
+        self._types = set(config.retrieval.count_types)
+        self._gap_ms = int(config.retrieval.session_gap_s * 1000)
         self.lock = threading.RLock()
-        self.trending = Trending(retrieval.trending_half_life_s)
-        self.covisits = CoVisits(
-            retrieval.covisit_half_life_s, retrieval.covisit_backward, retrieval.covisit_neighbours
-        )
         self.followed = Followed()
-        self.counting = Counting(config, schema, catalogue)
-        self.following = Following(config, schema, catalogue) if config.features.transitions else None
-        self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
+        self.clear()
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
-        self._seen = Recent(limit=recent_limit(config.capacity.memory_bytes))
         self.on_counted: Callable[[int], None] = lambda row: None
         """Called with the row of each counted feedback."""
         self.on_forgotten: Callable[[int], None] = lambda user_key: None
         """Called with the key of each user to be forgotten."""
+
+    def clear(self) -> None:
+        """Begin to count anew. The catalogue and what its items are filed under stay."""
+        config, retrieval = self._config, self._config.retrieval
+        with self.lock:
+            self.trending = Trending(retrieval.trending_half_life_s)
+            self.covisits = CoVisits(
+                retrieval.covisit_half_life_s, retrieval.covisit_backward, retrieval.covisit_neighbours
+            )
+            self.counting = Counting(config, self._schema, self.catalogue)
+            self.following = Following(config, self._schema, self.catalogue) if config.features.transitions else None
+            self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
+            self._seen = Recent(limit=recent_limit(config.capacity.memory_bytes))
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
@@ -190,13 +196,15 @@ class Sources:
                 **(self.following.state() if self.following is not None else {}),
             }
 
-    def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int) -> None:
-        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
+    def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int, saved_ms: int = 0) -> None:
+        """Load `state` of log time `saved_ms`; `row_map[old row]` is today's row, -1 where the item is gone. SnapshotCorrupt where it
+        cannot be: then these sources are not to be used."""
+        times = {"saved_ms": saved_ms, "latest_ms": bounded_ms(2**62, now_ms)}
         with self.lock:
-            self.trending.restore(state["trending"], row_map)
-            self.covisits.restore(state["covisits"], row_map)
+            self.trending.restore(state["trending"], row_map, **times)
+            self.covisits.restore(state["covisits"], row_map, **times)
             self._seen.restore(state["seen"])
-            self.counting.restore(state)
+            self.counting.restore(state, **times)
             if self.following is not None:
                 self.following.restore(state, row_map)
             for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from recsys.decay import ForwardDecay
-from recsys.retrieval.trending import among, mapped
+from recsys.decay import ForwardDecay, counted
+from recsys.retrieval.trending import among, half_life_of, mapped
 from recsys.types import Bool, Float32, Int32
 
 _MAX_EXPONENT = 400
@@ -78,9 +78,7 @@ class CoVisits:
         """Count `row` as following the session's earlier rows (distinct, newest first); beyond `discounts` they do not count."""
         with self._lock:
             if (factor := self._decay.rescale(now_ms)) is not None:
-                self._forgotten *= factor
-                for item in list(self._items):
-                    self._scale(item, factor)
+                self._rescale(factor)
             weight = self._decay.weight(now_ms)
             for previous, discount in zip(previous_rows, self._discounts, strict=False):
                 if previous != row:
@@ -120,6 +118,11 @@ class CoVisits:
             item.sums = dict(best[: self._neighbours])
             item.lost += best[self._neighbours][1]
             self._num_pairs -= len(sums) - len(item.sums)
+
+    def _rescale(self, factor: float) -> None:
+        self._forgotten *= factor
+        for source in list(self._items):
+            self._scale(source, factor)
 
     def _scale(self, source: int, factor: float) -> None:
         item = self._items[source]
@@ -178,6 +181,7 @@ class CoVisits:
             items = list(self._items.values())
             return {
                 "clock": np.array(self._decay.state(), np.int64),
+                "half_life_s": np.array([self._decay.half_life_ms / 1000]),
                 "sources": np.fromiter(self._items, np.int32, len(items)),
                 "clocks": np.array([item.clock for item in items], np.float64),
                 "lost": np.array([self._forgotten, *(item.lost for item in items)], np.float64),
@@ -186,8 +190,10 @@ class CoVisits:
                 "sums": np.array([total for item in items for total in item.sums.values()], np.float64),
             }
 
-    def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None) -> None:
-        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
+    def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None, **times: int) -> None:
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone; `times`: see `ForwardDecay.restore`."""
+        for name in ("sums", "clocks", "lost"):
+            counted(state[name], "co-visits")
         sources, sources_kept = mapped(np.repeat(state["sources"], state["sizes"]), row_map)
         targets, targets_kept = mapped(state["targets"], row_map)
         both = sources_kept & targets_kept
@@ -201,9 +207,11 @@ class CoVisits:
                 items[source] = _Neighbours({}, clock, gone)
             items[source].sums[target] = total
         with self._lock:
-            self._decay.restore(*state["clock"].tolist())
+            factor = self._decay.restore(state["clock"].tolist(), half_life_of(state), **times)
             self._items, self._forgotten = items, float(state["lost"][0])
             self._num_pairs = len(clocks)
+            if factor != 1.0:
+                self._rescale(factor)
 
 
 def _best_first(pair: tuple[int, float]) -> tuple[float, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from recsys.decay import ForwardDecay
+from recsys.decay import ForwardDecay, counted
 from recsys.types import Bool, Float32, Int32, Int64
 
 _NOTHING = 2.0**-300
@@ -31,8 +31,6 @@ class Trending:
         self._decay = ForwardDecay(half_life_s)
         self._top = top
         self._lock = threading.Lock()
-        self.last_ms = 0
-        """The latest time counted; 0 before the first."""
         self._resize(np.zeros(1024))
 
     def _resize(self, sums: np.ndarray[Any, np.dtype[np.float64]]) -> None:
@@ -46,8 +44,6 @@ class Trending:
     def add(self, row: int, now_ms: int, weight: float = 1.0) -> None:
         """Count `row` once more (`weight` > 0). An older `now_ms` than before counts as what is left of it."""
         with self._lock:
-            if now_ms > self.last_ms:
-                self.last_ms = now_ms
             if (factor := self._decay.rescale(now_ms)) is not None:
                 self._resize(np.where(self._sums * factor < _NOTHING, 0.0, self._sums * factor))
             if row >= len(self._cells):
@@ -106,20 +102,20 @@ class Trending:
         with self._lock:
             rows = np.flatnonzero(self._sums).astype(np.int32)
             return {
-                "clock": np.array([*self._decay.state(), self.last_ms], np.int64),
+                "clock": np.array(self._decay.state(), np.int64),
+                "half_life_s": np.array([self._decay.half_life_ms / 1000]),
                 "rows": rows,
                 "sums": self._sums[rows],
             }
 
-    def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None) -> None:
-        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
+    def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None, **times: int) -> None:
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone; `times`: see `ForwardDecay.restore`."""
         rows, kept = mapped(state["rows"], row_map)
         sums = np.zeros(max(1024, int(rows.max(initial=-1)) + 1))
-        sums[rows] = state["sums"][kept]
+        sums[rows] = counted(state["sums"], "trending")[kept]
         with self._lock:
-            origin_ms, shift, self.last_ms = state["clock"].tolist()
-            self._decay.restore(origin_ms, shift)
-            self._resize(sums)
+            sums *= self._decay.restore(state["clock"].tolist(), half_life_of(state), **times)
+            self._resize(np.where(sums < _NOTHING, 0.0, sums))
 
 
 def largest(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
@@ -139,6 +135,11 @@ def among(rows: Int32 | Int64, allowed: Bool | None) -> npt.NDArray[np.intp]:
         kept &= rows < len(allowed)
         kept[kept] = allowed[rows[kept]]
     return np.flatnonzero(kept)
+
+
+def half_life_of(state: Mapping[str, Any]) -> float | None:
+    """What state was saved with; None where an earlier version did not say."""
+    return float(state["half_life_s"][0]) if "half_life_s" in state else None
 
 
 def mapped(rows: Int32, row_map: Int32 | None) -> tuple[Int32, Any]:

@@ -8,6 +8,7 @@ the impression's time, so that a late reward weighs as much as what it rewards.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from recsys.table.base import Rows, Table
 from recsys.types import Feedback, Float32, Impression, Int32, Int64, UInt8
 
 Arrays = dict[str, npt.NDArray[Any]]
+logger = logging.getLogger("recsys")
 MAX_EXPONENT = 64
 """Half-lives after which all edges are rescaled: float32 holds 127, and a sum may be large itself."""
 SHOWN, REWARDED = 1, 2
@@ -64,6 +66,7 @@ class BanditLearner:
         self._due: list[tuple[_Open, Int64, int]] = []
         """Items (by number) of an impression that count as shown, or as rewarded, since the last step."""
         self._outcomes: list[str] = []
+        self._now_ms = 0
         self.moved = False
         """Clusters were split or dropped, or sums rescaled, and nobody was told yet."""
 
@@ -146,6 +149,7 @@ class BanditLearner:
     def step(self, now_ms: int, learn: bool) -> None:
         """Add up what is due, forget impressions that cannot be rewarded any more, split and drop clusters."""
         due, self._due = self._due, []
+        self._now_ms = max(self._now_ms, now_ms)
         if self._decay is not None and (factor := self._decay.rescale(now_ms)) is not None:
             self._rescale(factor)
         if due and learn:
@@ -209,15 +213,20 @@ class BanditLearner:
 
     def published(self) -> Arrays:
         """What serving needs beside the edges: clusters' ids, places and centroids, of which generation; the decay's origin."""
-        origin = (-(2**63), 0) if self._decay is None else self._decay.state()
         return {
             "ids": self.clusters.ids.copy(),
             "places": self.clusters.places.copy(),
             "centroids": self.clusters.centroids(),
             "weights": self.clusters.weights(),
             "generation": np.frombuffer(self.clusters.generation.encode(), np.uint8).copy(),
-            "decay": np.array(origin, np.int64),
+            **self._clock(),
         }
+
+    def _clock(self) -> Arrays:
+        """What gives the edges' sums their meaning: the decay's state, the latest step's log time, and its half-life (0: none)."""
+        state = (-(2**63), 0, self._now_ms) if self._decay is None else self._decay.state()
+        half_life_s = 0.0 if self._decay is None else self._decay.half_life_ms / 1000
+        return {"decay": np.array(state, np.int64), "half_life_s": np.array([half_life_s])}
 
     def state(self) -> Arrays:
         """Everything but the edges, as arrays."""
@@ -226,7 +235,7 @@ class BanditLearner:
         return {
             **{f"clusters.{name}": array for name, array in self.clusters.state().items()},
             **{f"requests.{name}": array for name, array in self._requests.state().items()},
-            "decay": np.array((-(2**63), 0) if self._decay is None else self._decay.state(), np.int64),
+            **self._clock(),
             "open.ids": joined(self._open),
             "open.times": np.array([o.time_ms for o in opened], np.int64),
             "open.sizes": np.array([(len(o.clusters), len(o.keys)) for o in opened], np.int64).reshape(-1, 2),
@@ -244,8 +253,7 @@ class BanditLearner:
         """Load what `state` returned."""
         self.clusters.restore(_part(state, "clusters."))
         self._requests.restore(_part(state, "requests."))
-        if self._decay is not None:
-            self._decay.restore(*state["decay"].tolist())
+        self._restore_sums(state["decay"].tolist(), state.get("half_life_s"))
         opened = _part(state, "open.")
         clusters_end, items_end = opened["sizes"].cumsum(0).T
         of_clusters = [np.split(opened[name], clusters_end[:-1]) for name in ("clusters", "weights")]
@@ -256,6 +264,29 @@ class BanditLearner:
             split(state["early.ids"]), state["early.events"].tolist(), split(state["early.types"]), strict=True
         ):
             self._early.setdefault(r, []).append((t, key, kind))
+
+    def _restore_sums(self, clock: list[int], half_life_s: npt.NDArray[np.float64] | None) -> None:
+        """Take over the edges, which the table holds already, in the units that they were saved in: another half-life keeps what they are
+        as of the last step."""
+        own = self._decay.half_life_ms / 1000 if self._decay is not None else 0.0
+        saved = own if half_life_s is None else float(half_life_s[0])
+        self._now_ms = clock[2] if len(clock) > 2 else 0
+        factor = 1.0
+        if saved and self._decay is not None:
+            factor = self._decay.restore(clock, saved)
+        elif self._decay is not None and self._now_ms:
+            self._decay.rescale(self._now_ms)
+        elif saved:
+            decay = ForwardDecay(saved, MAX_EXPONENT)
+            decay.restore(clock)
+            factor = decay.decay(self._now_ms)
+        rows = self._rows()
+        usable = (np.isfinite(rows.values) & (rows.values >= 0)).all(1)
+        if not usable.all():
+            logger.error("%d edges of the bandit held no counts and begin anew", np.count_nonzero(~usable))
+            self._table.remove(rows.slots[~usable], rows.keys[~usable])
+        if factor != 1.0:
+            self._rescale(factor)
 
 
 def _flat(parts: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:

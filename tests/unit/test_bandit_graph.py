@@ -36,8 +36,8 @@ def published(centroids: Float32, generation: str = "g1", weight: float = 100.0)
         centroids=centroids,
         weights=np.full(size, weight, np.float32),
         generation=generation,
-        origin_ms=0,
-        shift=0,
+        clock=(0, 0, 0),
+        half_life_s=None,
     )
 
 

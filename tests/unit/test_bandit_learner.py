@@ -201,8 +201,8 @@ def test_forgetting_keeps_means_and_halves_what_counts(learner: Make) -> None:
         bandit.step(now + 400, learn=True)
     d, n, b = sums(bandit, 0, "a")
     assert bandit._decay is not None
-    factor = bandit._decay.decay(now)
-    ages = apart * np.arange(times - 1, -1, -1.0)
+    factor = bandit._decay.decay(now + 400)
+    ages = 0.4 + apart * np.arange(times - 1, -1, -1.0)
     weights = 0.5**ages
     assert n * factor == pytest.approx(0.5 * weights.sum(), rel=1e-5)
     assert d * factor == pytest.approx(0.25 * weights.sum(), rel=1e-5)
@@ -340,3 +340,40 @@ def test_a_vector_of_another_width_is_refused(learner: Make) -> None:
     other = replace(decode(impression.bandit, 1), vector=np.ones(DIM + 1, np.float32))
     with pytest.raises(BadInput, match="tower_dim"):
         learner().served(replace(impression, bandit=other.encode()))
+
+
+@pytest.mark.parametrize(("before_s", "after_s"), [(100.0, 10.0), (10.0, 1000.0), (10.0, 0.0), (0.0, 10.0)])
+def test_another_half_life_keeps_what_the_sums_are_as_of_the_last_step(before_s: float, after_s: float) -> None:
+    learner = made_with(CpuTable)
+    saved, loaded = learner(half_life_s=before_s), learner(half_life_s=after_s)
+    for number in range(4):
+        show(saved, shown(f"r{number}", ["a"], [0], [0.5], [1]), T0 + 5000 * number)
+    last = T0 + 20_000
+    saved.step(last, learn=True)
+    loaded._table.restore(saved._rows())
+    loaded.restore(saved.state())
+    show(loaded, shown("r", ["b"], [0], [1.0], [1]), last)
+    loaded.step(last, learn=True)
+
+    def as_of(bandit: BanditLearner, item: str, now_ms: int) -> list[float]:
+        scale = 1.0 if bandit._decay is None else bandit._decay.decay(now_ms)
+        return [value * scale for value in sums(bandit, 0, item)]
+
+    assert as_of(loaded, "a", last) == pytest.approx(as_of(saved, "a", last), rel=1e-4)
+    assert as_of(loaded, "b", last) == pytest.approx([1, 1, 0], rel=1e-4)
+    left = 0.5 if after_s else 1.0
+    later = last + int(after_s * 1000)
+    assert as_of(loaded, "a", later) == pytest.approx([v * left for v in as_of(saved, "a", last)], rel=1e-4)
+    assert loaded.published()["half_life_s"].tolist() == [after_s], "serving reads the sums by it"
+
+
+def test_edges_that_hold_no_counts_begin_anew() -> None:
+    learner = made_with(CpuTable)
+    saved, loaded = learner(half_life_s=100.0), learner(half_life_s=100.0)
+    show(saved, shown("r", ["a", "b"], [0], [1.0], [1, 1]))
+    saved.step(T0, learn=True)
+    rows = saved._rows()
+    rows.values[rows.keys == key_of("a")] = np.inf
+    loaded._table.restore(rows)
+    loaded.restore(saved.state())
+    assert sums(loaded, 0, "a") == [0, 0, 0] and sums(loaded, 0, "b") == [1, 1, 0]

@@ -70,8 +70,8 @@ class World:
             centroids=CENTROIDS,
             weights=np.full(3, 100, np.float32),
             generation="g",
-            origin_ms=0,
-            shift=0,
+            clock=(0, 0, 0),
+            half_life_s=None,
         )
         self.bandit = Bandit(self.config, self.catalogue, self.scorer)
         self.searcher = Searcher(ItemIndex.build(np.arange(NUM, dtype=np.int32), VECTORS))
@@ -221,8 +221,8 @@ def test_before_any_centroid_is_known_the_first_cluster_is_logged_and_nothing_is
         centroids=np.zeros((1, DIM), np.float32),
         weights=np.zeros(1, np.float32),
         generation="",
-        origin_ms=0,
-        shift=0,
+        clock=(0, 0, 0),
+        half_life_s=None,
     )
     world.prepare()
     active = world.active(CENTROIDS[0])
@@ -235,8 +235,8 @@ def test_before_any_centroid_is_known_the_first_cluster_is_logged_and_nothing_is
         centroids=CENTROIDS[:1],
         weights=np.ones(1, np.float32),
         generation="g",
-        origin_ms=0,
-        shift=0,
+        clock=(0, 0, 0),
+        half_life_s=None,
     )
     world.bandit.refresh()
     assert len(world.found(world.active(CENTROIDS[0]))) == 10
