@@ -67,6 +67,16 @@ STAGE_SECONDS = _histogram(
 FEEDBACK = _counter(
     "recsys_feedback_total", "Feedback events over HTTP, by outcome: accepted, duplicate, rejected.", ("outcome",)
 )
+FEEDBACK_NOTES = _counter(
+    "recsys_feedback_notes_total",
+    "Feedback events over HTTP that were accepted though something, or all, will not use them, by note: too_late, unknown_type, no_request, "
+    "unknown_item, unknown_request, clamped_time. See docs/events.md.",
+    ("note",),
+)
+DIGESTS_FULL = _gauge(
+    "recsys_digests_full_ratio",
+    "How full the fullest set of ids is by which ranking knows copies; a full one forgets its oldest early, and what they are of is too_late.",
+)
 DEGRADED = _counter(
     "recsys_degraded_total", "Answers that had to do without something, by what was missing.", ("reason",)
 )

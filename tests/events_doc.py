@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_DOC = Path(__file__).resolve().parents[1] / "docs" / "events.md"
+DOC = Path(__file__).resolve().parents[1] / "docs" / "events.md"
 
 
 def blocks(tag: str) -> list[str]:
     """The contents of every block that opens with this tag, such as `json feedback` or `sh item`."""
-    return re.findall(rf"^```{re.escape(tag)}\n(.*?)^```$", _DOC.read_text(encoding="utf-8"), re.S | re.M)
+    return re.findall(rf"^```{re.escape(tag)}\n(.*?)^```$", DOC.read_text(encoding="utf-8"), re.S | re.M)
 
 
 def curl_body(tag: str) -> str:

@@ -268,6 +268,18 @@ class Config(Section):
         return quantities(self.tasks)
 
     @property
+    def types_alone(self) -> frozenset[str]:
+        """Feedback types that something uses whether or not they name a request."""
+        features = self.features
+        return frozenset(("view", *features.history_types, *features.elsewhere_types, *self.retrieval.count_types))
+
+    @property
+    def types_joined(self) -> frozenset[str]:
+        """Feedback types that make a label or a reward of an answer that they name."""
+        labels = (kind for task in self.tasks for kind in task.types)
+        return frozenset((*labels, *(self.bandit.reward_types if self.explores else ())))
+
+    @property
     def value_names(self) -> list[str]:
         """What `ranking.value` may name: quantities, and tasks that are not part of one."""
         parts = {part for steps in self.quantities.values() for part in steps}

@@ -56,17 +56,17 @@ class Recent:
         """How full it is; at 1 the horizon gets shorter."""
         return len(self) / self._limit
 
-    def add(self, identity: str, now_ms: int) -> bool:
-        """True when the id is new within the horizon; it is then remembered."""
-        digest = _digest(identity)
+    def add(self, identity: str | int, now_ms: int) -> bool:
+        """True when the id (or its digest) is new within the horizon; it is then remembered."""
+        digest = identity if isinstance(identity, int) else digest_of(identity)
         if self._has(digest):
             return False
         self._current(now_ms).add(digest)
         return True
 
-    def contains(self, identity: str) -> bool:
-        """Whether the id was added within the horizon."""
-        return self._has(_digest(identity))
+    def contains(self, identity: str | int) -> bool:
+        """Whether the id (or its digest) was added within the horizon."""
+        return self._has(identity if isinstance(identity, int) else digest_of(identity))
 
     def _has(self, digest: int) -> bool:
         return any(digest in generation.digests for generation in self._generations)
@@ -109,7 +109,8 @@ class Recent:
         self._forgotten_ms = int(state["forgotten"][0]) if "forgotten" in state else 0
 
 
-def _digest(identity: str) -> int:
+def digest_of(identity: str) -> int:
+    """What is kept of an id: where several sets are asked, it is computed once."""
     return int.from_bytes(
         hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
     )

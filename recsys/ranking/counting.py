@@ -111,7 +111,12 @@ class Counting:
         self._count_shown(self.counters, impression, now_ms)
         return True
 
-    def knows(self, request_id: str) -> bool:
+    @property
+    def full_ratio(self) -> float:
+        """How full the fuller set of ids is."""
+        return max(self._shown.full_ratio, self._positives.full_ratio)
+
+    def knows(self, request_id: str | int) -> bool:
         """Whether an impression of this request was counted of late. From any thread."""
         return self._shown.contains(request_id)
 

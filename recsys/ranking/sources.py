@@ -168,7 +168,7 @@ class Sources:
                 follows=follows,
             )
 
-    def knows(self, event_id: str) -> bool:
+    def knows(self, event_id: str | int) -> bool:
         """Whether this feedback was read within the horizon. From any thread."""
         return self._seen.contains(event_id)
 
@@ -176,7 +176,12 @@ class Sources:
         """Whether what happened at `own_ms` may be a copy of what nobody remembers. From any thread."""
         return not self._seen.covers(own_ms, now_ms)
 
-    def answered(self, request_id: str) -> bool:
+    @property
+    def full_ratio(self) -> float:
+        """How full the fullest set of ids is."""
+        return max(self._seen.full_ratio, self.counting.full_ratio)
+
+    def answered(self, request_id: str | int) -> bool:
         """Whether the impression of this request was read within the horizon. From any thread."""
         return self.counting.knows(request_id)
 

@@ -70,6 +70,7 @@ def write(service: RankingService, items: Sequence[Item | parse.Refused]) -> Res
     good = [row for row in rows if not isinstance(row, parse.Refused)]
     if good:
         service.log.append("item", good)
+        service.intake.put(item_id for item_id, _ in good)
     outcomes = [
         {"item_id": row.id, "status": "rejected", "reason": row.reason}
         if isinstance(row, parse.Refused)

@@ -20,7 +20,6 @@ from recsys.errors import (
     StateUnavailable,
 )
 from recsys.events import messages
-from recsys.events.recent import Recent
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused
@@ -39,6 +38,7 @@ from recsys.types import Feedback, Record, UserState
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import Stop, logger
 from services.ranking.builder import Builder
+from services.ranking.intake import Intake
 from services.ranking.parse import Refused
 
 POLL_S = 0.005
@@ -81,8 +81,7 @@ class RankingService:
         self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
         self._catalogue_saved: dict[int, int] = {}
         self._catalogue_saved_s = 0.0
-        self._accepted = Recent()
-        self._accepted_lock = threading.Lock()
+        self.intake = Intake(config, log, clock, self.sources, lambda: self.catalogue_ready and self.state_ready)
         self.patching = threading.Lock()
         """Held from reading items to appending their changes, so that two patches of one item both count."""
         self._trouble: dict[str, str] = {}
@@ -179,6 +178,7 @@ class RankingService:
                 try:
                     self.log.append("impression", [(request.user_id, messages.dump_impression(answer.impression))])
                     logged = True
+                    self.intake.answered(request.request_id)
                 except LogError as error:
                     logger.warning("impression not logged: %s", error)
         for reason in answer.degraded:
@@ -192,29 +192,8 @@ class RankingService:
         return answer, contains | {"parameters": answer.parameters}
 
     def accept(self, feedback: list[Feedback | Refused]) -> list[dict[str, str]]:
-        """Append what is good and new; one outcome an event, in order. Raises LogFull, then nothing was accepted."""
-        now_ms = self.clock.now_ms()
-        outcomes: list[dict[str, str]] = []
-        fresh: list[Feedback] = []
-        batch: set[str] = set()
-        with self._accepted_lock:
-            for event in feedback:
-                if isinstance(event, Refused):
-                    outcomes.append({"event_id": event.id, "status": "rejected", "reason": event.reason})
-                elif event.event_id in batch or self._accepted.contains(event.event_id):
-                    outcomes.append({"event_id": event.event_id, "status": "duplicate"})
-                else:
-                    batch.add(event.event_id)
-                    fresh.append(event)
-                    outcomes.append({"event_id": event.event_id, "status": "accepted"})
-        if fresh:
-            self.log.append("feedback", [(f.user_id, messages.dump_feedback(f)) for f in fresh])
-            with self._accepted_lock:
-                for event in fresh:
-                    self._accepted.add(event.event_id, now_ms)
-        for outcome in outcomes:
-            metrics.FEEDBACK.labels(outcome["status"]).inc()
-        return outcomes
+        """One outcome an event, in order. Raises LogError when it is not known that all that is good was accepted."""
+        return self.intake.take(feedback)
 
     def forget(self, user_id: str, event_id: str) -> None:
         """Forget a user, in log order."""
@@ -261,13 +240,12 @@ class RankingService:
     def _follow_state(self) -> bool:
         count = self.consumer.turn()
         if not count and not self.state_ready:
-            with self._accepted_lock:  # a retry is known as a duplicate across a restart
-                self._accepted.restore(self.sources.seen())
             self.state_ready = True
         return count > 0
 
     def _follow_dense(self) -> bool:
         metrics.READY.set(not self.not_ready())
+        metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.full_ratio))
         metrics.SPOOL_BYTES.set(getattr(self.log, "spool_bytes", 0))
         self.scorer.poll()
         if self.scorer.refresh():

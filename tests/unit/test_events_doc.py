@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from jsonschema import Draft202012Validator
 
 from recsys.events import messages
 from recsys.events.schemas import SCHEMAS
-from tests.events_doc import blocks, curl_body
+from services.ranking.intake import NOTES
+from tests.events_doc import DOC, blocks, curl_body
 
 PARSE: dict[str, Callable[..., Any]] = {
     "item": messages.parse_item,
@@ -41,6 +43,11 @@ def test_the_examples_together_use_every_field() -> None:
     for kind, schema in SCHEMAS.items():
         used = {field for example in blocks(f"json {kind}") for field in json.loads(example)}
         assert used == schema["properties"].keys()
+
+
+def test_every_note_is_told_of() -> None:
+    told = re.findall(r"^\| `(\w+)` \| (.+) \|$", DOC.read_text(encoding="utf-8"), re.M)
+    assert dict(told) == NOTES
 
 
 def test_what_the_curl_examples_send_is_valid() -> None:
