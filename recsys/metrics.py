@@ -194,6 +194,14 @@ PUBLISHED_TOMBSTONES = _counter(
 
 # Parameter
 DELTAS_APPLIED = _counter("recsys_deltas_applied_total", "Whole deltas applied to the serving copy.")
+DELTAS_IGNORED = _counter(
+    "recsys_deltas_ignored_total", "Whole deltas not applied because a newer epoch or step came before them."
+)
+PARAMETER_GAPS = _counter(
+    "recsys_parameter_gaps_total",
+    "Times that deltas were missing before what the log still had, by what was served instead: checkpoint (the trainer's), log.",
+    ("instead",),
+)
 PARAMETER_DEVICE_INFO = _gauge(
     "recsys_parameter_device_info",
     "1 for where the parameter service keeps its tables: cpu, reference or cuda.",

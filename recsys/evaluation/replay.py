@@ -349,8 +349,7 @@ class Replay:
         report = StepReport()
         self.trainer.train(report, now_ms)
         self._untrained = 0
-        for path in self.trainer.joiner.take_dropped():
-            path.unlink(missing_ok=True)
+        self.trainer.joiner.sweep_spill(())
         for emission in report.emissions:
             self._report(emission.request_id, emission.time_ms, emission.labels, emission.final)
         self.copy.learned(now_ms - 1)

@@ -6,13 +6,13 @@ visible with its last chunk.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -20,6 +20,18 @@ from recsys.errors import BadInput
 from recsys.types import Float32, Int32, Int64
 
 CHUNK_BYTES = 512 * 1024
+MAX_CHUNKS = 1_000_000
+MAX_LEAD = 1_000_000
+"""An epoch may lead the newest one believed by so many: a trainer that starts every second makes as many in eleven days."""
+MAX_STEP_LEAD = 10_000_000
+"""A step likewise: a trainer makes as many in a week."""
+MAX_UNFINISHED = 4
+"""Deltas of which only some chunks were read: a trainer begins one after the other, two of them amid a restart."""
+STALE_RECORDS = 100_000
+"""What is unfinished after so many more records is given up."""
+_CHUNK_OVERHEAD = 4096
+"""Bytes of memory that a chunk takes beside its arrays."""
+_END_OF_TIME_MS = 2**43
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -61,6 +73,18 @@ class Delta:
 
 _ROW_FIELDS = ("slots", "keys", "values", "last_seen_ms", "removed_slots", "removed_keys")
 _DEFAULT_FIELDS = ("default_slots", "default_values")
+_KINDS = {
+    "slots": ("I32", 1),
+    "keys": ("I64", 1),
+    "values": ("F32", 2),
+    "last_seen_ms": ("I64", 1),
+    "removed_slots": ("I32", 1),
+    "removed_keys": ("I64", 1),
+    "default_slots": ("I32", 1),
+    "default_values": ("F32", 2),
+    "dense": ("U8", 1),
+}
+"""Type and dimensions of each field in a message."""
 
 
 def encode_delta(delta: Delta) -> list[bytes]:
@@ -98,51 +122,191 @@ def _row_parts(rows: RowDelta) -> list[Arrays]:
 
 
 def metadata(data: bytes) -> dict[str, str]:
-    """The header's metadata of a safetensors buffer."""
+    """The header's metadata of a safetensors buffer. ValueError when there is none."""
+    return _header(data)[1]
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the header says of each tensor, and its metadata."""
     length = int.from_bytes(data[:8], "little")
-    header: Mapping[str, Any] = json.loads(data[8 : 8 + length])
-    return dict(header.get("__metadata__", {}))
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError("cut short")
+    header = orjson.loads(data[8 : 8 + length])
+    said = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+        raise ValueError("no safetensors header")
+    return header, said
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What every chunk of one delta says alike."""
+
+    version: Version
+    dense_version: int
+    covers_ms: int
+    schema: str
+    chunks: int
+
+
+def _head(said: Mapping[str, str]) -> tuple[_Head, int]:
+    """The head and which chunk this is. ValueError, KeyError."""
+    number = {
+        name: _number(name, said[name]) for name in ("epoch", "step", "dense_version", "covers_ms", "chunks", "chunk")
+    }
+    if not number["chunk"] < number["chunks"] <= MAX_CHUNKS:
+        raise ValueError(f"chunk {number['chunk']} of {number['chunks']}")
+    version = Version(epoch=number["epoch"], step=number["step"])
+    head = _Head(version, number["dense_version"], number["covers_ms"], said["schema"], number["chunks"])
+    return head, number["chunk"]
+
+
+def _number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise ValueError(f"{name} is {text[:40]!r}")
+    return int(text)
+
+
+def version_of(data: bytes) -> Version:
+    """The version that a message names, without its rows. BadInput when it is no chunk of a delta."""
+    try:
+        return _head(metadata(data))[0].version
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"parameters message: not a delta ({error})", field="value") from None
+
+
+def believable(version: Version, last: Version) -> bool:
+    """Whether a version may follow `last`, the newest one believed: one that is far ahead would outrank all that follow, for ever.
+
+    After nothing (`Version()`) any step of a small epoch may come: a log does not begin with a trainer's first.
+    """
+    far = version.step - last.step > MAX_STEP_LEAD and last != Version()
+    return version.epoch - last.epoch <= MAX_LEAD and not far
+
+
+def _arrays(data: bytes) -> tuple[_Head, int, Arrays]:
+    """One chunk, every field of it checked. BadInput says what is wrong with it."""
+    try:
+        tensors, said = _header(data)
+        head, chunk = _head(said)
+        for name, tensor in tensors.items():
+            kind, dimensions = _KINDS[name.rpartition(".")[2]]
+            if tensor["dtype"] != kind or len(tensor["shape"]) != dimensions:
+                raise ValueError(f"{name[:80]} is {tensor['dtype']} {tensor['shape']}")
+        arrays = load(data)
+        for layout in _layouts([arrays]):
+            _check_rows(layout, arrays)
+    except KeyError as error:
+        raise BadInput(f"parameters message: not a delta (field {error})", field="value") from None
+    except (ValueError, TypeError, OverflowError, SafetensorError) as error:
+        raise BadInput(f"parameters message: not a delta ({error})", field="value") from None
+    return head, chunk, arrays
+
+
+def _check_rows(layout: str, arrays: Arrays) -> None:
+    """ValueError, KeyError unless one layout's arrays agree and hold numbers."""
+    rows = {name: arrays[f"{layout}.{name}"] for name in _ROW_FIELDS}
+    groups = (
+        [rows["slots"], rows["keys"], rows["values"], rows["last_seen_ms"]],
+        [rows["removed_slots"], rows["removed_keys"]],
+    )
+    defaults = [arrays[name] for field in _DEFAULT_FIELDS if (name := f"{layout}.{field}") in arrays]
+    for group in (*groups, defaults):
+        if len({len(array) for array in group}) > 1:
+            raise ValueError(f"{layout[:80]}: arrays of {[len(array) for array in group]} rows")
+    if len(defaults) == 1 or (defaults and defaults[1].shape[1] != rows["values"].shape[1]):
+        raise ValueError(f"{layout[:80]}: default rows do not fit the others")
+    if not all(np.isfinite(values).all() for values in (rows["values"], *defaults[1:])):
+        raise ValueError(f"{layout[:80]}: a value is not finite")
+    seen = rows["last_seen_ms"]
+    if len(seen) and not (int(seen.min()) >= 0 and int(seen.max()) < _END_OF_TIME_MS):
+        raise ValueError(f"{layout[:80]}: last seen between {seen.min()} and {seen.max()}")
 
 
 @dataclass(slots=True)
+class _Unfinished:
+    head: _Head
+    offset: int
+    """Of its first chunk."""
+    parts: list[Arrays] = field(default_factory=list)
+    size: int = 0
+
+
 class DeltaReader:
-    """Puts chunks together again: one whole delta comes out with its last chunk; an unfinished one is dropped when a newer begins."""
+    """Puts chunks together again: one whole delta comes out with its last chunk.
 
-    _version: tuple[Version, int] | None = None
-    _parts: list[Arrays] = field(default_factory=list)
+    Some unfinished ones are kept beside each other, so that a stray chunk ends no other delta; together at most `max_bytes`.
+    """
 
-    def feed(self, data: bytes) -> Delta | None:
-        """BadInput when the message is no chunk of a delta."""
-        try:
-            head, arrays = metadata(data), load(data)
-            version = Version(epoch=int(head["epoch"]), step=int(head["step"]))
-            chunk, chunks, dense_version = int(head["chunk"]), int(head["chunks"]), int(head["dense_version"])
-        except (KeyError, ValueError, SafetensorError) as error:
-            raise BadInput(f"parameters message: not a delta ({error})", field="value") from None
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        self._max_bytes = max_bytes
+        self._unfinished: dict[tuple[Version, int], _Unfinished] = {}
+
+    def begins(self) -> int | None:
+        """Where the oldest unfinished delta begins; None when there is none."""
+        return min((one.offset for one in self._unfinished.values()), default=None)
+
+    def feed(self, data: bytes, offset: int = 0) -> Delta | None:
+        """BadInput when the message is no chunk of a delta, or not of the one that it says it is of."""
+        head, chunk, arrays = _arrays(data)
+        for key in [k for k, one in self._unfinished.items() if offset - one.offset > STALE_RECORDS]:
+            del self._unfinished[key]  # its trainer died amid it
+        key = head.version, head.dense_version
         if chunk == 0:
-            self._version, self._parts = (version, dense_version), []
-        if self._version != (version, dense_version) or chunk != len(self._parts):
+            self._unfinished.pop(key, None)
+            self._unfinished[key] = _Unfinished(head, offset)
+        one = self._unfinished.get(key)
+        if one is None or chunk != len(one.parts):
             return None  # The rest of a delta whose beginning is not in what we read, or a resent chunk.
-        self._parts.append(arrays)
-        if chunk + 1 < chunks:
+        if one.head != head:
+            raise BadInput(
+                f"parameters message: chunk {chunk} of {key[0]} is not of the delta that began", field="value"
+            )
+        one.parts.append(arrays)
+        one.size += len(data) + _CHUNK_OVERHEAD
+        self._make_room(key)
+        if key not in self._unfinished:
+            raise BadInput(
+                f"parameters message: {key[0]} is larger than the tables ({self._max_bytes} bytes)", field="value"
+            )
+        if chunk + 1 < head.chunks:
             return None
-        parts, self._parts = self._parts, []
-        return Delta(
-            version=version,
-            covers_ms=int(head["covers_ms"]),
-            schema=head["schema"],
-            rows=_rows_of(parts),
-            dense=b"".join(part["dense"].tobytes() for part in parts if "dense" in part),
-            dense_version=dense_version,
-        )
+        del self._unfinished[key]
+        return _whole(head, one.parts)
+
+    def _make_room(self, newest: tuple[Version, int]) -> None:
+        """Let go of the oldest unfinished ones, of this one last."""
+        while (
+            len(self._unfinished) > MAX_UNFINISHED or sum(o.size for o in self._unfinished.values()) > self._max_bytes
+        ):
+            del self._unfinished[next((key for key in self._unfinished if key != newest), newest)]
+
+
+def _whole(head: _Head, parts: Sequence[Arrays]) -> Delta:
+    return Delta(
+        version=head.version,
+        covers_ms=head.covers_ms,
+        schema=head.schema,
+        rows=_rows_of(parts),
+        dense=b"".join(part["dense"].tobytes() for part in parts if "dense" in part),
+        dense_version=head.dense_version,
+    )
+
+
+def _layouts(parts: Sequence[Arrays]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for part in parts for name in part if "." in name))
 
 
 def _rows_of(parts: Sequence[Arrays]) -> tuple[RowDelta, ...]:
-    layouts = dict.fromkeys(name.split(".")[0] for part in parts for name in part if "." in name)
     deltas = []
-    for layout in layouts:
+    for layout in _layouts(parts):
+        found = {name: [part[f"{layout}.{name}"] for part in parts if f"{layout}.{name}" in part] for name in _KINDS}
+        widths = {values.shape[1] for values in found["values"]}
+        if len(widths) > 1:
+            raise BadInput(f"parameters message: rows of {layout[:80]} are {sorted(widths)} wide", field="value")
+        none = {"default_slots": np.zeros(0, np.int32), "default_values": np.zeros((0, widths.pop()), np.float32)}
         arrays = {
-            name: np.concatenate([part[f"{layout}.{name}"] for part in parts if f"{layout}.{name}" in part])
+            name: np.concatenate(found[name]) if found[name] else none[name]
             for name in (*_ROW_FIELDS, *_DEFAULT_FIELDS)
         }
         deltas.append(RowDelta(layout=layout, **arrays))

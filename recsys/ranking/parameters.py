@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import orjson
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
 
-from recsys.errors import SchemaMismatch, SnapshotCorrupt
-from recsys.events.deltas import Delta, Version
-from recsys.files import read_file, write_file
+from recsys.errors import BadInput, SchemaMismatch
+from recsys.events.deltas import Delta, RowDelta, Version, believable
 from recsys.model.plan import Block
 from recsys.table import segments
 from recsys.table.base import Layout, Rows
@@ -48,18 +47,19 @@ class Parameters(Protocol):
         ...
 
 
-CURSOR = "snapshot"
+MAX_DENSE_BYTES = 256 * 2**20
+"""More than the networks of any configuration here take."""
 
 
 class ParameterStore:
     """Tables, dense weights and version, kept up to date by deltas in order. One writer; lookups from any thread."""
 
     def __init__(self, layouts: Sequence[Layout], schema: str, implementation: Implementation = "cpu") -> None:
+        self._made_of = layouts, implementation
         self.tables = Tables(layouts, implementation)
         self._schema = schema
         self.state = ParameterState()
         self._dense = b""
-        self._chain: list[segments.SegmentFile] = []
         self._lock = threading.Lock()
         self._whole = threading.Lock()
         self._changes = 0
@@ -92,14 +92,31 @@ class ParameterStore:
         with self._lock:
             return self.state.dense_version, self._dense
 
-    def apply(self, delta: Delta) -> bool:
-        """Apply one whole delta; False when it is of an older epoch or step and was ignored. Raises SchemaMismatch."""
+    def max_delta_bytes(self) -> int:
+        """What one delta may at most hold: every row that the tables have room for, with its tombstone, and dense weights."""
+        return MAX_DENSE_BYTES + sum(t.layout.capacity * (44 + 4 * t.layout.dim) for t in self.tables.values())
+
+    def apply(self, delta: Delta, *, after_gap: bool = False) -> bool:
+        """Apply one whole delta; False when it is of an older epoch or step and was ignored. Not thread-safe.
+
+        Raises SchemaMismatch, and BadInput when it does not fit the tables or is too far ahead of the last one to be believed
+        (`after_gap`: some are missing before it, so that any step may follow). Then nothing changed.
+        """
         if delta.schema != self._schema:
             raise SchemaMismatch(
                 f"delta {delta.version} has schema {delta.schema}, this service {self._schema}: restart all processes with one configuration"
             )
         if delta.version < self.state.version:
             return False
+        last = self.state.version
+        if not believable(
+            delta.version, Version(epoch=last.epoch, step=delta.version.step if after_gap else last.step)
+        ):
+            raise BadInput(f"delta {delta.version} is too far ahead of {last} to be believed", field="epoch")
+        for rows in delta.rows:
+            self._check_fits(rows)
+        if delta.dense_version:
+            _check_dense(delta.dense)
         with self._whole:
             self._changes += 1
             try:
@@ -107,6 +124,23 @@ class ParameterStore:
             finally:
                 self._changes += 1
         return True
+
+    def _check_fits(self, rows: RowDelta) -> None:
+        if rows.layout not in self.tables:
+            raise BadInput(
+                f"delta has rows of layout {rows.layout[:80]!r}, the tables are {sorted(self.tables)}", field="layout"
+            )
+        layout = self.tables[rows.layout].layout
+        slots = np.unique(np.concatenate([rows.slots, rows.removed_slots, rows.default_slots]))
+        unknown = np.setdiff1d(slots, np.array(list(layout.slots), np.int32))
+        if len(unknown):
+            raise BadInput(
+                f"delta has rows of slot {unknown[0]}, which layout {layout.name!r} does not have", field="slots"
+            )
+        if {rows.values.shape[1], rows.default_values.shape[1]} != {layout.dim}:
+            raise BadInput(
+                f"delta's rows of {layout.name!r} are {rows.values.shape[1]} wide, not {layout.dim}", field="values"
+            )
 
     def _apply(self, delta: Delta) -> None:
         for rows in delta.rows:
@@ -135,61 +169,32 @@ class ParameterStore:
                 dense_version=delta.dense_version or self.state.dense_version,
             )
 
-    def save(self, folder: Path, position: int) -> None:
-        """Snapshot values, dense weights and the position in `parameters`: written aside, fsync'd, renamed. Not beside `apply`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        rows, versions = segments.take(self.tables, CURSOR)
-        state = self.state
-        stem = f"snapshot-{state.version.epoch:08d}-{state.version.step:012d}-{position:012d}"
-        chain = segments.extend(folder, self._chain, stem, rows)
-        dense = write_file(folder / f"{stem}.dense", self._dense)
-        manifest = {
-            "version": 1,
-            "schema": self._schema,
-            "position": position,
-            "epoch": state.version.epoch,
-            "step": state.version.step,
-            "covers_ms": state.covers_ms,
-            "dense_version": state.dense_version,
-            "segments": chain,
-            "dense": dense,
-        }
-        write_file(folder / "manifest.json", orjson.dumps(manifest))
-        self._chain = chain
-        segments.acknowledge(self.tables, CURSOR, versions)
-        kept = {s["name"] for s in chain} | {dense["name"]}
-        for path in folder.glob("snapshot-*"):
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
+    def restore(self, state: ParameterState, dense: bytes) -> None:
+        """What a snapshot holds beside the tables' rows."""
+        with self._lock:
+            self.state, self._dense = state, dense
 
-    def load(self, folder: Path) -> int | None:
-        """Load the snapshot; returns its position, None when there is none. Raises SnapshotCorrupt, SchemaMismatch."""
-        path = folder / "manifest.json"
-        if not path.exists():
-            return None
-        try:
-            manifest = orjson.loads(path.read_bytes())
-            schema, position = manifest["schema"], int(manifest["position"])
-        except (orjson.JSONDecodeError, KeyError, ValueError):
-            raise SnapshotCorrupt(
-                f"{path} is not a snapshot manifest: delete it, the service then reads the log from its start"
-            ) from None
-        if schema != self._schema:
-            raise SchemaMismatch(
-                f"{path} was written with schema {schema}, the configuration makes {self._schema}: choose another data_dir"
-            )
-        loaded = segments.read_chain(folder, manifest["segments"])
-        dense = read_file(folder / manifest["dense"]["name"], manifest["dense"]["checksum"])
-        segments.load(self.tables, loaded)
-        segments.skip(self.tables, CURSOR)
-        self._chain = manifest["segments"]
-        self._dense = dense
-        self.state = ParameterState(
-            version=Version(epoch=manifest["epoch"], step=manifest["step"]),
-            covers_ms=manifest["covers_ms"],
-            dense_version=manifest["dense_version"],
-        )
-        return position
+    def replace_all(self, deltas: Sequence[segments.TablesDelta], dense: bytes, dense_version: int) -> None:
+        """The rows of a checkpoint in place of all that is here; then any delta may follow."""
+        tables = Tables(*self._made_of)
+        segments.load(tables, deltas)
+        with self._whole:
+            self._changes += 1
+            try:
+                self.tables = tables
+                self.restore(ParameterState(covers_ms=self.state.covers_ms, dense_version=dense_version), dense)
+            finally:
+                self._changes += 1
+
+
+def _check_dense(data: bytes) -> None:
+    """BadInput unless these are finite weights."""
+    try:
+        wrong = [name for name, array in load_arrays(data).items() if not np.isfinite(array).all()]
+    except (ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
+        raise BadInput(f"delta's dense weights cannot be read ({error})", field="dense") from None
+    if wrong:
+        raise BadInput(f"delta's dense weights are not finite in {wrong[0][:80]!r}", field="dense")
 
 
 def _defaults(slots: Int32, values: Float32) -> Rows:

@@ -185,6 +185,7 @@ class Scorer:
         """Each block's rows, and the state that they are of; None: the parameter service is away, and they are the last known."""
         try:
             reply = self._parameters.lookup(blocks)
+            self._check_widths(blocks, reply.values)
         except ParametersUnavailable:
             self.available = False
             return [torch.from_numpy(self._known[b.layout].lookup(b.slots, b.keys)[0]) for b in blocks], None
@@ -196,6 +197,14 @@ class Scorer:
         ]
         self._remember(blocks, found)
         return [torch.from_numpy(values) for values in found], reply.state
+
+    def _check_widths(self, blocks: Sequence[Block], values: Sequence[Float32]) -> None:
+        for block, rows in zip(blocks, values, strict=True):
+            dim = self._known[block.layout].layout.dim
+            if len(rows) and rows.shape[1] != dim:
+                raise ParametersUnavailable(
+                    f"rows of {block.layout!r} are {rows.shape[1]} wide, not {dim}: run one release"
+                )
 
     def _remember(self, blocks: Sequence[Block], values: Sequence[Float32]) -> None:
         """Keep some of the rows for when parameter is away; a full store starts anew."""

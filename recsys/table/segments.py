@@ -18,7 +18,7 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
-from recsys.files import Written, read_file, write_file
+from recsys.files import Written, fresh, read_file, write_file
 from recsys.keys import mix
 from recsys.table.base import Pending, Rows, Table
 from recsys.types import Int32, Int64
@@ -118,11 +118,11 @@ def _of_shard(part: LayoutDelta, shard: tuple[int, int]) -> LayoutDelta:
     )
 
 
-def write_segment(path: Path, delta: TablesDelta) -> SegmentFile:
-    """Write a file that is either whole or not there: temporary name → fsync → rename → fsync folder."""
+def write_segment(path: Path, delta: TablesDelta, *, twice: bool = False) -> SegmentFile:
+    """Write a file that is either whole or not there, with a copy of it if `twice`."""
     tensors = {f"{name}/{field}": array for name, part in delta.items() for field, array in _flatten(part).items()}
     data = to_bytes(tensors, {"format": str(FORMAT), "layouts": json.dumps(sorted(delta))})
-    return write_file(path, data)
+    return write_file(path, data, twice=twice)
 
 
 def read_segment(path: Path, checksum: str, blocks: Sequence[int] = ()) -> dict[str, LayoutDelta]:
@@ -228,8 +228,12 @@ MAX_CHAIN = 8
 
 
 def extend(folder: Path, chain: Sequence[SegmentFile], stem: str, delta: TablesDelta) -> list[SegmentFile]:
-    """Write `delta` as `<stem>.safetensors` behind `chain`; a chain grown too long is folded into one base. No file is deleted."""
-    longer = [*chain, write_segment(folder / f"{stem}.safetensors", delta)]
+    """Write `delta` under a new name that begins with `stem` behind `chain`; a chain grown too long is folded into one base.
+
+    No file is deleted. All are written twice: every later checkpoint needs them. SnapshotCorrupt when both of one are bad.
+    """
+    longer = [*chain, write_segment(fresh(folder, stem, ".safetensors"), delta, twice=True)]
     if len(longer) <= MAX_CHAIN:
         return longer
-    return [merge_segments([(folder / s["name"], s["checksum"]) for s in longer], folder / f"{stem}-base.safetensors")]
+    base = merged(read_chain(folder, longer))
+    return [write_segment(fresh(folder, f"{stem}-base", ".safetensors"), base, twice=True)]

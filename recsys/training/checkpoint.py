@@ -1,7 +1,8 @@
 """Checkpoints of the trainer, in numbered steps with one crash test each.
 
-Files of one checkpoint in the trainer's folder: `segment-<step>` (rows touched since the last one, or merged ones),
-`dense-<step>` (networks, moments, frequencies), `small-<step>.json`; `manifest.json` names those that belong.
+Files of one checkpoint in the trainer's folder: `segment-<step>-…` (rows touched since the last one, or merged ones),
+`dense-<step>-…` (networks, moments, frequencies), `small-<step>-….json`; `manifest.json` names those that belong. The checkpoint
+before it stays, with its journal: when a file of the newest is bad, the trainer comes to the same state from there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -19,7 +20,7 @@ import safetensors.torch
 import torch
 
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
-from recsys.files import read_file, write_file
+from recsys.files import Manifests, fresh, read_file, write_file
 from recsys.table import segments
 from recsys.table.segments import SegmentFile
 from recsys.training.journal import Journal
@@ -41,7 +42,13 @@ class Captured:
     dense: dict[str, torch.Tensor]
     small: bytes
     positions: dict[str, int]
-    dropped: list[Path]
+    spilled: list[str]
+    """Minutes of spilled features that its open impressions need."""
+
+
+class _Kept(NamedTuple):
+    step: int
+    positions: dict[str, int]
 
 
 class Checkpoints:
@@ -53,6 +60,9 @@ class Checkpoints:
         self._folder, self._trainer, self._journal, self._crash = folder, trainer, journal, crash
         self._segments: list[SegmentFile] = []
         self._saved_step = -1
+        self._manifests = Manifests(folder)
+        self._newest, self._before = _Kept(0, {}), _Kept(0, {})
+        """The checkpoints on disk; step 0: the trainer's beginning."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Captured, Future[list[SegmentFile]]] | None = None
 
@@ -74,25 +84,39 @@ class Checkpoints:
         return not wait or self.poll(wait=True) is not None
 
     def poll(self, *, wait: bool = False) -> dict[str, int] | None:
-        """Finish a checkpoint whose files are written; returns the positions it contains, once."""
+        """Finish a checkpoint whose files are written; returns, once, the positions from which the log must be kept."""
         if self._pending is None or not (wait or self._pending[1].done()):
             return None
         captured, future = self._pending
         self._pending = None
         try:
             self._segments = future.result()
-        except OSError as error:
+        except (OSError, SnapshotCorrupt) as error:
             logger.error("no checkpoint (%s): the previous one stays, with its journal; free space", error)
             self._saved_step = -1
+            if isinstance(error, SnapshotCorrupt):  # files that the next would build upon: it holds every row instead
+                self._segments = []
+                for table in self._trainer.tables.values():
+                    table.release(CURSOR)
             return None
-        # 6. Only now is anything forgotten: touched rows, journal, spilled features, older files.
+        # 6. Only now is anything forgotten: touched rows; journal and older files but for the checkpoint before this one.
         segments.acknowledge(self._trainer.tables, CURSOR, captured.versions)
         self._crash("acknowledged")
-        self._journal.cut(captured.step + 1)
-        for path in captured.dropped:
-            path.unlink(missing_ok=True)
-        self._sweep(captured.step)
-        return captured.positions
+        self._before, self._newest = self._newest, _Kept(captured.step, captured.positions)
+        self._tidy()
+        return self.kept_positions
+
+    @property
+    def kept_positions(self) -> dict[str, int]:
+        """Of the checkpoint before the newest: what the log holds after them is needed when a file of the newest is bad."""
+        return self._before.positions
+
+    def _tidy(self) -> None:
+        """Delete what neither of the two checkpoints needs, nor what is in memory now."""
+        self._journal.cut(self._before.step + 1)
+        self._manifests.sweep("segment-*", "dense-*", "small-*")
+        if (spilled := self._manifests.values("spilled")) is not None:
+            self._trainer.joiner.sweep_spill({minute for minutes in spilled for minute in minutes})
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
@@ -108,76 +132,91 @@ class Checkpoints:
             dense=_dense_state(trainer),
             small=orjson.dumps(small, option=orjson.OPT_SERIALIZE_NUMPY),
             positions=dict(positions),
-            dropped=trainer.joiner.take_dropped(),
+            spilled=sorted(small["trainer"]["joiner"]["spill"]),
         )
 
     def _write(self, captured: Captured, older: list[SegmentFile]) -> list[SegmentFile]:
         step = f"{captured.step:012d}"
-        # 3. New files, each fsync'd.
+        # 3. New files under new names, each fsync'd and read back.
         chain = segments.extend(self._folder, older, f"segment-{step}", captured.rows)
         self._crash("segment written")
         files = {
-            "dense": write_file(self._folder / f"dense-{step}.safetensors", safetensors.torch.save(captured.dense)),
-            "small": write_file(self._folder / f"small-{step}.json", captured.small),
+            "dense": write_file(
+                fresh(self._folder, f"dense-{step}", ".safetensors"), safetensors.torch.save(captured.dense)
+            ),
+            "small": write_file(fresh(self._folder, f"small-{step}", ".json"), captured.small),
         }
         self._crash("small written")
-        # 4. The manifest, under a temporary name, fsync'd; 5. renamed, and the folder fsync'd.
-        manifest = {
-            "version": VERSION,
-            "step": captured.step,
-            "schema": self._trainer.schema.hash,
-            "segments": chain,
-            **files,
-        }
-        write_file(self._folder / "manifest.json", orjson.dumps(manifest))
+        # 4. The manifest, under a temporary name, fsync'd and read back; 5. renamed, and the folder fsync'd.
+        self._manifests.write(
+            {
+                "version": VERSION,
+                "step": captured.step,
+                "schema": self._trainer.schema.hash,
+                "positions": captured.positions,
+                "spilled": captured.spilled,
+                "segments": chain,
+                **files,
+            }
+        )
         self._crash("manifest renamed")
         return chain
 
     def load(self) -> dict[str, int]:
-        """Load the newest checkpoint into the trainer; returns its log positions, empty when there is none.
+        """Load the newest checkpoint whose files are whole into the trainer; returns its log positions, empty when there is none.
 
-        Raises SnapshotCorrupt naming the file, SchemaMismatch when the configuration changed its slots.
+        The one before it, with its journal, leads to the same state. SnapshotCorrupt names the file when neither can be used,
+        SchemaMismatch when the configuration changed its slots.
         """
-        path = self._folder / "manifest.json"
-        if not path.exists():
-            return {}
+        bad: SnapshotCorrupt | None = None
+        for manifest in self._manifests.read():
+            try:
+                return self._load(manifest)
+            except SnapshotCorrupt as error:
+                logger.error("checkpoint not used: %s", error)
+                bad = error
+        if self._manifests.exist() and not self._journal.begins_at_first_step():
+            raise bad or SnapshotCorrupt(
+                f"{self._manifests.newest} is torn or flipped: restore it, or delete {self._folder} to start anew"
+            )
+        return {}
+
+    def _load(self, manifest: Mapping[str, Any]) -> dict[str, int]:
+        trainer, path = self._trainer, self._manifests.newest
         try:
-            manifest = orjson.loads(path.read_bytes())
-        except orjson.JSONDecodeError:
-            raise SnapshotCorrupt(f"{path} is not JSON: restore it, or delete the folder to start anew") from None
-        trainer = self._trainer
-        if manifest["version"] != VERSION:
-            raise SchemaMismatch(
-                f"{path} is of version {manifest['version']}, this release reads {VERSION}: start on an empty data_dir, where the "
-                "log of events is learned anew, or go back to the release that wrote it"
-            )
-        if manifest["schema"] != trainer.schema.hash:
-            raise SchemaMismatch(
-                f"{path} was written with schema {manifest['schema']}, the configuration makes {trainer.schema.hash}: restore the old "
-                "catalogue and features sections, or choose another data_dir"
-            )
-        segments.load(trainer.tables, segments.read_chain(self._folder, manifest["segments"]))
+            step, schema = int(manifest["step"]), manifest["schema"]
+            if manifest["version"] != VERSION:
+                raise SchemaMismatch(
+                    f"{path} is of version {manifest['version']}, this release reads {VERSION}: start on an empty data_dir, where the "
+                    "log of events is learned anew, or go back to the release that wrote it"
+                )
+            if schema != trainer.schema.hash:
+                raise SchemaMismatch(
+                    f"{path} was written with schema {schema}, the configuration makes {trainer.schema.hash}: restore the old "
+                    "catalogue and features sections, or choose another data_dir"
+                )
+            # Everything is read, and known to be whole, before anything is changed.
+            chain = segments.read_chain(self._folder, manifest["segments"])
+            small = orjson.loads(self._read(manifest["small"]))
+            dense = safetensors.torch.load(self._read(manifest["dense"]))
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise SnapshotCorrupt(f"{path} is no manifest of a checkpoint ({error}): restore it") from None
+        segments.load(trainer.tables, chain)
         for cursor in (CURSOR, "publish"):
             segments.skip(trainer.tables, cursor)
-        small = orjson.loads(self._read(manifest["small"]))
         trainer.restore_small(small["trainer"])
-        _restore_dense(trainer, safetensors.torch.load(self._read(manifest["dense"])))
-        self._segments = manifest["segments"]
-        self._saved_step = manifest["step"]
-        self._sweep(manifest["step"])
+        _restore_dense(trainer, dense)
+        self._segments, self._saved_step = manifest["segments"], step
         positions: dict[str, int] = small["positions"]
+        self._newest = self._before = _Kept(step, dict(positions))
+        for older in self._manifests.look():
+            if older.get("step", step) < step:
+                self._before = _Kept(older["step"], older.get("positions", {}))
+        self._tidy()
         return positions
 
     def _read(self, entry: Mapping[str, Any]) -> bytes:
         return read_file(self._folder / entry["name"], entry["checksum"])
-
-    def _sweep(self, step: int) -> None:
-        """Delete files of older checkpoints and of ones that never got their manifest."""
-        kept = {s["name"] for s in self._segments} | {f"dense-{step:012d}.safetensors", f"small-{step:012d}.json"}
-        for pattern in ("segment-*", "dense-*", "small-*"):
-            for path in self._folder.glob(pattern):
-                if path.name not in kept:
-                    path.unlink(missing_ok=True)
 
 
 def _dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:

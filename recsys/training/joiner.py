@@ -8,7 +8,7 @@ labels became final. Legend: K items of an impression, T tasks.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,9 +240,9 @@ class Joiner:
         settled, self._settled = self._settled, []
         return settled
 
-    def take_dropped(self) -> list[Path]:
-        """Spill files to delete once a checkpoint is committed."""
-        return self._spill.take_dropped()
+    def sweep_spill(self, kept: Collection[str]) -> None:
+        """Delete spilled features of minutes that no checkpoint needs (`kept`), nor any open impression."""
+        self._spill.sweep(kept)
 
     def state(self) -> dict[str, Any]:
         """Everything but the spilled features, as JSON-able values; the spill's sizes tell how much of its files belongs."""

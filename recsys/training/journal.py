@@ -72,6 +72,10 @@ class Journal:
                 yield entry
                 expected += 1
 
+    def begins_at_first_step(self) -> bool:
+        """Whether the steps can be run from the trainer's beginning."""
+        return any(int(p.stem.removeprefix("journal-")) <= 1 for p in self._folder.glob("journal-*.jsonl"))
+
     def cut(self, before_step: int) -> None:
         """Delete files that hold only steps before `before_step`."""
         starts = sorted((int(p.stem.removeprefix("journal-")), p) for p in self._folder.glob("journal-*.jsonl"))

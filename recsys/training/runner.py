@@ -284,7 +284,7 @@ class Runner:
         if taken:
             self._last["checkpoint"] = self._clock.monotonic_s()
             if wait:
-                self._commit(self.positions)
+                self._commit(self.checkpoints.kept_positions)
 
     @property
     def checkpoint_age_s(self) -> float:

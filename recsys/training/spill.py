@@ -6,7 +6,7 @@ Partitions are not read in step, so an impression may be older than the one befo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,7 +28,6 @@ class Spill:
         self._files: dict[int, BinaryIO] = {}
         self._sizes: dict[int, int] = {}
         self._open: Counter[int] = Counter()
-        self._dropped: list[Path] = []
 
     def append(self, now_ms: int, data: bytes) -> Place:
         minute = max(now_ms // 60_000, max(self._sizes, default=0))
@@ -50,18 +49,18 @@ class Spill:
         self._open[place.minute] -= 1
 
     def drop_closed(self) -> None:
-        """Let go of files without open impressions, never the newest; they stay on disk until `take_dropped`'s caller deletes them."""
+        """Let go of files without open impressions, never the newest; they stay on disk until `sweep`."""
         newest = max(self._sizes, default=0)
         for minute in [m for m in self._sizes if m < newest and not self._open[m]]:
             if file := self._files.pop(minute, None):
                 file.close()
             del self._sizes[minute], self._open[minute]
-            self._dropped.append(self._path(minute))
 
-    def take_dropped(self) -> list[Path]:
-        """Files that no open impression needs. Deleted only after a checkpoint without them is committed: an older one needs them."""
-        dropped, self._dropped = self._dropped, []
-        return dropped
+    def sweep(self, kept: Collection[str]) -> None:
+        """Delete files of minutes that no checkpoint on disk needs (`kept`) and that are not in use."""
+        for path in self._folder.glob("*.features"):
+            if path.stem not in kept and int(path.stem) not in self._sizes:
+                path.unlink(missing_ok=True)
 
     def sizes(self) -> dict[str, int]:
         """Bytes in each minute's file, flushed."""
@@ -73,9 +72,6 @@ class Spill:
         """Go on from `sizes()`, with the places of the impressions that were open then."""
         self._sizes = {int(minute): size for minute, size in sizes.items()}
         self._open = Counter(place.minute for place in places)
-        for path in self._folder.glob("*.features"):
-            if int(path.stem) not in self._sizes:
-                path.unlink()
 
     def _file(self, minute: int) -> BinaryIO:
         if minute not in self._files:

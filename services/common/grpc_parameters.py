@@ -14,9 +14,12 @@ from recsys.errors import ConfigError, ParametersUnavailable
 from recsys.events.deltas import CHUNK_BYTES, Version
 from recsys.model.plan import Block
 from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
+from recsys.types import Float32
 from services.common import parameter_pb2 as pb
 
 _LOOKUP, _DENSE = "/recsys.v1.Parameters/Lookup", "/recsys.v1.Parameters/Dense"
+MAX_FLOATS = 15 * 2**20
+"""Of one reply: 60 MiB of the 64 that a message may have."""
 _OPTIONS = [("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_message_length", 64 * 2**20)]
 
 
@@ -50,10 +53,9 @@ class GrpcParameters:
             raise ParametersUnavailable(
                 f"parameter service: {_status(error)}; last known rows are used until it is back"
             ) from None
-        values = tuple(
-            np.frombuffer(data, "<f4").reshape(len(block.keys), -1 if len(block.keys) else 0).copy()
-            for block, data in zip(blocks, reply.values, strict=True)
-        )
+        if len(reply.values) != len(blocks):
+            raise _unfit(f"{len(reply.values)} blocks for the {len(blocks)} that were asked for")
+        values = tuple(_rows(block, data) for block, data in zip(blocks, reply.values, strict=True))
         version = Version(epoch=reply.epoch, step=reply.step)
         return Reply(
             values=values,
@@ -67,10 +69,32 @@ class GrpcParameters:
             raise ParametersUnavailable(
                 f"parameter service: {_status(error)}; the present dense weights stay"
             ) from None
+        if not chunks or len({chunk.dense_version for chunk in chunks}) != 1:
+            raise _unfit("dense weights of no version, or of several")
         return chunks[0].dense_version, b"".join(chunk.data for chunk in chunks)
 
     def close(self) -> None:
         self._channel.close()
+
+
+def _rows(block: Block, data: bytes) -> Float32:
+    """A block's rows [N, D]. ParametersUnavailable unless there are as many as were asked for."""
+    size = len(block.keys)
+    if len(data) % (4 * size or 4) or (size == 0) != (not data):
+        raise _unfit(f"{len(data)} bytes of layout {block.layout!r} for {size} keys")
+    return np.frombuffer(data, "<f4").reshape(size, -1 if size else 0).copy()
+
+
+def _unfit(what: str) -> ParametersUnavailable:
+    return ParametersUnavailable(f"parameter service: its reply has {what}; run one release of all services")
+
+
+def _block(block: Any) -> Block:
+    """What a request asks for. ValueError unless it is whole, and its answer fits a reply."""
+    slots, keys = np.frombuffer(block.slots, "<i4"), np.frombuffer(block.keys, "<i8")
+    if len(slots) != len(keys):
+        raise ValueError(f"{len(slots)} slots for {len(keys)} keys of layout {block.layout[:80]!r}")
+    return Block(layout=block.layout, slots=slots, keys=keys)
 
 
 def _status(error: grpc.RpcError) -> str:
@@ -87,11 +111,11 @@ def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
                 f"schema {request.schema!r}, this service has {schema!r}: use one configuration",
             )
         with metrics.LOOKUP_SECONDS.time():
-            blocks = [
-                Block(layout=b.layout, slots=np.frombuffer(b.slots, "<i4"), keys=np.frombuffer(b.keys, "<i8"))
-                for b in request.blocks
-            ]
             try:
+                blocks = [_block(each) for each in request.blocks]
+                asked = sum(len(b.keys) * store.tables[b.layout].layout.dim for b in blocks)
+                if asked > MAX_FLOATS:
+                    raise ValueError(f"{asked} numbers asked for, {MAX_FLOATS} fit a reply: ask for fewer keys at once")
                 reply = store.lookup(blocks)
             except (KeyError, ValueError) as error:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+
+import orjson
 
 from recsys import metrics
-from recsys.clock import Clock, SystemClock
+from recsys.clock import Clock, SystemClock, bounded_ms
 from recsys.config import Config
-from recsys.errors import BadInput, LogTruncated, LogUnavailable, SchemaMismatch, SnapshotCorrupt
+from recsys.errors import BadInput, LogError, LogTruncated, LogUnavailable, SchemaMismatch, SnapshotCorrupt
+from recsys.events.dead_letters import letter
 from recsys.events.deltas import DeltaReader
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
+from recsys.ranking.parameter_files import Place, Snapshots, load_checkpoint
 from recsys.ranking.parameters import ParameterStore
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.table.tables import placed
+from recsys.types import Record
 from services.common import grpc_parameters
 from services.common.process import FolderLock, HealthServer, Stop, logger
 
 TOPIC, CONSUMER = "parameters", "parameter"
+UNREAD_S = 10.0
+"""A log that could not be read for so long makes the service not ready: half does so at each of a broker's elections."""
+SOME, IGNORED_S = 20, 5.0
+"""So many deltas in a row, over so many seconds, that are not applied: two seconds of a trainer's."""
 
 
 class ParameterService:
@@ -29,83 +39,145 @@ class ParameterService:
         self.schema = Schema.of(config)
         self._device = placed(config.parameter.device, config.table.implementation)
         metrics.PARAMETER_DEVICE_INFO.labels(self._device).set(1)
-        self.store = self._empty_store()
-        self._folder = config.data_dir / "parameter"
-        self._reader = DeltaReader()
+        self.store = ParameterStore(layouts(config, self.schema), self.schema.hash, self._device)
+        self._snapshots = Snapshots(config.data_dir / "parameter", self.schema.hash)
+        self._reader = DeltaReader(self.store.max_delta_bytes())
         self._position = 0
-        self._whole = 0
-        """Position after the last whole delta: where a snapshot says to go on."""
-        self._saved = clock.monotonic_s()
+        self._after_gap = False
+        self._ignored = Ignored()
+        self._saved = self._read_s = clock.monotonic_s()
         self._saved_at = -1
         self._counted = (0, 0)
+        self._goal: int | None = None
+        """Where the log ended when this began: once that was read, the service has caught up, whatever came since."""
         self.caught_up = False
 
     def start(self) -> None:
-        """Load the snapshot and find the position to go on from; what cannot be used is said loudly and read from the log."""
-        position: int | None = None
+        """Load the newest snapshot that is whole and find where to go on; what is missing is said and read from elsewhere."""
+        place: Place | None = None
         try:
-            position = self.store.load(self._folder)
-        except (SnapshotCorrupt, SchemaMismatch) as error:
-            logger.error("snapshot not used: %s; reading the whole log instead", error)
-            self.store = self._empty_store()
+            place = self._snapshots.load(self.store)
+        except SchemaMismatch as error:
+            logger.error("snapshot not used: %s", error)
         begin, end = self._log.begin(TOPIC, 0), self._log.end(TOPIC, 0)
-        if position is None or not begin <= position <= end:
-            if position is not None:
-                logger.error(
-                    "snapshot position %d is not in the log (%d to %d): reading all that is left", position, begin, end
-                )
-            position = begin
-        self._position = self._whole = position
+        self._goal, self._read_s = end, self._clock.monotonic_s()
+        if place is not None and begin <= place.position <= end:
+            self._position = place.position
+            return
+        if place is not None:
+            logger.error("snapshot position %d is not in the log (%d to %d)", place.position, begin, end)
+        self._position = begin
+        if place is not None or begin > 0:
+            self._bridge_gap()
 
-    def _empty_store(self) -> ParameterStore:
-        return ParameterStore(layouts(self._config, self.schema), self.schema.hash, self._device)
+    def _bridge_gap(self) -> None:
+        """Deltas are missing: what the trainer's newest checkpoint holds, then what the log still has."""
+        self._after_gap = True
+        folder = self._config.data_dir / "trainer"
+        step = load_checkpoint(self.store, folder, self.schema.hash)
+        metrics.PARAMETER_GAPS.labels("log" if step is None else "checkpoint").inc()
+        if step is None:
+            logger.error(
+                "deltas before offset %d are gone, and %s holds no checkpoint to use: rows that were not published since are served as "
+                "they were last known here; restart this service with a copy of the trainer's folder there",
+                self._position,
+                folder,
+            )
+            return
+        self._snapshots.begin_anew(self.store)
+        logger.error(
+            "deltas before offset %d are gone: rows are from the trainer's checkpoint, step %d", self._position, step
+        )
 
     def turn(self) -> int:
         """Apply what is new; returns how many messages were read."""
         try:
             records = self._log.read(TOPIC, 0, self._position, 200)
         except LogTruncated as error:
-            logger.error("%s: going on from what is left; rows not published since stay as they are", error)
+            logger.error("%s", error)
             self._position = self._log.begin(TOPIC, 0)
+            self._bridge_gap()
             return 0
-        for record in records:
-            self._position = record.offset + 1
-            try:
-                delta = self._reader.feed(record.value)
-                if delta is None:
-                    continue
-                applied = self.store.apply(delta)
-            except (BadInput, SchemaMismatch) as error:
-                metrics.DEAD_LETTERS.labels(TOPIC, "schema" if isinstance(error, SchemaMismatch) else "malformed").inc()
-                logger.error("parameters offset %d not used: %s", record.offset, error)
-                continue
-            self._whole = record.offset + 1
-            if applied:
-                metrics.DELTAS_APPLIED.inc()
-                metrics.PARAMETER_VERSION_STEP.set(delta.version.step)
-                metrics.FRESHNESS_SECONDS.labels("parameters").observe(
-                    max(0, self._clock.now_ms() - delta.covers_ms) / 1000
-                )
-        self.caught_up = self.caught_up or not records
+        self._read_s = self._clock.monotonic_s()
+        letters = [letter(record, reason) for record in records if (reason := self._take(record))]
+        if records:
+            self._position = records[-1].offset + 1
+        if letters:
+            self._bury(letters)
+        if not self.caught_up:
+            self.caught_up = not records or self._position >= (self._goal or 0)
         return len(records)
 
+    def _take(self, record: Record) -> str:
+        """Apply one message; why it is a dead letter, or nothing."""
+        try:
+            delta = self._reader.feed(record.value, record.offset)
+            if delta is None:
+                return ""
+            delta = replace(delta, covers_ms=bounded_ms(delta.covers_ms, self._clock.now_ms()))
+            applied = self.store.apply(delta, after_gap=self._after_gap)
+        except BadInput as error:
+            metrics.DEAD_LETTERS.labels(TOPIC, "malformed").inc()
+            return str(error)
+        except (
+            SchemaMismatch
+        ) as error:  # of another configuration: thousands of them may follow each other, and none is wrong
+            metrics.DEAD_LETTERS.labels(TOPIC, "schema").inc()
+            self._ignored.add(str(error), self._clock.monotonic_s())
+            return ""
+        if not applied:
+            metrics.DELTAS_IGNORED.inc()
+            newest = self.store.state.version
+            why = f"deltas of {delta.version} are ignored, for {newest} came before: restart the trainer, it begins a newer epoch"
+            self._ignored.add(why, self._clock.monotonic_s())
+            return ""
+        self._after_gap = False
+        self._ignored = Ignored()
+        metrics.DELTAS_APPLIED.inc()
+        metrics.PARAMETER_VERSION_STEP.set(delta.version.step)
+        metrics.FRESHNESS_SECONDS.labels("parameters").observe(max(0, self._clock.now_ms() - delta.covers_ms) / 1000)
+        return ""
+
+    def _bury(self, letters: list[tuple[str, bytes]]) -> None:
+        key, value = letters[0]
+        logger.error("%d messages not used, the first %s: %s", len(letters), key, orjson.loads(value)["reason"])
+        try:
+            self._log.append("dead_letter", letters)
+        except LogError as error:
+            logger.warning(
+                "%d dead letters not kept (%s): the messages are still in topic %s", len(letters), error, TOPIC
+            )
+
+    def not_ready(self) -> str:
+        """Why what is served is not what the trainer publishes; empty when it is."""
+        now_s = self._clock.monotonic_s()
+        if self._goal is None:
+            return "reading the snapshot"
+        if now_s - self._read_s > UNREAD_S:
+            return f"topic {TOPIC} could not be read for {now_s - self._read_s:.0f} s: see the log of this process"
+        return self._ignored.reason(now_s) or ("" if self.caught_up else "reading the log")
+
     def _save(self) -> None:
+        begins = self._reader.begins()
+        place = Place(self._position if begins is None else begins)
+        if place.position == self._saved_at:
+            return
         try:
             with metrics.SNAPSHOT_SECONDS.time():
-                self.store.save(self._folder, self._whole)
-        except OSError as error:
+                self._snapshots.save(self.store, place)
+        except (OSError, SnapshotCorrupt) as error:
             logger.error("no snapshot (%s): the previous one stays, and more of the log is read after a restart", error)
             return
-        self._saved_at = self._whole
-        self._log.commit(CONSUMER, TOPIC, 0, self._whole)
+        self._saved_at = place.position
+        if self._snapshots.kept is not None:
+            self._log.commit(CONSUMER, TOPIC, 0, self._snapshots.kept.position)
 
     def maintain(self, *, force: bool = False) -> None:
         """Snapshot when due; gauges."""
         now_s = self._clock.monotonic_s()
         if force or now_s - self._saved >= self._config.parameter.snapshot_s:
             self._saved = now_s
-            if self._whole != self._saved_at:
-                self._save()
+            self._save()
         for layout, table in self.store.tables.items():
             metrics.TABLE_ROWS.labels(layout).set(len(table))
             metrics.TABLE_BYTES.labels(layout).set(table.memory_bytes())
@@ -115,14 +187,30 @@ class ParameterService:
         metrics.CONSUMER_LAG.labels(TOPIC, "0", CONSUMER).set(max(0, self._log.end(TOPIC, 0) - self._position))
 
 
+class Ignored:
+    """Deltas that are not applied, one after the other: some follow a restart; when no other ones come, somebody must know."""
+
+    def __init__(self) -> None:
+        self._count, self._since_s, self._why = 0, 0.0, ""
+
+    def add(self, why: str, now_s: float) -> None:
+        """One more that was not applied."""
+        self._since_s = self._since_s if self._count else now_s
+        self._count, self._why = self._count + 1, why
+        if self._count in (1, SOME) or self._count % 1000 == 0:
+            logger.error("%d deltas in a row not applied: %s", self._count, why)
+
+    def reason(self, now_s: float) -> str:
+        """Why nothing is applied; empty while it may be a restart."""
+        return self._why if self._count >= SOME and now_s - self._since_s > IGNORED_S else ""
+
+
 def run(config: Config, stop: Stop) -> None:
     """Serve until SIGTERM."""
     lock = FolderLock(config.data_dir, "parameter")
     log = open_log(config, SystemClock(), "parameter")
     service = ParameterService(config, log, SystemClock())
-    health = HealthServer(
-        config.ranking.host, config.parameter.metrics_port, lambda: "" if service.caught_up else "reading the log"
-    )
+    health = HealthServer(config.ranking.host, config.parameter.metrics_port, service.not_ready)
     service.start()
     server = grpc_parameters.serve(service.store, config.parameter_address, service.schema.hash)
     logger.info(
@@ -140,7 +228,7 @@ def run(config: Config, stop: Stop) -> None:
                 logger.warning("%s", error)
                 worked = 0
                 stop.wait(0.5)
-            metrics.READY.set(service.caught_up)
+            metrics.READY.set(not service.not_ready())
             if not worked:
                 stop.wait(0.005)
     finally:

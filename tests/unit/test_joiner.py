@@ -90,8 +90,7 @@ def test_impressions_out_of_time_order_keep_their_features(tmp_path: Path) -> No
     joiner.impression(impression("young"), 300_000)
     joiner.impression(impression("old"), 10_000)
     assert sorted(e.features for e in joiner.close(400_000)) == [b"old", b"old", b"young", b"young"]
-    for path in joiner.take_dropped():
-        path.unlink()
+    joiner.sweep_spill(())
     joiner.impression(impression("older"), 5_000)
     assert [e.features for e in joiner.close(400_000)] == [b"older"] * 2
 

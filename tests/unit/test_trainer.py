@@ -1,6 +1,5 @@
 """The trainer: a restart at any gap gives what running straight through gives, bit for bit."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from recsys.events.deltas import DeltaReader
 from recsys.events.recent import HORIZON_MS
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
+from recsys.files import seal, unseal
 from recsys.model.layouts import layouts
 from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.pipeline import Pipeline
@@ -290,7 +290,7 @@ def test_a_checkpoint_of_another_version_is_refused_with_the_way_out(log: Memory
     runner, _, _ = run(log, tmp_path)
     runner.close()
     (manifest,) = tmp_path.rglob("manifest.json")
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 1}))
+    manifest.write_bytes(seal(unseal(manifest.read_bytes()) | {"version": 1}))
     with pytest.raises(SchemaMismatch, match="of version 1, this release reads 2: start on an empty data_dir"):
         Runner(configuration(tmp_path), log, ManualClock(END)).start()
 

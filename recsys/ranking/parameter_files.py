@@ -1,0 +1,151 @@
+"""Snapshots of the serving copy: values, dense weights, and the position in topic `parameters` to go on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from recsys.errors import SchemaMismatch, SnapshotCorrupt
+from recsys.events.deltas import Version
+from recsys.files import Manifests, fresh, read_file, write_file
+from recsys.ranking.parameters import ParameterState, ParameterStore
+from recsys.table import segments
+from recsys.table.base import Rows
+from recsys.table.segments import SegmentFile, TablesDelta
+
+CURSOR = "snapshot"
+logger = logging.getLogger("recsys")
+
+
+class Place(NamedTuple):
+    """Where to go on reading, and which log that is of ("": not known)."""
+
+    position: int
+    log: str = ""
+
+
+class Snapshots:
+    """Snapshots of one store in a folder: the newest, and the one before it. Not beside `apply`."""
+
+    def __init__(self, folder: Path, schema: str) -> None:
+        self._folder, self._schema = folder, schema
+        self._manifests = Manifests(folder)
+        self._chain: list[SegmentFile] = []
+        self._last: Place | None = None
+        self.kept: Place | None = None
+        """Of the older one of the two on disk: the log must keep what comes after it."""
+
+    def save(self, store: ParameterStore, place: Place) -> None:
+        """Write one. OSError, SnapshotCorrupt: then the one before stays, and the next is tried from all rows."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        rows, versions = segments.take(store.tables, CURSOR)
+        state = store.state
+        stem = f"snapshot-{state.version.epoch:08d}-{state.version.step:012d}"
+        try:
+            chain = segments.extend(self._folder, self._chain, stem, rows)
+        except SnapshotCorrupt:
+            self.begin_anew(store)
+            raise
+        dense = write_file(fresh(self._folder, stem, ".dense"), store.dense()[1])
+        self._manifests.write(
+            {
+                "version": 1,
+                "schema": self._schema,
+                "position": place.position,
+                "log": place.log,
+                "epoch": state.version.epoch,
+                "step": state.version.step,
+                "covers_ms": state.covers_ms,
+                "dense_version": state.dense_version,
+                "segments": chain,
+                "dense": dense,
+            }
+        )
+        self._chain = chain
+        self.kept, self._last = self._last or place, place
+        segments.acknowledge(store.tables, CURSOR, versions)
+        self._manifests.sweep("snapshot-*")
+
+    def begin_anew(self, store: ParameterStore) -> None:
+        """The next snapshot holds every row: what is on disk is not what the store came from."""
+        self._chain = []
+        for table in store.tables.values():
+            table.release(CURSOR)
+
+    def load(self, store: ParameterStore) -> Place | None:
+        """Load the newest one whose files are whole into an empty store; where it says to go on, None when there is none.
+
+        What cannot be used is said. SchemaMismatch when it was written with another configuration.
+        """
+        for manifest in self._manifests.read():
+            try:
+                place = self._load(store, manifest)
+            except SnapshotCorrupt as error:
+                logger.error("snapshot not used: %s", error)
+                continue
+            self._last = self.kept = place
+            return place
+        return None
+
+    def _load(self, store: ParameterStore, manifest: Mapping[str, Any]) -> Place:
+        try:
+            schema = manifest["schema"]
+            state = ParameterState(
+                version=Version(epoch=manifest["epoch"], step=manifest["step"]),
+                covers_ms=manifest["covers_ms"],
+                dense_version=manifest["dense_version"],
+            )
+            place = Place(int(manifest["position"]), manifest.get("log", ""))
+            chain, dense = manifest["segments"], manifest["dense"]
+            if schema != self._schema:
+                raise SchemaMismatch(
+                    f"{self._manifests.newest} was written with schema {schema}, the configuration makes {self._schema}: choose another "
+                    "data_dir"
+                )
+            weights = read_file(self._folder / dense["name"], dense["checksum"])
+            deltas = segments.read_chain(self._folder, chain)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SnapshotCorrupt(f"{self._manifests.newest} is no manifest of a snapshot ({error})") from None
+        segments.load(store.tables, deltas)
+        segments.skip(store.tables, CURSOR)
+        self._chain = chain
+        store.restore(state, weights)
+        return place
+
+
+def load_checkpoint(store: ParameterStore, folder: Path, schema: str) -> int | None:
+    """Rows and weights of the trainer's newest checkpoint into a store; its step, None when there is none of this schema.
+
+    For when deltas are missing: what the log still has is applied after it, whatever version the store had.
+    """
+    for manifest in Manifests(folder).look():
+        try:
+            if manifest["schema"] != schema:
+                return None
+            dense = load_arrays(read_file(folder / manifest["dense"]["name"], manifest["dense"]["checksum"]))
+            deltas = [_without_state(delta) for delta in segments.read_chain(folder, manifest["segments"])]
+            step = int(manifest["step"])
+        except (KeyError, TypeError, ValueError, SafetensorError, SnapshotCorrupt) as error:
+            logger.error("the trainer's checkpoint in %s is not used: %s", folder, error)
+            continue
+        weights = {name: array for name, array in dense.items() if ".model." in name}
+        store.replace_all(deltas, save_arrays(weights), step)
+        return step
+    return None
+
+
+def _without_state(delta: TablesDelta) -> TablesDelta:
+    """Serving has no use for what the optimiser knows."""
+
+    def bare(rows: Rows) -> Rows:
+        return replace(rows, state=np.zeros((len(rows.keys), 0), np.float32))
+
+    return {name: replace(part, rows=bare(part.rows), defaults=bare(part.defaults)) for name, part in delta.items()}
