@@ -6,8 +6,9 @@ items of a cluster, G newest ones, E edges.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,8 @@ class _Near:
 
 
 class Space:
-    """The graph of one generation, kept up with the clusters and the newest items. One thread changes it, any may read `graph`."""
+    """The graph of one generation, kept up with the clusters and the newest items. Any thread may read `graph`; changes exclude each
+    other."""
 
     def __init__(self, search: Search, neighbours: int, own: Mapping[int, Float32]) -> None:
         """`own`: what is known of clusters' centroids before the trainer knows them in this generation."""
@@ -85,6 +87,7 @@ class Space:
         self._near: dict[int, _Near] = {}
         self._rows, self._vectors = np.zeros(0, np.int32), np.zeros((0, 0), np.float32)
         self.graph: Graph | None = None
+        self._lock = threading.Lock()
 
     @property
     def newest(self) -> Int32:
@@ -95,12 +98,28 @@ class Space:
         """Items came or changed: rows [n], unit vectors [n, D]. Of all, the newest `limit` are kept."""
         if not len(rows):
             return
-        kept = ~np.isin(self._rows, rows)
-        self._vectors = np.concatenate([self._vectors.reshape(-1, vectors.shape[1])[kept], vectors])[-limit:]
-        self._rows = np.concatenate([self._rows[kept], rows])[-limit:]
+        with self._lock:
+            kept = ~np.isin(self._rows, rows)
+            self._vectors = np.concatenate([self._vectors.reshape(-1, vectors.shape[1])[kept], vectors])[-limit:]
+            self._rows = np.concatenate([self._rows[kept], rows])[-limit:]
+
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items': no cluster has an edge to them."""
+        with self._lock:
+            kept = ~np.isin(self._rows, rows)
+            self._rows, self._vectors = self._rows[kept], self._vectors[kept] if len(kept) else self._vectors
+            for cluster, near in list(self._near.items()):
+                if (here := ~np.isin(near.rows, rows)).sum() < len(here):
+                    self._near[cluster] = replace(near, rows=near.rows[here])
+            if (graph := self.graph) is not None:
+                self.graph = replace(graph, rows=np.where(np.isin(graph.rows, rows), np.int32(-1), graph.rows))
 
     def follow(self, published: Published, generation: str) -> None:
         """Make the next graph; clusters that hardly moved keep their nearest items."""
+        with self._lock:
+            self.graph = self._next(published, generation)
+
+    def _next(self, published: Published, generation: str) -> Graph:
         centroids = self._centroids(published, generation)
         known = np.flatnonzero(centroids.any(1))
         ids, centroids = published.ids[known], centroids[known]
@@ -111,7 +130,7 @@ class Space:
             rows[index, : len(near[cluster].rows)] = near[cluster].rows
         if len(self._rows) and len(ids):
             self._add_newest(rows, centroids, np.array([near[cluster].floor for cluster in ids.tolist()]))
-        self.graph = Graph(published=published, ids=ids, places=published.places[known], centroids=centroids, rows=rows)
+        return Graph(published=published, ids=ids, places=published.places[known], centroids=centroids, rows=rows)
 
     def retire(self) -> None:
         """A newer generation is in use: the graph stays for requests under way, the index goes."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,44 @@ import numpy.typing as npt
 import orjson
 
 from recsys.features.filters import Changes, Columns, Filters, Masks, passing
+from recsys.features.labels import Labels, used_keys
 from recsys.features.numeric import between, bucket_of, number_of, time_ms_of
 from recsys.features.overflow import Overflow
 from recsys.features.rows import RowIndex
 from recsys.features.schema import Schema
 from recsys.features.texts import Texts
+from recsys.features.vacancies import Readers, Vacancies
 from recsys.keys import key_of
 from recsys.types import Bool, Int32, Int64, Item
 
+KEPT = 0.25
+"""Deleted items that are still found, as a share of those alive: half knows less of what histories name, double takes a fifth more memory."""
 _TEXTS = ("ids", "titles", "documents")
+_ARRAYS = ("keys", "mask", "born", "alive")
+"""Who reads two of them reads the later first: they grow in this order."""
 
 
 class Catalogue:
     """Items by row number. One writer; readers may run beside it: a row's columns are complete before its id is found.
 
-    Rows only grow; a deleted item keeps its row and is not `alive`, an upsert revives it.
+    A deleted item is not `alive` and keeps its row, from which an upsert revives it, while there are fewer such rows than `KEPT` of
+    those alive: histories name it still. Then it is not found any more, and a new item gets the row: see `free_rows`.
+    A row means an item only within `reading`. What is kept by row says so to `on_free`; what is kept for longer names keys.
     """
 
-    def __init__(self, schema: Schema, capacity: int = 1024) -> None:
+    def __init__(self, schema: Schema, capacity: int = 1024, keep: float = KEPT, *, texts: bool = True) -> None:
+        """`keep`: deleted items that are still found, as a share of those alive. Without `texts` items have columns only."""
+        self.readers = Readers()
+        self.on_free: list[Callable[[Int32], None]] = []
+        """Called by the writer with rows that will be other items': nothing may be kept by them when it returns."""
+        self._keep, self._vacancies = keep, Vacancies(self.readers)
+        self.arrivals = 0
+        """How many items ever came that were not known, or no longer."""
+        self.born: Int64 = np.zeros(capacity, np.int64)
+        """Of which arrival each row's item is: newer items have larger numbers."""
+        self.found: Bool = np.zeros(capacity, np.bool_)
+        """Rows whose item can be found by its id."""
+        self._size, self._has_texts = 0, texts
         self.ids, self.titles, self.documents = Texts(), Texts(), Texts()
         width = len(schema.item_slots)
         self.keys: Int64 = np.zeros((capacity, width), np.int64)
@@ -41,38 +62,39 @@ class Catalogue:
         self._times = {name for kind, name in schema.declared if kind == "time"}
         numbers = {name for kind, name in schema.declared if kind == "number"}
         self._others = sorted((numbers | self._times) - set(self._attributes))
-        self.labels: dict[tuple[str, int], str] = {}
-        """(attribute, key) -> the value as it was written, for reasons."""
+        self.labels = Labels()
         self.numbers: dict[str, npt.NDArray[np.float64]] = {}
         """Attribute -> its values [rows] where it was ever a number, NaN where it is none."""
         self.overflow = Overflow()
         """Values that have no column: for rules, which look at all that an item has."""
-        self.deleted = 0
+        self.num_alive = 0
         self._changes = Changes()
-        self._masks = Masks(self._changes, self.passing, lambda: (len(self.ids), len(self.alive)))
+        self._masks = Masks(self._changes, self.passing, lambda: (self._size, len(self.alive)))
 
     def __len__(self) -> int:
-        return len(self.ids)
+        """How many rows there are, of items and between them."""
+        return self._size
 
     @property
-    def num_alive(self) -> int:
-        return len(self.ids) - self.deleted
+    def reading(self) -> Callable[[], AbstractContextManager[None]]:
+        """`with catalogue.reading():` rows that are found in here keep their items until its end."""
+        return self.readers.reading
 
     def columns(self, field: str) -> slice:
         """Where a field's columns lie in `keys` and `mask`."""
         return self._columns[field]
 
     def row(self, item_id: str) -> int | None:
-        """The item's row, deleted or not; None when it was never seen."""
+        """The item's row, deleted or not; None when it is not known, or no longer."""
         row = self._rows.find(key_of(item_id))
         return row if row >= 0 else None
 
     def rows(self, item_ids: Sequence[str]) -> Int32:
-        """Rows [n]; -1 where the item was never seen."""
+        """Rows [n]; -1 where the item is not known."""
         return self.rows_of(np.fromiter(map(key_of, item_ids), np.int64, len(item_ids)))
 
     def rows_of(self, keys: Int64) -> Int32:
-        """Rows of items by their keys [n]; -1 where the item was never seen."""
+        """Rows of items by their keys [n]; -1 where the item is not known."""
         return self._rows.find_all(keys)
 
     def item(self, row: int) -> Item:
@@ -109,70 +131,152 @@ class Catalogue:
             )
         return passed
 
+    def newest(self, count: int, allowed: Bool | None = None) -> Int32:
+        """The `count` alive (allowed) items that came last, newest first."""
+        rows = np.flatnonzero(self.alive if allowed is None else allowed)
+        if len(rows) > count:
+            rows = rows[np.argpartition(self.born[rows], len(rows) - count)[-count:]] if count else rows[:0]
+        return rows[np.argsort(-self.born[rows], kind="stable")].astype(np.int32)
+
+    def page(self, after: int | None, limit: int) -> list[Item]:
+        """Up to `limit` alive items in the order of their keys, from behind the key `after` on."""
+        with self.reading():
+            chosen = self.alive.copy()
+            if after is not None:
+                chosen &= self.keys[: len(chosen), 0] > after
+            rows = np.flatnonzero(chosen)
+            keys = self.keys[rows, 0]
+            if len(rows) > limit:
+                least = np.argpartition(keys, limit - 1)[:limit]
+                rows, keys = rows[least], keys[least]
+            return [self.item(row) for row in rows[np.argsort(keys)].tolist()]
+
     def apply(self, item: Item) -> int:
-        """Upsert or delete; returns the row."""
+        """Upsert or delete; returns the row, -1 for the deletion of an item that is not known."""
         row = self.row(item.item_id)
         if item.deleted:
-            if row is None:
-                return -1
-            self.deleted += int(self.alive[row])
-            self.alive[row] = False
-            self._changes.add(row)
-            return row
+            return -1 if row is None else self._delete(row)
         if row is None:
-            row = len(self.ids)
-            if row == len(self.alive):
-                self._grow()
-            self._fill(row, item)
-            self.ids.append(item.item_id)
-            self.titles.append(item.title)
-            self.documents.append(orjson.dumps(dict(item.attributes)))
-            self.alive[row] = True
-            self._rows.add(self.keys, np.array([row], np.int32))
-            self._changes.add(row)
-            return row
+            return self._insert(item)
         self._fill(row, item)
-        self.titles[row] = item.title
-        self.documents[row] = orjson.dumps(dict(item.attributes))
-        self.deleted -= int(not self.alive[row])
+        self._write(row, item)
+        if not self.alive[row]:
+            self._vacancies.revive(row)
+            self.num_alive += 1
         self.alive[row] = True
         self._changes.add(row)
         return row
 
+    def _delete(self, row: int) -> int:
+        if self.alive[row]:
+            self._vacancies.leave(row)
+            self.num_alive -= 1
+        self.alive[row] = False
+        self._changes.add(row)
+        return row
+
+    def _insert(self, item: Item) -> int:
+        row = self._vacancies.take()
+        if row is None:
+            row = self._size
+            if row == len(self.alive):
+                self._grow()
+        self._fill(row, item)
+        self._write(row, item)
+        self._size = max(self._size, row + 1)
+        self.born[row], self.arrivals = self.arrivals, self.arrivals + 1
+        self.alive[row] = self.found[row] = True
+        self._rows.add(self.keys, np.array([row], np.int32))
+        self.num_alive += 1
+        self._changes.add(row)
+        return row
+
+    def _write(self, row: int, item: Item) -> None:
+        if not self._has_texts:
+            return
+        # The id, too: a row restored from a file may hold the key of one item and the id of the one before.
+        for texts, text in (
+            (self.titles, item.title),
+            (self.documents, orjson.dumps(dict(item.attributes))),
+            (self.ids, item.item_id),
+        ):
+            if row == len(texts):
+                texts.append(text)
+            else:
+                texts[row] = text
+
+    def free_rows(self) -> None:
+        """Give up the rows of items deleted longest ago, beyond what is kept of them, and let new items have those that nobody holds any
+        more. The writer calls it, after changes; it takes as many at once as are worth telling everybody."""
+        batch, spare = max(1, len(self) // 100), self._vacancies.num_left - int(self._keep * self.num_alive)
+        if spare >= batch or (spare > 0 and not self._keep):
+            rows = self._vacancies.give_up(int(self._keep * self.num_alive))
+            if len(rows):
+                self._rows.remove(rows)
+                self.found[rows] = False
+                for told in self.on_free:
+                    told(rows)
+                self._vacancies.rest(rows)
+        for row in self._vacancies.rested():
+            self._empty(row)
+            self._vacancies.free(row)
+        if self.labels.overgrown:
+            size = len(self)
+            columns = {name: self._columns[name] for name in self._attributes}
+            self.labels.keep(used_keys(self.keys[:size], self.mask[:size], columns))
+
+    def _empty(self, row: int) -> None:
+        self.keys[row], self.mask[row] = 0, False
+        if self._has_texts:
+            for texts in (self.ids, self.titles, self.documents):
+                texts[row] = ""
+        for numbers in self.numbers.values():
+            numbers[row] = np.nan
+        for name in self._attributes:
+            self.overflow.set(name, row, ())
+
     def state(self) -> dict[str, Any]:
-        """Everything as arrays, most of them views: a row that is written meanwhile may be either version of it, or torn."""
-        size = len(self.ids)
-        arrays: dict[str, Any] = {"keys": self.keys[:size], "mask": self.mask[:size], "alive": self.alive[:size]}
+        """All items as arrays, without the rows between them. A row that is written meanwhile may be either version of it, or torn."""
+        size = self._size
+        rows: Any = np.flatnonzero(self.found[:size])
+        if len(rows) == size:
+            rows = slice(0, size)  # views: a million items are not copied
+        arrays: dict[str, Any] = {name: getattr(self, name)[:size][rows] for name in _ARRAYS}
         for name in _TEXTS:
-            arrays[f"{name}.starts"], arrays[f"{name}.buffer"] = getattr(self, name).state(size)
+            arrays[f"{name}.starts"], arrays[f"{name}.buffer"] = getattr(self, name).state(size, rows)
         for name, numbers in list(self.numbers.items()):
-            arrays[f"number.{name}"] = numbers[:size]
-        arrays |= self.overflow.state(size)
-        labels = [[name, key, text] for (name, key), text in list(self.labels.items())]
-        return arrays | {"labels": np.frombuffer(orjson.dumps(labels), np.uint8)}
+            arrays[f"number.{name}"] = numbers[:size][rows]
+        arrays |= self.overflow.state(rows)
+        return arrays | {"labels": self.labels.state(), "arrivals": np.array([self.arrivals], np.int64)}
 
     def restore(self, arrays: Mapping[str, Any]) -> None:
         """Load what `state` returned into an empty catalogue."""
         assert not len(self), "only an empty catalogue is restored"
         size = len(arrays["alive"])
         capacity = max(len(self.alive), size)
-        self.keys, self.mask, self.alive = (_grown(arrays[n], capacity) for n in ("keys", "mask", "alive"))
+        for name in _ARRAYS:
+            setattr(self, name, _grown(arrays[name], capacity))
+        self.found = np.arange(capacity) < size
         for name in [n.removeprefix("number.") for n in arrays if n.startswith("number.")]:
             numbers = _grown(arrays[f"number.{name}"], capacity)
             numbers[size:] = np.nan
             self.numbers[name] = numbers
-        self.labels = {(name, key): text for name, key, text in orjson.loads(arrays["labels"].tobytes())}
+        self.labels.restore(arrays["labels"])
         self.overflow.restore(arrays)
-        self.deleted = size - int(np.count_nonzero(self.alive[:size]))
-        for name in reversed(_TEXTS):  # the ids last: they say how many rows there are
+        self.arrivals = int(arrays["arrivals"][0])
+        self.num_alive = int(np.count_nonzero(self.alive))
+        for row in np.flatnonzero(~self.alive[:size]).tolist():
+            self._vacancies.leave(row)
+        for name in _TEXTS:
             getattr(self, name).restore(arrays[f"{name}.starts"], arrays[f"{name}.buffer"])
+        self._size = size
         self._rows.add(self.keys, np.arange(size, dtype=np.int32))
         self._changes.everything()
 
     def _grow(self) -> None:
         size = 2 * len(self.alive)
-        self.keys, self.mask = _grown(self.keys, size), _grown(self.mask, size)
-        self.alive = _grown(self.alive, size)
+        for name in ("found", *_ARRAYS):
+            setattr(self, name, _grown(getattr(self, name), size))
         for name, numbers in self.numbers.items():
             self.numbers[name] = _grown(numbers, size)
             self.numbers[name][len(numbers) :] = np.nan
@@ -198,9 +302,9 @@ class Catalogue:
             further[name] = dict.fromkeys(key for key in known[width:] if key not in known[:width])
             for column, key, text in zip(range(where.start, where.stop), known, values, strict=False):
                 keys[column], mask[column] = key, True
-                self.labels.setdefault(
-                    (name, key), between(self._edges[name], text) if name in self._edges else str(text)
-                )
+                if not self.labels.has(name, key):
+                    label = between(self._edges[name], text) if name in self._edges else str(text)
+                    self.labels.add(name, key, label)
         for name, others in further.items():
             self.overflow.set(name, row, others)
         self.keys[row], self.mask[row] = keys, mask

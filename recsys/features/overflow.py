@@ -42,11 +42,11 @@ class Overflow:
         places = np.repeat(np.array([at for at, _ in found], np.int64), [len(keys) for _, keys in found])
         return places, np.concatenate([keys for _, keys in found])
 
-    def state(self, size: int) -> dict[str, Any]:
-        """Everything of the first `size` rows as arrays."""
+    def state(self, rows: slice | Int32) -> dict[str, Any]:
+        """Everything of these rows as arrays."""
         arrays = {}
         for attribute in list(self._keys):
-            arrays[f"more.{attribute}.rows"], arrays[f"more.{attribute}.keys"] = self.of(attribute, slice(0, size))
+            arrays[f"more.{attribute}.rows"], arrays[f"more.{attribute}.keys"] = self.of(attribute, rows)
         return arrays
 
     def restore(self, arrays: Mapping[str, Any]) -> None:

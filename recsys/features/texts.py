@@ -71,16 +71,20 @@ class Texts:
             buffer += len(data).to_bytes(_LENGTH, "little") + data
         self._buffer, self._starts = self._parts = buffer, starts
 
-    def state(self, size: int) -> tuple[Int64, UInt8]:
-        """The first `size` rows as starts and buffer, copied in pieces beside the writer: a row that it replaces meanwhile is either version."""
+    def state(self, size: int, rows: Int64 | slice = slice(None)) -> tuple[Int64, UInt8]:
+        """`rows` of the first `size` as starts and buffer, copied in pieces beside the writer: a row that it replaces meanwhile is either
+        version."""
         buffer, starts = self._parts
-        first, end = starts[:size].copy(), len(buffer)
+        first, end = starts[:size][rows].copy(), len(buffer)
         pieces = [buffer[at : min(at + 2**20, end)] for at in range(0, end, 2**20)]
         return first, np.frombuffer(b"".join(pieces), np.uint8)
 
     def restore(self, starts: Int64, buffer: UInt8) -> None:
         """Load what `state` returned."""
-        self._buffer, self._size, self._holes = bytearray(buffer.tobytes()), len(starts), 0
+        self._buffer, self._size = bytearray(buffer.tobytes()), len(starts)
         self._starts = np.zeros(max(16, len(starts)), np.int64)
         self._starts[: len(starts)] = starts
         self._parts = self._buffer, self._starts
+        places = np.asarray(starts, np.int64)[:, None] + np.arange(_LENGTH)
+        lengths = buffer[places].astype(np.int64) @ (1 << 8 * np.arange(_LENGTH))
+        self._holes = len(self._buffer) - int(lengths.sum()) - _LENGTH * self._size

@@ -6,7 +6,6 @@ Legend: K active clusters, D dimensions, N shown items.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.model.plan import Block
 from recsys.model.two_tower import TwoTower
-from recsys.ranking.recent_users import Recent
+from recsys.ranking.recent_users import Recent, RecentUsers
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.searcher import Searcher
 from recsys.types import Bool, Float32, Int32, Int64
@@ -61,7 +60,7 @@ class Bandit:
         self._rule = Rule(not bandit.normalised, bandit.fresh_above, bandit.prior)
         self._spaces: dict[str, Space] = {}
         self._published: Published | None = None
-        self.recent: deque[Recent] = deque(maxlen=RECENT)
+        self.recent = RecentUsers(RECENT)
 
     def prepare(self, name: str, searcher: Searcher, towers: TwoTower, changed: Sequence[int] = ()) -> None:
         """Find the clusters' places and items in a generation that is about to be used; the one before stays for requests under way.
@@ -80,6 +79,13 @@ class Bandit:
         for one in older:
             one.retire()
         self._spaces = {**dict(list(self._spaces.items())[-1:]), name: space}
+        # `forget_rows` did not know the space until now. The caller reads, so that no row is another item's yet.
+        space.forget_rows(np.flatnonzero(~self._catalogue.alive).astype(np.int32))
+
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items': nothing is kept by them. Called by the catalogue's writer."""
+        for space in list(self._spaces.values()):
+            space.forget_rows(rows)
 
     def _own_centroids(self, towers: TwoTower) -> dict[int, Float32]:
         """Each cluster's mean of its users of late, as these towers see them."""
@@ -130,12 +136,12 @@ class Bandit:
         if graph is not None and len(graph.ids):
             at, weights = cluster_weights(vector, graph.centroids, self._config.active, self._config.temperature)
             clusters = graph.ids[at]
-        self.recent.append(Recent(user, int(clusters[0])))
+        self.recent.extend((Recent(user, int(clusters[0])),))
         return Active(name, vector, graph, at, clusters, weights, nothing)
 
     def forget(self, user_key: int) -> None:
         """Drop what is kept of a user."""
-        self.recent = deque((one for one in self.recent if one.user.shared_keys[0] != user_key), self.recent.maxlen)
+        self.recent.forget(user_key)
 
     def candidates(
         self, active: Active, quota: int, request_id: str, now_ms: int, forbidden: Collection[int], allowed: Bool | None

@@ -72,6 +72,11 @@ class Following:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         return self._transitions.candidates(before[0], self._context(before, shared), k, allowed)
 
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items': what followed them, and what they followed, is gone."""
+        self._transitions.forget_rows(rows)
+        self._factors.forget_rows(rows)
+
     def state(self) -> dict[str, dict[str, Any]]:
         """Everything, as arrays."""
         return {"transitions": self._transitions.state(), "factors": self._factors.state()}

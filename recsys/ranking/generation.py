@@ -45,8 +45,8 @@ class Job:
     mask: Bool
     num_alive: int
     """How many rows there are to place: `rows` may be let go once they are handed over."""
-    num_rows: int
-    """Rows of the catalogue then, deleted ones too."""
+    arrivals: int
+    """How many items had ever come by then."""
     hubness: float
     """How sharply hubs are corrected; 0: not at all."""
 
@@ -77,6 +77,7 @@ class Generation:
     built_s: float
     num_items: int
     recall: float
+    arrivals: int
 
 
 class Located(NamedTuple):
@@ -140,8 +141,9 @@ class Generations:
         current = self._current
         if current is None:
             return True
-        grown = len(self._catalogue) - current.num_items > max(100, NEW_SHARE * current.num_items)
-        outgrown = len(self._catalogue) > 1.5 * current.num_items + 100
+        new = self._catalogue.arrivals - current.arrivals
+        grown = new > max(100, NEW_SHARE * current.num_items)
+        outgrown = new > 0.5 * current.num_items + 100
         wait_s = LOADING_S if outgrown else self._rebuild_s / 10 if grown else self._rebuild_s
         return now_s - current.built_s >= wait_s
 
@@ -150,25 +152,33 @@ class Generations:
         with self._lock:
             self._since = set()
             self._count += 1
-        size = len(self._catalogue)
-        rows = np.flatnonzero(self._catalogue.alive[:size]).astype(np.int32)
-        every = slice(0, size) if len(rows) == size else rows
+        arrivals, size = self._catalogue.arrivals, len(self._catalogue)
+        with self._catalogue.reading():
+            rows = np.flatnonzero(self._catalogue.alive[:size]).astype(np.int32)
+            every = slice(0, size) if len(rows) == size else rows
+            keys, mask = self._catalogue.keys[every], self._catalogue.mask[every]
         return Job(
             name=f"{self._prefix}{self._count}",
             towers=copy.deepcopy(self._scorer.towers).eval(),
             rows=rows,
-            keys=self._catalogue.keys[every],
-            mask=self._catalogue.mask[every],
+            keys=keys,
+            mask=mask,
             num_alive=len(rows),
-            num_rows=size,
+            arrivals=arrivals,
             hubness=self._hubness,
         )
 
     def finish(self, job: Job, index: ItemIndex, now_s: float) -> None:
         """Put what changed since `begin` beside the index, then use it with the job's towers from the next search on."""
         searcher = Searcher(index, self._buffer)
+        with self._catalogue.reading():
+            self._finish(job, index, searcher, now_s)
+
+    def _finish(self, job: Job, index: ItemIndex, searcher: Searcher, now_s: float) -> None:
         with self._lock:
             since, self._since = self._since or set(), set()
+        for row in since:
+            searcher.delete(row)  # it may be another item's by now
         metrics.UNUSABLE_VECTORS.labels("item").inc(job.num_alive - len(index))
         self._put(searcher, since, job.towers)
         if self._bandit is not None:
@@ -176,9 +186,9 @@ class Generations:
         with self._lock:
             missed, self._since = self._since, None
             self._changed = missed  # the next `refresh` brings them
-            for row in (since | missed) - set(self._living(since | missed)):
+            for row in missed:
                 searcher.delete(row)
-            self._current = Generation(job.name, job.towers, searcher, now_s, job.num_rows, index.recall)
+            self._current = Generation(job.name, job.towers, searcher, now_s, job.num_alive, index.recall, job.arrivals)
 
     def build(self, now_s: float) -> None:
         """Build the next generation here and now, then swap: in a replay. Live, a process of its own does it."""
@@ -229,9 +239,10 @@ class Generations:
                 changed.update(sorted(self._touched)[:room])
                 self._touched, self._touched_s = set(), now_s
         if current is not None and changed:
-            self._put(current.searcher, changed, current.towers)
-            if self._bandit is not None:
-                self._bandit.arrived(current.name, self._living(new), current.towers)
+            with self._catalogue.reading():
+                self._put(current.searcher, changed, current.towers)
+                if self._bandit is not None:
+                    self._bandit.arrived(current.name, self._living(new), current.towers)
 
     def locate(self, user: UserFeatures) -> Located | None:
         """Where the user is in the generation in use; None when there is none, nothing is known of the user, or their vector has no

@@ -68,9 +68,10 @@ class Pipeline:
 
     def recommend(self, request: Request, now_ms: int) -> Answer:
         """The answer as of log time `now_ms`. Nothing missing is fatal: the answer says `degraded` and why."""
-        work = self.work(request, now_ms)
-        with metrics.STAGE_SECONDS.labels("slate").time():
-            return self.answer(work)
+        with self._catalogue.reading():
+            work = self.work(request, now_ms)
+            with metrics.STAGE_SECONDS.labels("slate").time():
+                return self.answer(work)
 
     def work(self, request: Request, now_ms: int) -> Work:
         """Every stage but the last: candidates with features and scores."""
@@ -215,8 +216,7 @@ class Pipeline:
 
     def _newest(self, count: int, taken: set[int], passing: Bool | None) -> tuple[Int32, Float32]:
         """The `count` items that came last into the catalogue, pass the filters and are not `taken`."""
-        alive = self._catalogue.alive if passing is None else passing
-        newest = np.flatnonzero(alive)[::-1][: count + len(taken)]
+        newest = self._catalogue.newest(count + len(taken), passing)
         rows = newest[~np.isin(newest, list(taken))][:count] if taken else newest
         return rows.astype(np.int32), np.zeros(len(rows), np.float32)
 

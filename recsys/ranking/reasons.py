@@ -46,6 +46,6 @@ class Reasons:
             item = set(self._catalogue.keys[row, where][self._catalogue.mask[row, where]].tolist())
             for keys, mask in zip(user.history_keys[:5, where], user.history_mask[:5, where], strict=True):
                 for key in keys[mask].tolist():
-                    if key in item:
-                        return f"{name} {self._catalogue.labels[name, key]}"
+                    if key in item and (label := self._catalogue.labels.get(name, key)) is not None:
+                        return f"{name} {label}"
         return ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,35 @@ class Recent(NamedTuple):
 
     user: UserFeatures
     cluster: int
+
+
+class RecentUsers:
+    """The users of the latest requests. Thread-safe: requests add to them while others read, forget and save."""
+
+    def __init__(self, limit: int) -> None:
+        self._users: deque[Recent] = deque(maxlen=limit)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def __iter__(self) -> Iterator[Recent]:
+        """As they are now, the oldest first."""
+        with self._lock:
+            users = list(self._users)
+        return iter(users)
+
+    def extend(self, users: Iterable[Recent]) -> None:
+        """These are the latest."""
+        with self._lock:
+            self._users.extend(users)
+
+    def forget(self, user_key: int) -> None:
+        """Drop what is kept of a user."""
+        with self._lock:
+            kept = [one for one in self._users if one.user.shared_keys[0] != user_key]
+            self._users.clear()
+            self._users.extend(kept)
 
 
 def save(folder: Path, recent: Iterable[Recent], schema: Schema) -> None:

@@ -29,13 +29,14 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
     with sources.lock:
         positions, saved_ms = dict(consumer.counter_positions), consumer.counters.time_ms
         state = sources.state()
-        keys = sources.catalogue.keys[: len(sources.catalogue), 0].copy()
+        size = len(sources.catalogue)
+        keys, found = sources.catalogue.keys[:size, 0].copy(), sources.catalogue.found[:size].copy()
     arrays: dict[str, Any] = {
         f"{part}.{name}": np.ascontiguousarray(array)
         for part, values in state.items()
         for name, array in values.items()
     }
-    arrays["keys"] = keys
+    arrays["keys"], arrays["found"] = keys, found
     head = {
         "version": VERSION,
         "schema": schema.hash,
@@ -65,6 +66,7 @@ def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
         _check(head, schema)
         arrays = safetensors.numpy.load(data)
         rows = sources.catalogue.rows_of(arrays.pop("keys"))
+        rows[~arrays.pop("found", rows == rows).astype(np.bool_)] = -1  # rows without an item have a key, too
         state: dict[str, dict[str, Any]] = {}
         for name, array in arrays.items():
             part, field = name.split(".", 1)

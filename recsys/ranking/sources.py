@@ -40,6 +40,7 @@ class Sources:
         self.lock = threading.RLock()
         self.followed = Followed()
         self.clear()
+        catalogue.on_free.append(self.forget_rows)
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
         self.on_counted: Callable[[int], None] = lambda row: None
@@ -70,6 +71,17 @@ class Sources:
                 else:
                     self.followed.upsert(row, self._attribute_keys(row))
         return row
+
+    def free_rows(self) -> None:
+        """Let new items have the rows of items deleted long ago. The writer calls it, after changes."""
+        with self.lock:
+            self.catalogue.free_rows()
+
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items': nothing is kept by them. Called by the catalogue, with the lock held."""
+        for part in (self.trending, self.covisits, self.followed, self.following):
+            if part is not None:
+                part.forget_rows(rows)
 
     def restore_catalogue(self, arrays: Mapping[str, Any]) -> None:
         """Load a catalogue's arrays, and file its items by their attributes."""

@@ -133,6 +133,20 @@ class CoVisits:
         if not kept:
             del self._items[source]
 
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items': their pairs are gone. Time is proportional to all pairs: give many at once."""
+        gone = set(rows.tolist())
+        with self._lock:
+            for row in gone & self._items.keys():
+                self._num_pairs -= len(self._items.pop(row).sums)
+            for source, item in list(self._items.items()):
+                if not gone.isdisjoint(item.sums):
+                    self._num_pairs -= len(item.sums)
+                    item.sums = {target: total for target, total in item.sums.items() if target not in gone}
+                    self._num_pairs += len(item.sums)
+                    if not item.sums:
+                        del self._items[source]
+
     def error(self, row: int, now_ms: int) -> float:
         """How much too low the count of a pair of `row` may be at most, as of `now_ms`."""
         with self._lock:

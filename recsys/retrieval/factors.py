@@ -107,11 +107,18 @@ class Factors:
             if known >= NEGATIVES:
                 draws = mix(np.arange(NEGATIVES) + self._steps * NEGATIVES + self._seed * 2**40) % np.uint64(known)
                 others = self._recent[draws.astype(np.int64)]
-                items = np.concatenate([[target], others[others != target]])
+                items = np.concatenate([[target], others[(others != target) & (others >= 0)]])
                 query = self._query(keys, grow=True)
                 _learn(self._vectors, self._squares, self._outs, self._out_squares, query, items, RATE)
             self._recent[self._steps % RECENT] = target
             self._steps += 1
+
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items', which begin like any other."""
+        with self._lock:
+            self._recent[np.isin(self._recent, rows)] = -1
+            rows = rows[rows < len(self._outs)]
+            self._outs[rows], self._out_squares[rows] = self._start(rows.astype(np.int64), 1), START
 
     def score(self, keys: Sequence[int], rows: Int32) -> Float32:
         """The logit of each item at `rows` [n]; 0 for one never seen."""
@@ -151,8 +158,9 @@ class Factors:
                 state["outs"][kept],
                 state["out_squares"][kept],
             )
-            recent = np.where(state["recent"] < len(row_map), state["recent"], 0)
-            self._recent = np.maximum(row_map[recent], 0).astype(np.int64)
+            known = (state["recent"] >= 0) & (state["recent"] < len(row_map))
+            self._recent = np.full(len(known), -1, np.int64)
+            self._recent[known] = row_map[state["recent"][known]]
             self._steps = int(state["steps"][0])
 
 

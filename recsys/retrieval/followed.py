@@ -138,6 +138,11 @@ class Followed:
             for value in values:
                 self._leave(value, row)
 
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows, whose items were deleted, will be other items': what was noted of them is gone."""
+        with self._lock:
+            self._popularity[rows[rows < len(self._popularity)]] = 0.0
+
     def _leave(self, value: _Value, row: int) -> None:
         value.size -= 1
         value.ranked = None

@@ -85,9 +85,11 @@ class Searcher:
         return True
 
     def delete(self, row: int) -> None:
-        """Take `row` out of every later search, until it is put again."""
+        """Take `row` out of every later search, until it is put again. The index's version of it is never shown again: the row may be
+        another item's by then."""
         with self._lock:
-            self._mask(row, searchable=False)
+            if self._mask(row, searchable=False):
+                self._positions[row] = -1
             slot = self._slots.pop(row, -1)
             if slot >= 0:
                 self._buffer_rows[slot] = -1

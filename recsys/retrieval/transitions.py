@@ -51,6 +51,9 @@ def _walk(ring: Any, count: Any, newest: Any, length: Any, context: Any, out: An
     weight = np.ones(len(halves))
     while at >= 0 and at >= count - len(targets) and rank < length:
         entry = at % len(targets)
+        at = links[entry]
+        if targets[entry] < 0:
+            continue
         place = _place(table, targets[entry])
         table[place] = targets[entry]
         shared = 0
@@ -62,7 +65,6 @@ def _walk(ring: Any, count: Any, newest: Any, length: Any, context: Any, out: An
             out[place, h] += weight[h]
         out[place, len(halves)] += weight[-1] * 2.0**shared
         weight *= decay
-        at = links[entry]
         rank += 1
     return table
 
@@ -107,6 +109,15 @@ class Transitions:
             self._sources[entry], self._ring.targets[entry], self._ring.contexts[entry] = source, target, context
             self._newest[source] = self._count
             self._count += 1
+
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items': transitions from and to them are gone."""
+        with self._lock:
+            for row in rows.tolist():
+                self._newest.pop(row, None)
+            size = min(self._count, len(self._sources))
+            self._ring.targets[:size][np.isin(self._ring.targets[:size], rows)] = -1
+            self._sources[:size][np.isin(self._sources[:size], rows)] = -1
 
     def _sums(self, source: int, context: Int64) -> tuple[Int64, Any]:
         out = np.zeros((_PLACES, self.num_features), np.float64)

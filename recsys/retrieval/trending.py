@@ -69,6 +69,18 @@ class Trending:
         self._bar, self._bar_row = float(self._sums[kept[-1]]), int(kept[-1])
         self._above = array("i", np.sort(kept).tobytes())
 
+    def forget_rows(self, rows: Int32) -> None:
+        """These rows will be other items': what was counted of them is gone."""
+        with self._lock:
+            rows = rows[rows < len(self._sums)]
+            rows = rows[self._sums[rows] > 0]
+            if len(rows):
+                self._sums[rows] = 0.0
+                gone = np.isin(np.array(self._above, np.int32), rows)
+                self._above = array("i", np.array(self._above, np.int32)[~gone].tobytes())
+                if gone.any() and len(self._above) < self._top:
+                    self._resize(self._sums)  # others are among the largest now
+
     def top(self, k: int, now_ms: int, allowed: Bool | None = None) -> tuple[Int32, Float32]:
         """The k largest, best first, ties by row: rows [k] and their counts decayed to `now_ms`.
 
@@ -146,6 +158,6 @@ def mapped(rows: Int32, row_map: Int32 | None) -> tuple[Int32, Any]:
     """Today's rows of the rows that still exist, and the mask of those."""
     if row_map is None:
         return rows, np.ones(len(rows), np.bool_)
-    known = rows < len(row_map)
+    known = (rows >= 0) & (rows < len(row_map))
     new = np.where(known, row_map[np.where(known, rows, 0)] if len(row_map) else -1, -1).astype(np.int32)
     return new[new >= 0], new >= 0

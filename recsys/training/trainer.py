@@ -63,7 +63,8 @@ class Trainer:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config = config
         self.schema = Schema.of(config)
-        self.catalogue = Catalogue(self.schema)
+        # Deleted items are unknown at once: a restart that reads a compacted log does not know them either.
+        self.catalogue = Catalogue(self.schema, keep=0.0, texts=False)
         self.tables = Tables(layouts(config, self.schema), config.table.implementation)
         self.joiner = Joiner(config.tasks, folder / "open")
         self.learner = Learner(config, self.schema, self.tables)
@@ -116,6 +117,7 @@ class Trainer:
 
     def item(self, item: Item) -> None:
         self.catalogue.apply(item)
+        self.catalogue.free_rows()
 
     def impression(self, impression: Impression, now_ms: int, report: StepReport) -> None:
         """Open an impression; BadInput when it was written with another schema."""

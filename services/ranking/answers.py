@@ -101,12 +101,14 @@ def outcomes(found: Sequence[dict[str, str]], rows: Sequence[object]) -> Respons
 def dump(answer: Answer, contains: Mapping[str, AsOf], catalogue: Catalogue) -> bytes:
     """The body of an answer; `contains` is its `as_of`."""
     items = []
-    for shown, reason in zip(answer.items, answer.reasons, strict=True):
-        row = catalogue.row(shown.item_id)
+    with catalogue.reading():
+        rows = [catalogue.row(shown.item_id) for shown in answer.items]
+        titles = ["" if row is None else catalogue.titles[row] for row in rows]
+    for shown, title, reason in zip(answer.items, titles, answer.reasons, strict=True):
         items.append(
             {
                 "item_id": shown.item_id,
-                "title": catalogue.titles[row] if row is not None else "",
+                "title": title,
                 "position": shown.position,
                 "sources": shown.sources,
                 "score": shown.score,

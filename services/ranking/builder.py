@@ -154,7 +154,7 @@ def main(folder: Path, name: str) -> None:
         keys=keys,
         mask=mask,
         num_alive=len(rows),
-        num_rows=len(rows),
+        arrivals=0,
         hubness=config.retrieval.hubness,
     )
     index = build_index(job, item_vectors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from recsys.errors import BadInput, LogError
 from recsys.events import messages
 from recsys.events.fields import parse_attributes
 from recsys.events.schemas import HTTP_ITEM
+from recsys.keys import key_of
 from recsys.types import Item
 from services.ranking import answers, parse
 from services.ranking.problems import problem
@@ -20,6 +22,8 @@ from services.ranking.service import RankingService
 Run = Callable[[Callable[[], Any]], Awaitable[Any]]
 Read = Callable[[Request], Awaitable[bytes]]
 PAGE = 1000
+_CURSOR = re.compile("[0-9a-f]{16}")
+"""The key of a page's last item, as a number from 0: the next page begins behind it, whatever came or went."""
 
 
 _IDS = {
@@ -56,8 +60,8 @@ def add_routes(app: FastAPI, service: RankingService, run: Run, read: Read) -> N
         return await run(lambda: write(service, [item]))
 
     @app.get("/v1/items", response_model=None)
-    async def page(cursor: int = 0, limit: int = 100) -> Response:
-        return answers.json(_page(service, cursor, limit))
+    async def page(cursor: str = "0", limit: int = 100) -> Response:
+        return await run(lambda: answers.json(_page(service, cursor, limit)))
 
     @app.get("/v1/items/{item_id:path}", response_model=None)
     async def get(item_id: str) -> Response:
@@ -121,12 +125,13 @@ def _patched(service: RankingService, patch: Mapping[str, Any], changed: Mapping
 
 def _present(service: RankingService, item_id: str) -> Item:
     catalogue = service.sources.catalogue
-    row = catalogue.row(item_id)
-    if row is None or not catalogue.alive[row]:
-        raise BadInput(
-            f"item_id = {messages.shorten(item_id)}: not in the catalogue, PUT it to /v1/items first", field="item_id"
-        )
-    return catalogue.item(row)
+    with catalogue.reading():
+        row = catalogue.row(item_id)
+        if row is not None and catalogue.alive[row]:
+            return catalogue.item(row)
+    raise BadInput(
+        f"item_id = {messages.shorten(item_id)}: not in the catalogue, PUT it to /v1/items first", field="item_id"
+    )
 
 
 def _get(service: RankingService, item_id: str) -> Response:
@@ -138,21 +143,17 @@ def _get(service: RankingService, item_id: str) -> Response:
         return problem(404, str(error), field=error.field)
 
 
-def _page(service: RankingService, cursor: int, limit: int) -> dict[str, Any]:
-    """Items from row `cursor` on, deleted ones left out; `next_cursor` is null at the end."""
-    if cursor < 0 or not 1 <= limit <= PAGE:
+def _page(service: RankingService, cursor: str, limit: int) -> dict[str, Any]:
+    """Items from the cursor on, in the order of their keys, which no restart changes; `next_cursor` is null at the end."""
+    if not (cursor == "0" or _CURSOR.fullmatch(cursor)) or not 1 <= limit <= PAGE:
         raise BadInput(
-            f"cursor = {cursor}, limit = {limit}: send a cursor from an answer and a limit from 1 to {PAGE}",
+            f"cursor = {messages.shorten(cursor)}, limit = {limit}: send 0 or a cursor from an answer, and a limit from 1 to {PAGE}",
             field="limit",
         )
-    catalogue = service.sources.catalogue
-    found: list[dict[str, Any]] = []
-    row, size = cursor, len(catalogue)
-    while row < size and len(found) < limit:
-        if catalogue.alive[row]:
-            found.append(_dump(catalogue.item(row)))
-        row += 1
-    return {"items": found, "next_cursor": row if row < size else None}
+    after = None if cursor == "0" else int(cursor, 16) - 2**63
+    items = service.sources.catalogue.page(after, limit + 1)
+    following = f"{key_of(items[limit - 1].item_id) + 2**63:016x}" if len(items) > limit else None
+    return {"items": [_dump(item) for item in items[:limit] if not item.deleted], "next_cursor": following}
 
 
 def _dump(item: Item) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class RankingService:
         self.sources.on_counted = self.generations.touched
         if self.bandit is not None:
             self.sources.on_forgotten = self.bandit.forget
+            self.sources.catalogue.on_free.append(self.bandit.forget_rows)
         self._folder = config.data_dir / "ranking"
         self._builder = Builder(config, self._folder / "generations")
         self.pipeline = Pipeline(
@@ -233,6 +234,7 @@ class RankingService:
             if records:
                 self._item_positions[partition] = records[-1].offset + 1
                 worked = True
+        self.sources.free_rows()
         metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
         self.catalogue_ready |= not worked
         return worked

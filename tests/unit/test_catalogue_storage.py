@@ -55,6 +55,37 @@ def test_rows_are_found_by_key_while_they_grow(keys: list[int], step: int) -> No
     assert all(index.find(key) == -1 for key in (12345, -1, 0) if key not in keys)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(-40, 40)), max_size=400))
+def test_rows_come_and_go_by_key_as_in_a_dict(changes: list[tuple[bool, int]]) -> None:
+    column = np.zeros((81, 1), np.int64)
+    index, expected = RowIndex(column), dict[int, int]()
+    free = list(range(81))
+    for there, key in changes:
+        if there and key not in expected:
+            expected[key] = free.pop()
+            column[expected[key]] = key
+            index.add(column, np.array([expected[key]], np.int32))
+        elif not there and key in expected:
+            index.remove(np.array([expected[key]], np.int32))
+            free.append(expected.pop(key))
+        assert index.find(key) == expected.get(key, -1)
+    wanted = np.arange(-40, 41)
+    assert index.find_all(wanted).tolist() == [expected.get(key, -1) for key in wanted.tolist()]
+
+
+def test_places_of_removed_rows_are_used_again() -> None:
+    column = np.zeros((100, 1), np.int64)
+    index = RowIndex(column)
+    for turn in range(500):
+        column[:, 0] = np.arange(100) + 1000 * turn
+        index.add(column, np.arange(100, dtype=np.int32))
+        assert index.find_all(column[:, 0].copy()).tolist() == list(range(100))
+        index.remove(np.arange(100, dtype=np.int32))
+        assert index.find(1000 * turn) == -1
+    assert len(index._table) == 2**11
+
+
 def test_many_keys_that_count_up_lie_apart() -> None:
     column = np.arange(200_000, dtype=np.int64)[:, None].copy()
     index = RowIndex(column[:1])
