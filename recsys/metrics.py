@@ -73,6 +73,14 @@ FEEDBACK_NOTES = _counter(
     "unknown_item, unknown_request, clamped_time. See docs/events.md.",
     ("note",),
 )
+CONNECTIONS_FULL = _gauge(
+    "recsys_connections_full_ratio",
+    "Open HTTP connections of those there may be; at 1 the longest idle one makes room, and where none is idle new ones get 503.",
+)
+BODIES_FULL = _gauge(
+    "recsys_bodies_full_ratio",
+    "Bytes of request bodies under way of those there may be; at 1 bodies above 64 kB get 503 until others are done.",
+)
 DIGESTS_FULL = _gauge(
     "recsys_digests_full_ratio",
     "How full the fullest set of ids is by which ranking knows copies; a full one forgets its oldest early, and what they are of is too_late.",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 from recsys import metrics
 from recsys.errors import ConfigError, FolderLocked
@@ -91,8 +92,29 @@ def bind(host: str, port: int, option: str) -> socket.socket:
     return sock
 
 
+_MAX_HEALTH_THREADS = 32
+
+
 class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 32
+
+    def __init__(self, *args: Any) -> None:
+        self._free = threading.BoundedSemaphore(_MAX_HEALTH_THREADS)
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own; where all are busy the connection is closed, whose client asks again."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is not worth a traceback."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -17,16 +19,16 @@ from recsys import metrics
 from recsys.events import messages
 from recsys.events.schemas import HTTP_FEEDBACK
 from services.ranking import answers, catalogue_api, parse
-from services.ranking.problems import OPENAPI, Overloaded, TooLarge, failed, install, problem
+from services.ranking.bodies import Bodies
+from services.ranking.problems import OPENAPI, Overloaded, failed, install, problem
 from services.ranking.service import RankingService
 
 T = TypeVar("T")
 _NO_TEXT = "path: its %-escapes are no UTF-8; send ids as UTF-8, each byte escaped"
 _SMALL_BYTES = 65_536
 """A body up to this is read on the event loop, in about a millisecond; a larger one in a thread, where nobody waits behind it."""
-Next = Callable[[Request], Awaitable[Response]]
 _CLICK = {"version": 1, "event_id": "c2f1", "user_id": "u1", "item_id": "42", "type": "click", "time_ms": 1767225600000}
-Read = Callable[[Request], Awaitable[bytes]]
+Read = Callable[[Request], AbstractAsyncContextManager[parse.Body]]
 
 
 class Workers:
@@ -48,21 +50,17 @@ class Workers:
             self._inflight -= 1
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, or TooLarge as soon as it is over the limit or says that it will be."""
-    said = request.headers.get("content-length", "0")
-    chunks, size = [], 0
-    if int(said) <= limit:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                break
-            chunks.append(chunk)
-        else:
-            return b"".join(chunks)
-    raise TooLarge(
-        f"the body is over {limit} bytes: send smaller batches, or raise ranking.max_body_bytes", field="body"
-    )
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Threads by how long their work may take, so that nothing waits behind what is slower than itself."""
+
+    score: Workers
+    writes: Workers
+    """Feedback, and items as they come: one append each."""
+    reads: Workers
+    """One look into the store or the catalogue; the store may be away."""
+    patches: Workers
+    """Each waits until the catalogue has what was written before it; they follow one another in any case."""
 
 
 def create_app(service: RankingService) -> FastAPI:
@@ -75,17 +73,20 @@ def create_app(service: RankingService) -> FastAPI:
     )
     install(app)
     max_inflight = service.config.ranking.max_inflight
-    others = Workers("api", 16, 4 * max_inflight)
-
-    def read(request: Request) -> Awaitable[bytes]:
-        return read_body(request, service.config.ranking.max_body_bytes)
-
+    pools = Pools(
+        score=Workers("score", 2, max_inflight),
+        writes=Workers("writes", 16, 4 * max_inflight),
+        reads=Workers("reads", 8, 4 * max_inflight),
+        patches=Workers("patches", 1, max_inflight),
+    )
+    read = Bodies(service.config.ranking.max_body_bytes).read
     app.add_middleware(Observe)
-    _recommend_route(app, service, Workers("score", 2, max_inflight), others, read)
-    _feedback_route(app, service, others, read)
-    _user_routes(app, service, others)
+    _recommend_route(app, service, pools, read)
+    _feedback_route(app, service, pools, read)
+    _user_routes(app, service, pools)
     _health_routes(app, service)
-    catalogue_api.add_routes(app, service, others.run, read)
+    runs = catalogue_api.Runs(write=pools.writes.run, read=pools.reads.run, patch=pools.patches.run)
+    catalogue_api.add_routes(app, service, runs, read)
     return app
 
 
@@ -134,7 +135,7 @@ class Observe:
             metrics.HTTP_REQUESTS.labels(getattr(scope.get("route"), "path", "other"), str(status or 499)).inc()
 
 
-def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, others: Workers, read: Read) -> None:
+def _recommend_route(app: FastAPI, service: RankingService, pools: Pools, read: Read) -> None:
     @app.post(
         "/v1/recommend",
         openapi_extra=answers.json_body(answers.RECOMMEND_SCHEMA),
@@ -142,12 +143,13 @@ def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, ot
     )
     async def recommend(request: Request) -> Response:
         started = time.perf_counter()
-        body, request_id = await read(request), uuid.uuid4().hex
-        if len(body) <= _SMALL_BYTES:
-            asked = parse.recommend(body, request_id, service.config)
-        else:
-            asked = await others.run(lambda: parse.recommend(body, request_id, service.config))
-        answer, contains = await scoring.run(lambda: service.recommend(asked))
+        request_id = uuid.uuid4().hex
+        async with read(request) as body:
+            if len(body) <= _SMALL_BYTES:
+                asked = parse.recommend(body, request_id, service.config)
+            else:
+                asked = await pools.reads.run(lambda: parse.recommend(body, request_id, service.config))
+        answer, contains = await pools.score.run(lambda: service.recommend(asked))
         metrics.RECOMMEND_SECONDS.observe(time.perf_counter() - started)
         return Response(
             answers.dump(answer, contains, service.sources.catalogue),
@@ -156,7 +158,7 @@ def _recommend_route(app: FastAPI, service: RankingService, scoring: Workers, ot
         )
 
 
-def _feedback_route(app: FastAPI, service: RankingService, others: Workers, read: Read) -> None:
+def _feedback_route(app: FastAPI, service: RankingService, pools: Pools, read: Read) -> None:
     def event_ids() -> Iterator[str]:
         prefix = uuid.uuid4().hex
         number = 0
@@ -170,24 +172,24 @@ def _feedback_route(app: FastAPI, service: RankingService, others: Workers, read
         responses={200: {"description": "one outcome an event"}},
     )
     async def feedback(request: Request) -> Response:
-        body = await read(request)
+        async with read(request) as body:
 
-        def work() -> Response:
-            events = parse.feedback(body, event_ids(), service.clock.now_ms())
-            return answers.outcomes(service.accept(events), events)
+            def work() -> Response:
+                events = parse.feedback(body, event_ids(), service.clock.now_ms())
+                return answers.outcomes(service.accept(events), events)
 
-        return await others.run(work)
+            return await pools.writes.run(work)
 
 
-def _user_routes(app: FastAPI, service: RankingService, others: Workers) -> None:
+def _user_routes(app: FastAPI, service: RankingService, pools: Pools) -> None:
     @app.get("/v1/users/{user_id:path}", response_model=None)
     async def user(user_id: str) -> Response:
-        state, contains = await others.run(lambda: service.user(messages.parse_id(user_id, "user_id")))
+        state, contains = await pools.reads.run(lambda: service.user(messages.parse_id(user_id, "user_id")))
         return answers.user(user_id, state, contains)
 
     @app.delete("/v1/users/{user_id:path}", status_code=202, response_model=None)
     async def forget(user_id: str) -> Response:
-        await others.run(lambda: service.forget(messages.parse_id(user_id, "user_id"), uuid.uuid4().hex))
+        await pools.writes.run(lambda: service.forget(messages.parse_id(user_id, "user_id"), uuid.uuid4().hex))
         return answers.json({"user_id": user_id, "status": "accepted"}, 202)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,10 +22,19 @@ from services.ranking.problems import problem
 from services.ranking.service import RankingService
 
 Run = Callable[[Callable[[], Any]], Awaitable[Any]]
-Read = Callable[[Request], Awaitable[bytes]]
+Read = Callable[[Request], AbstractAsyncContextManager[parse.Body]]
 PAGE = 1000
 _CURSOR = re.compile("[0-9a-f]{16}")
 """The key of a page's last item, as a number from 0: the next page begins behind it, whatever came or went."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Where each kind of work is done."""
+
+    write: Run
+    read: Run
+    patch: Run
 
 
 _IDS = {
@@ -35,37 +46,37 @@ _IDS = {
 _EXAMPLE = {"version": 1, "item_id": "42", "title": "Red boots", "attributes": {"category": "boots", "tags": ["red"]}}
 
 
-def add_routes(app: FastAPI, service: RankingService, run: Run, read: Read) -> None:
+def add_routes(app: FastAPI, service: RankingService, runs: Runs, read: Read) -> None:
     """Add the catalogue's routes."""
     one_or_many = answers.one_or_many(HTTP_ITEM, "items", _EXAMPLE)
 
     @app.put("/v1/items", openapi_extra=one_or_many, response_model=None)
     async def put(request: Request) -> Response:
-        body = await read(request)
-        return await run(lambda: write(service, parse.items(body)))
+        async with read(request) as body:
+            return await runs.write(lambda: write(service, parse.items(body)))
 
     @app.patch("/v1/items", openapi_extra=one_or_many, response_model=None)
     async def patch(request: Request) -> Response:
-        body = await read(request)
-        return await run(lambda: patch_items(service, parse.patches(body)))
+        async with read(request) as body:
+            return await runs.patch(lambda: patch_items(service, parse.patches(body)))
 
     @app.delete("/v1/items", openapi_extra=answers.json_body(_IDS), response_model=None)
     async def delete(request: Request) -> Response:
-        body = await read(request)
-        return await run(lambda: write(service, parse.deletes(body)))
+        async with read(request) as body:
+            return await runs.write(lambda: write(service, parse.deletes(body)))
 
     @app.delete("/v1/items/{item_id:path}", response_model=None)
     async def delete_one(item_id: str) -> Response:
         item = Item(item_id=messages.parse_id(item_id, "item_id"), deleted=True)
-        return await run(lambda: write(service, [item]))
+        return await runs.write(lambda: write(service, [item]))
 
     @app.get("/v1/items", response_model=None)
     async def page(cursor: str = "0", limit: int = 100) -> Response:
-        return await run(lambda: answers.json(_page(service, cursor, limit)))
+        return await runs.read(lambda: answers.json(_page(service, cursor, limit)))
 
     @app.get("/v1/items/{item_id:path}", response_model=None)
     async def get(item_id: str) -> Response:
-        return await run(lambda: _get(service, messages.parse_id(item_id, "item_id")))
+        return await runs.read(lambda: _get(service, messages.parse_id(item_id, "item_id")))
 
 
 def write(service: RankingService, items: Sequence[Item | parse.Refused]) -> Response:

@@ -78,7 +78,8 @@ class Intake:
         outcomes: list[dict[str, str]] = []
         fresh: list[tuple[Feedback, int, bool]] = []
         copies: set[Future[None]] = set()
-        with self._lock:  # judged and reserved in one: a copy in another request sees the reservation
+        # Judged and reserved in one: a copy in another request sees the reservation.
+        with self._lock, self._sources.catalogue.reading():
             for event in feedback:
                 if isinstance(event, Refused):
                     outcomes.append({"event_id": event.id, "status": "rejected", "reason": event.reason})

@@ -14,6 +14,7 @@ from recsys.errors import RecsysError
 from recsys.streams.open import open_log
 from services.common.process import FolderLock, Stop, bind, logger
 from services.ranking.app import create_app
+from services.ranking.connections import Guard, Limits, affordable
 from services.ranking.service import RankingService
 
 
@@ -25,7 +26,16 @@ def run(config: Config, stop: Stop) -> None:
     log = open_log(config, SystemClock(), "ranking")
     service = RankingService(config, log, SystemClock(), stop)
     app = create_app(service)
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
+    guard = Guard(affordable(Limits()))
+    settings = uvicorn.Config(
+        app,
+        http=guard.protocol,  # type: ignore[arg-type]
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        lifespan="off",
+    )
     server = uvicorn.Server(settings)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     died: list[str] = []
@@ -43,6 +53,7 @@ def run(config: Config, stop: Stop) -> None:
     async def serve() -> None:
         async def watch() -> None:
             while not stop:
+                guard.sweep(asyncio.get_running_loop().time())
                 await asyncio.sleep(0.05)
             server.should_exit = True
 

@@ -21,7 +21,9 @@ _TITLES = {
     400: "bad input",
     404: "not found",
     405: "method not allowed",
+    408: "request timeout",
     413: "too large",
+    431: "header fields too large",
     500: "internal error",
     503: "unavailable",
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.system.embedded import Embedded, wait_for
@@ -91,6 +94,23 @@ def test_one_bad_event_of_a_thousand_is_rejected_alone(running: Embedded) -> Non
     items = json.dumps({"items": [{"item_id": "whole"}, {"item_id": "cut", "title": "cut \ud83d"}]})
     outcomes = running.http.put("/v1/items", content="\ufeff" + items).json()["outcomes"]
     assert [outcome["status"] for outcome in outcomes] == ["accepted", "rejected"]
+
+
+def test_slow_large_bodies_are_bounded_together_and_nobody_waits_for_them(running: Embedded) -> None:
+    ranking = psutil.Process(running.pids()["ranking"])
+    before = ranking.memory_info().rss
+    head = b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: 6000000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", running.ports["ranking"]), 20.0))
+            with contextlib.suppress(OSError):  # refused while it sends
+                connection.sendall(head + b" " * 1_500_000)
+        assert len(running.call("POST", "/v1/recommend", {"user_id": "other", "n": 3})["items"]) == 3
+        assert running.click({"user_id": "other", "item_id": "item-1"})[0]["status"] == "accepted"
+        assert ranking.memory_info().rss - before < 120e6
+        assert running.metric("recsys_bodies_full_ratio") > 0.5
+    wait_for(lambda: running.metric("recsys_bodies_full_ratio") == 0, "the end of the bodies")
+    wait_for(lambda: ranking.memory_info().rss - before < 60e6, "the memory back")
 
 
 def test_a_long_name_keeps_nobody_waiting(running: Embedded) -> None:
