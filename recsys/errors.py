@@ -19,7 +19,7 @@ RecsysError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LONGEST_NAME = 64
 
@@ -91,3 +91,16 @@ class FolderLocked(RecsysError):
 
 class ParametersUnavailable(RecsysError):
     """The parameter service cannot be reached."""
+
+
+class StepFailed(RecsysError):
+    """A step of the trainer raised: its state is to be thrown away. `suspects` are what the step was busy with, likeliest first;
+    `others` would have raised in it, too."""
+
+    def __init__(self, message: str, suspects: Sequence[str] = (), others: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.suspects, self.others = tuple(suspects), tuple(others)
+
+
+class Stopped(RecsysError):
+    """Told to stop in the middle of work that a restart does again."""

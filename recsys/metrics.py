@@ -186,6 +186,10 @@ COMPILE_SECONDS = _gauge(
     "Time to compile the fused operations at start, or to read them from the cache; 0 while they run op by op.",
 )
 JOURNAL_STEPS = _counter("recsys_journal_steps_total", "Steps written to the journal and run.")
+STEP_FAILURES = _counter(
+    "recsys_step_failures_total",
+    "Trainer steps that raised, and were run again without the records that made them fail.",
+)
 BREAKER_OPEN = _gauge("recsys_breaker_open", "1 while learning waits because the feedback looks broken, else 0.")
 TRAINER_EPOCH = _gauge("recsys_trainer_epoch", "Epoch of this trainer: one more at each start; the higher one wins.")
 CHECKPOINT_SECONDS = _histogram(

@@ -146,6 +146,10 @@ class BanditLearner:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
+    def drop_due(self) -> None:
+        """Forget what would be added to edges in the next step."""
+        self._due = []
+
     def step(self, now_ms: int, learn: bool) -> None:
         """Add up what is due, forget impressions that cannot be rewarded any more, split and drop clusters."""
         due, self._due = self._due, []

@@ -57,7 +57,7 @@ class Checkpoints:
     def __init__(
         self, folder: Path, trainer: Trainer, journal: Journal, crash: Callable[[str], None] = lambda _: None
     ) -> None:
-        self._folder, self._trainer, self._journal, self._crash = folder, trainer, journal, crash
+        self._folder, self.trainer, self._journal, self._crash = folder, trainer, journal, crash
         self._segments: list[SegmentFile] = []
         self._saved_step = -1
         self._manifests = Manifests(folder)
@@ -71,7 +71,7 @@ class Checkpoints:
         self.poll(wait=wait)
         if self._pending is not None:
             return False
-        if self._trainer.steps == self._saved_step:
+        if self.trainer.steps == self._saved_step:
             return True  # No step since: what is on disk is the checkpoint of now, and its files must not be written again.
         # 1. Copy what changed, the networks and the small state: a consistent cut between two steps.
         captured = self._capture(positions)
@@ -96,11 +96,11 @@ class Checkpoints:
             self._saved_step = -1
             if isinstance(error, SnapshotCorrupt):  # files that the next would build upon: it holds every row instead
                 self._segments = []
-                for table in self._trainer.tables.values():
+                for table in self.trainer.tables.values():
                     table.release(CURSOR)
             return None
         # 6. Only now is anything forgotten: touched rows; journal and older files but for the checkpoint before this one.
-        segments.acknowledge(self._trainer.tables, CURSOR, captured.versions)
+        segments.acknowledge(self.trainer.tables, CURSOR, captured.versions)
         self._crash("acknowledged")
         self._before, self._newest = self._newest, _Kept(captured.step, captured.positions)
         self._tidy()
@@ -116,13 +116,13 @@ class Checkpoints:
         self._journal.cut(self._before.step + 1)
         self._manifests.sweep("segment-*", "dense-*", "small-*")
         if (spilled := self._manifests.values("spilled")) is not None:
-            self._trainer.joiner.sweep_spill({minute for minutes in spilled for minute in minutes})
+            self.trainer.joiner.sweep_spill({minute for minutes in spilled for minute in minutes})
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
 
     def _capture(self, positions: Mapping[str, int]) -> Captured:
-        trainer = self._trainer
+        trainer = self.trainer
         rows, versions = segments.take(trainer.tables, CURSOR)
         small = {"positions": dict(positions), "trainer": trainer.small_state()}
         return Captured(
@@ -152,7 +152,7 @@ class Checkpoints:
             {
                 "version": VERSION,
                 "step": captured.step,
-                "schema": self._trainer.schema.hash,
+                "schema": self.trainer.schema.hash,
                 "positions": captured.positions,
                 "spilled": captured.spilled,
                 "segments": chain,
@@ -168,6 +168,8 @@ class Checkpoints:
         The one before it, with its journal, leads to the same state. SnapshotCorrupt names the file when neither can be used,
         SchemaMismatch when the configuration changed its slots.
         """
+        self._segments, self._saved_step = [], -1
+        self._newest, self._before = _Kept(0, {}), _Kept(0, {})
         bad: SnapshotCorrupt | None = None
         for manifest in self._manifests.read():
             try:
@@ -182,7 +184,7 @@ class Checkpoints:
         return {}
 
     def _load(self, manifest: Mapping[str, Any]) -> dict[str, int]:
-        trainer, path = self._trainer, self._manifests.newest
+        trainer, path = self.trainer, self._manifests.newest
         try:
             step, schema = int(manifest["step"]), manifest["schema"]
             if manifest["version"] != VERSION:

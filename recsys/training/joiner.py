@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from recsys.config import TaskConfig
+from recsys.events import messages
 from recsys.events.recent import Recent
 from recsys.training.delayed import WAITS, helpers
 from recsys.training.spill import Place, Spill
-from recsys.types import Bool, Feedback, Float32, Impression
+from recsys.types import Bool, Feedback, Float32, Impression, Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,8 @@ class Joiner:
         self._settled: list[str] = []
         self._requests = Recent()
         self._spill = Spill(folder)
+        self.closing = ""
+        """The request whose labels are being emitted."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -159,9 +163,44 @@ class Joiner:
             for queue, end in zip(self._queues, self._ends_ms, strict=True)
         )
 
+    def due_requests(self, now_ms: int) -> list[str]:
+        """The requests of which `close` would emit something."""
+        ended = (
+            r
+            for queue, end in zip(self._queues, self._ends_ms, strict=True)
+            for r in queue
+            if self._ended_by(r, end, now_ms)
+        )
+        return list(dict.fromkeys([*(request_id for request_id, _, _ in self._positives), *ended]))
+
+    def _ended_by(self, request_id: str, end: int, now_ms: int) -> bool:
+        return self._open[request_id].time_ms + end < now_ms
+
+    def drop(self, request_id: str) -> Record | None:
+        """Forget an open impression; what is known of it, as a record."""
+        impression = self._open.pop(request_id, None)
+        if impression is None:
+            return None
+        for queue in self._queues[impression.closed :]:
+            queue.remove(request_id)
+        self._positives = [positive for positive in self._positives if positive[0] != request_id]
+        self._spill.release(impression.place)
+        value = orjson.dumps({"request_id": request_id, "items": list(impression.items)})
+        return _known("impression", request_id, value, impression.time_ms)
+
+    def holds(self, request_id: str) -> bool:
+        """Whether feedback waits for this impression."""
+        return request_id in self._waiting
+
+    def let_go(self, request_id: str) -> list[Record]:
+        """Forget the feedback that waits for an impression; it, as records."""
+        held = self._waiting.pop(request_id, [])
+        return [_known("feedback", f.user_id, messages.dump_feedback(f), at_ms) for at_ms, f in held]
+
     def close(self, now_ms: int) -> Iterator[Emission]:
         """Emit positives that need not wait, in order of arrival; then what ended before `now_ms`, in order of its end, then of
         opening."""
+        self.closing = ""
         positives, self._positives = self._positives, []
         for request_id, item, task in positives:
             if self._early[task] or self._ended(request_id, task):
@@ -187,6 +226,7 @@ class Joiner:
         return self._ends_ms.index(self._regular_ms[task]) < self._open[request_id].closed
 
     def _positive(self, request_id: str, item: int, task: int) -> Emission:
+        self.closing = request_id
         mask = np.zeros_like(self._open[request_id].labels)
         mask[item, task] = True
         if self._early[task]:
@@ -194,6 +234,7 @@ class Joiner:
         return self._emission(request_id, mask, mask if self._early[task] else np.zeros_like(mask))
 
     def _close(self, request_id: str, index: int) -> Emission:
+        self.closing = request_id
         impression = self._open[request_id]
         regular, final = (np.broadcast_to(tasks, impression.labels.shape) for tasks in self._due[index])
         close = self._emission if self._all_wait else self._close_some
@@ -244,6 +285,10 @@ class Joiner:
         """Delete spilled features of minutes that no checkpoint needs (`kept`), nor any open impression."""
         self._spill.sweep(kept)
 
+    def close_files(self) -> None:
+        """Close the files of open impressions; nothing is called after it."""
+        self._spill.close()
+
     def state(self) -> dict[str, Any]:
         """Everything but the spilled features, as JSON-able values; the spill's sizes tell how much of its files belongs."""
         return {
@@ -289,6 +334,11 @@ class Joiner:
         self._waiting = OrderedDict((r, [(at, Feedback(**f)) for at, f in early]) for r, early in state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
         self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
+
+
+def _known(topic: str, key: str, value: bytes, time_ms: int) -> Record:
+    """What is still known of a record whose place in the log is not."""
+    return Record(topic=topic, partition=0, offset=-1, key=key, value=value, time_ms=time_ms)
 
 
 def _unpacked(packed: list[int], shape: tuple[int, ...]) -> Bool:

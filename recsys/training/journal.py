@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -22,6 +23,12 @@ class Entry:
     now_ms: int
     ends: dict[str, int]
     learn: bool = True
+    without: Mapping[str, str] = field(default_factory=dict)
+    """What is left out because the step failed with it, each with the reason: see `recovery`."""
+
+    def leaving_out(self, units: Mapping[str, str]) -> Entry:
+        """The same step without these, too."""
+        return replace(self, without={**self.without, **units})
 
 
 class Journal:
@@ -40,9 +47,8 @@ class Journal:
         if self._io is None:
             self.begin(entry.step)
         assert self._io is not None
-        line = {"step": entry.step, "now_ms": entry.now_ms, "ends": entry.ends, "learn": entry.learn}
         size = self._io.tell()
-        data = orjson.dumps(line) + b"\n"
+        data = orjson.dumps(as_json(entry)) + b"\n"
         try:
             if self._io.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._io.name)
@@ -51,26 +57,22 @@ class Journal:
             raise
 
     def entries(self, from_step: int) -> Iterator[Entry]:
-        """Entries from `from_step` on. A torn last line is a step that never ran; a gap is SnapshotCorrupt."""
+        """Entries from `from_step` on; of several for one step the last. A torn last line is a step that never ran; a gap is
+        SnapshotCorrupt."""
+        found: dict[int, Entry] = {}
         expected = from_step
         for path in sorted(self._folder.glob("journal-*.jsonl")):
-            lines = path.read_bytes().split(b"\n")
-            for number, line in enumerate(lines[:-1], start=1):
-                try:
-                    raw = orjson.loads(line)
-                    entry = Entry(step=raw["step"], now_ms=raw["now_ms"], ends=raw["ends"], learn=raw["learn"])
-                except (orjson.JSONDecodeError, KeyError, TypeError):
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                where = f"{path.name} line {number}"
+                entry = _parsed(line, where)
+                if entry.step > expected:
                     raise SnapshotCorrupt(
-                        f"{path.name} line {number} is not a journal entry: restore it, or delete it and all later ones"
-                    ) from None
-                if entry.step < expected:
-                    continue
-                if entry.step != expected:
-                    raise SnapshotCorrupt(
-                        f"{path.name} line {number} is step {entry.step}, expected {expected}: a journal file is missing"
+                        f"{where} is step {entry.step}, expected {expected}: a journal file is missing"
                     )
-                yield entry
-                expected += 1
+                if entry.step >= from_step:
+                    found[entry.step] = entry
+                    expected = max(expected, entry.step + 1)
+        yield from found.values()
 
     def begins_at_first_step(self) -> bool:
         """Whether the steps can be run from the trainer's beginning."""
@@ -96,3 +98,25 @@ class Journal:
         if self._io is not None:
             self._io.close()
             self._io = None
+
+
+def as_json(entry: Entry) -> dict[str, Any]:
+    """What `of_json` takes: what an entry of before did not know is written only where it says something."""
+    line: dict[str, Any] = {"step": entry.step, "now_ms": entry.now_ms, "ends": entry.ends, "learn": entry.learn}
+    if entry.without:
+        line["without"] = dict(entry.without)
+    return line
+
+
+def of_json(raw: dict[str, Any]) -> Entry:
+    """The entry of a journal's line."""
+    return Entry(
+        step=raw["step"], now_ms=raw["now_ms"], ends=raw["ends"], learn=raw["learn"], without=raw.get("without", {})
+    )
+
+
+def _parsed(line: bytes, where: str) -> Entry:
+    try:
+        return of_json(orjson.loads(line))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise SnapshotCorrupt(f"{where} is not a journal entry: restore it, or delete it and all later ones") from None

@@ -48,21 +48,23 @@ def row_deltas(trainer: Trainer) -> tuple[tuple[RowDelta, ...], Callable[[], Non
 class Publisher:
     """Row deltas and dense weights of one trainer epoch to topic `parameters`. Not thread-safe."""
 
-    def __init__(self, log: EventLog, trainer: Trainer, epoch: int) -> None:
-        self._log, self._trainer, self._epoch = log, trainer, epoch
+    def __init__(self, log: EventLog, trainer: Trainer, epoch: int = 0) -> None:
+        self._log, self.trainer, self.epoch = log, trainer, epoch
         self.rows = 0
         self.tombstones = 0
         self._dense_step = -1
 
+    def follow(self, trainer: Trainer) -> None:
+        """Publish another trainer's state from now on, all of it."""
+        self.trainer, self._dense_step = trainer, -1
+
     def publish_rows(self) -> None:
         """Publish every row touched since the last acknowledged publish. Blocks until they are accepted."""
-        rows, acknowledge = row_deltas(self._trainer)
+        rows, acknowledge = row_deltas(self.trainer)
         if not any(len(r.keys) or len(r.removed_keys) for r in rows):
             return
         self._send(
-            Delta(
-                version=self._version(), covers_ms=self._trainer.covers_ms, schema=self._trainer.schema.hash, rows=rows
-            )
+            Delta(version=self._version(), covers_ms=self.trainer.covers_ms, schema=self.trainer.schema.hash, rows=rows)
         )
         acknowledge()
         self.rows += sum(len(r.keys) for r in rows)
@@ -70,23 +72,23 @@ class Publisher:
 
     def publish_dense(self) -> bool:
         """Publish the dense weights if a step ran since they were last published."""
-        if self._trainer.steps == self._dense_step:
+        if self.trainer.steps == self._dense_step:
             return False
-        payload = network_bytes(self._trainer)
+        payload = network_bytes(self.trainer)
         self._send(
             Delta(
                 version=self._version(),
-                covers_ms=self._trainer.covers_ms,
-                schema=self._trainer.schema.hash,
+                covers_ms=self.trainer.covers_ms,
+                schema=self.trainer.schema.hash,
                 dense=payload,
-                dense_version=max(1, self._trainer.steps),
+                dense_version=max(1, self.trainer.steps),
             )
         )
-        self._dense_step = self._trainer.steps
+        self._dense_step = self.trainer.steps
         return True
 
     def _version(self) -> Version:
-        return Version(epoch=self._epoch, step=self._trainer.steps)
+        return Version(epoch=self.epoch, step=self.trainer.steps)
 
     def _send(self, delta: Delta) -> None:
         self._log.append("parameters", [(SHARD, chunk) for chunk in encode_delta(delta)])

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import base64
+import gc
+import logging
 import re
 import time
-from collections.abc import Callable
-
-import orjson
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 
 from recsys import metrics
 from recsys.clock import Clock
 from recsys.config import Config
-from recsys.errors import Fenced, LogTruncated
+from recsys.errors import Fenced, LogTruncated, StepFailed, Stopped
+from recsys.events.dead_letters import letter as dead_letter
 from recsys.streams.base import EventLog
 from recsys.training.checkpoint import Checkpoints
+from recsys.training.deaths import Deaths, Trials
+from recsys.training.intake import Intake, split
 from recsys.training.journal import Entry, Journal
 from recsys.training.old_towers import first_upserts
 from recsys.training.publish import Publisher
+from recsys.training.recovery import without_culprits
 from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Record
 
+logger = logging.getLogger("recsys")
 CONSUMER = "trainer"
-TOPICS = ("item", "impression", "feedback")
-READ_LIMIT = 1000
-"""Records of one partition taken in one step: half makes a backlog slower, double holds a step (and freshness) longer."""
-
-MARK_MS = 100
-"""The log's ends are asked for this often, to know what time everything was read up to: half asks twice as much, double holds
-labels back for longer."""
 
 OnStep = Callable[[StepReport, float], None]
 
 
 class Runner:
-    """One trainer process's loop. `crash` is called at each named gap, for crash tests."""
+    """One trainer process's loop. `crash` is called at each named gap, for crash tests; `stopped` says to leave off what a
+    restart does again: restoring, and looking for what made a step fail."""
 
     def __init__(
         self,
@@ -43,42 +42,93 @@ class Runner:
         clock: Clock,
         on_step: OnStep = lambda *_: None,
         crash: Callable[[str], None] = lambda _: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self._log, self._clock = config, log, clock
-        self._on_step, self._crash = on_step, crash
+        self._on_step, self._crash, self._stopped = on_step, crash, stopped
         self.folder = config.data_dir / "trainer"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.trainer = Trainer(config, self.folder)
         self.journal = Journal(self.folder)
         self.checkpoints = Checkpoints(self.folder, self.trainer, self.journal, crash)
+        self.publisher = Publisher(log, self.trainer)
+        self.intake = Intake(log, clock)
+        self._deaths = Deaths(self.folder)
         self._letters: list[tuple[str, bytes]] = []
-        self.epoch = 0
-        self.positions: dict[str, int] = {}
-        self._now_ms = 0
-        self._marked_ms, self._marks = 0, dict[str, int]()
-        """The partitions' ends at one log time; once they are read, nothing before it is still unread."""
-        self._read_ms: dict[str, int] = {}
+        self._fresh = True
+        """Nothing was loaded into this trainer yet."""
+        self.whole = False
+        """The trainer's state is that of after a step: it may be published and checkpointed."""
+        self._accept_gap = False
+        self._report: StepReport | None = None
+        """Of the last attempt."""
         self._last = {"rows": 0.0, "dense": 0.0, "checkpoint": clock.monotonic_s()}
 
     def start(self, *, accept_gap: bool = False, publish: bool = True) -> None:
         """Take the next epoch, load, run the journal's steps again without publishing, then publish what they changed.
 
-        Raises LogTruncated when the log no longer has what the checkpoint needs, unless `accept_gap`.
+        Raises LogTruncated when the log no longer has what the checkpoint needs, unless `accept_gap`; LogUnavailable: call again.
         """
-        self.epoch = self._take_epoch()
-        self.positions = {f"{t}/{p}": 0 for t in TOPICS for p in range(self._log.partitions(t))}
-        loaded = self.checkpoints.load()
-        self._check_positions(loaded, accept_gap)
-        self._read_catalogue(loaded)
-        self.positions |= loaded
+        self.publisher.epoch = self.publisher.epoch or self._take_epoch()
+        self._accept_gap = accept_gap
         self.journal.trim_torn_tail()
-        for entry in self.journal.entries(self.trainer.steps + 1):
-            self._run(entry)
-        self.publisher = Publisher(self._log, self.trainer, self.epoch)
+        try:
+            self._restore()
+        finally:
+            self._deaths.survived()  # what raises did not end the process
         self._crash("replayed")
         if publish:
             self.publisher.publish_dense()
             self.publisher.publish_rows()
+
+    def _restore(self) -> None:
+        """The state after the journal's last step."""
+        self._load()
+        entries = list(self.journal.entries(self.trainer.steps + 1))
+        newest = entries[-1].step if entries else 0
+        for entry in entries:
+            if self._deaths.begin(entry.step, newest):
+                entry = self._without_deadly(entry)
+            report = self._run(entry)
+            if report.retried or entry.step == newest:  # nobody may have buried its letters
+                self._bury(report)
+        self.whole = True
+
+    def _load(self) -> None:
+        """The state of the last checkpoint."""
+        self.whole = False
+        if not self._fresh:
+            if (positions := self.checkpoints.poll(wait=True)) is not None:
+                self._commit(positions)
+            self.trainer.close()
+            del self.trainer, self.checkpoints.trainer, self.publisher.trainer
+            gc.collect()  # the tables of before, whose memory those of now need
+            self.trainer = self.checkpoints.trainer = Trainer(self.config, self.folder)
+            self.publisher.follow(self.trainer)
+        self._fresh = False
+        loaded = self.checkpoints.load()
+        self.intake.begin()
+        self._check_positions(loaded)
+        self._read_catalogue(loaded)
+        self.intake.passed(loaded)
+
+    def _read_catalogue(self, loaded: dict[str, int]) -> None:
+        """The catalogue is not checkpointed: the `item` topic is compacted, and read again up to the saved position."""
+        for key, end in loaded.items():
+            topic, partition = split(key)
+            if topic != "item":
+                continue
+            records = list(self.intake.range(key, self._log.begin(topic, partition), end))
+            for record in records:
+                self._leave_off()
+                self.trainer.take(record, StepReport())
+            towers = self.trainer.towers
+            if towers is not None and towers.numbered is not None:
+                towers.number(first_upserts(records) if self._log.partitions(topic) == 1 else None)
+
+    def _leave_off(self) -> None:
+        if self._stopped():
+            raise Stopped("the trainer was told to stop: a restart goes on from its last checkpoint and journal")
 
     def _take_epoch(self) -> int:
         epoch = self._newest_epoch() + 1
@@ -104,69 +154,81 @@ class Runner:
             default=0,
         )
 
-    def _check_positions(self, loaded: dict[str, int], accept_gap: bool) -> None:
-        for name, partition in (self._split(p) for p in self.positions):
-            key = f"{name}/{partition}"
+    def _check_positions(self, loaded: dict[str, int]) -> None:
+        for key in self.intake.positions if loaded else ():
+            name, partition = split(key)
             offset, begin, end = loaded.get(key, 0), self._log.begin(name, partition), self._log.end(name, partition)
-            if loaded and name != "item" and not begin <= offset <= end:
-                if not accept_gap:
+            if name != "item" and not begin <= offset <= end:
+                if not self._accept_gap:
                     raise LogTruncated(
                         f"topic {name} partition {partition} holds offsets {begin} to {end}, the checkpoint stands at {offset}: restore the "
                         "log, or restart with --accept-gap to go on from what is left"
                     )
                 loaded[key] = min(max(offset, begin), end)
-            elif loaded:
-                loaded[key] = max(offset, begin)
             else:
-                self.positions[key] = begin
+                loaded[key] = max(offset, begin)
 
-    def _read_catalogue(self, loaded: dict[str, int]) -> None:
-        """The catalogue is not checkpointed: the `item` topic is compacted, and read again up to the saved position."""
-        for key, end in loaded.items():
-            topic, partition = self._split(key)
-            if topic != "item":
-                continue
-            records = self._read_range(topic, partition, self._log.begin(topic, partition), end)
-            for record in records:
-                self.trainer.take(record, StepReport())
-            towers = self.trainer.towers
-            if towers is not None and towers.numbered is not None:
-                towers.number(first_upserts(records) if self._log.partitions(topic) == 1 else None)
-
-    @staticmethod
-    def _split(key: str) -> tuple[str, int]:
-        topic, partition = key.rsplit("/", 1)
-        return topic, int(partition)
-
-    def _read_range(self, topic: str, partition: int, start: int, end: int) -> list[Record]:
-        records: list[Record] = []
-        while start < end:
-            batch = self._log.read(topic, partition, start, READ_LIMIT)
-            records += [r for r in batch if r.offset < end]
-            if not batch:
-                break
-            start = batch[-1].offset + 1
-        return records
-
-    def _run(self, entry: Entry) -> StepReport:
-        """Run a journaled step again: the same records, the same time."""
-        records = [
-            r
-            for key in self._order(entry.ends)
-            for r in self._read_range(*self._split(key), self.positions[key], entry.ends[key])
-        ]
-        report = self.trainer.step(records, entry.now_ms, entry.learn)
-        self.positions |= entry.ends
-        self._now_ms = entry.now_ms
+    def _run(self, entry: Entry, records: Sequence[Record] | None = None) -> StepReport:
+        """Run a journaled step, now or again: the same records, the same time. If it fails, then without what made it fail."""
+        self._leave_off()
+        self.whole = False
+        try:
+            report = self.trainer.step(self.intake.again(entry.ends) if records is None else records, entry)
+        except StepFailed as failure:
+            report = self._recover(entry, failure)
+        self.intake.passed(entry.ends)
+        self.whole = True
         return report
 
-    @staticmethod
-    def _order(ends: dict[str, int]) -> list[str]:
-        """Items before impressions before feedback, then by partition."""
-        return sorted(ends, key=lambda key: (TOPICS.index(key.rsplit("/", 1)[0]), int(key.rsplit("/", 1)[1])))
+    def _recover(self, entry: Entry, failure: StepFailed | None) -> StepReport:
+        """Nothing stays of an attempt that failed. The journal says what is left out before the step is run without it."""
+        while failure is not None:
+            metrics.STEP_FAILURES.inc()
+            logger.error("step %d failed (%s): it is run again without what made it fail", entry.step, failure)
+            entry = without_culprits(entry, failure, self.fails, self._units)
+            self.journal.append(entry)
+            failure = self.fails(entry)
+        assert self._report is not None
+        self._report.retried = True
+        return self._report
+
+    def _without_deadly(self, entry: Entry) -> Entry:
+        """The step without what ends the process that runs it: two did end in it."""
+        logger.error("two processes ended in step %d: it is tried in others first", entry.step)
+        with closing(Trials(self.config, self._stopped)) as trials:
+            while (failure := trials.fails(entry)) is not None:
+                entry = without_culprits(entry, failure, trials.fails, self._units)
+                self.journal.append(entry)
+        self._before(entry.step)  # the others wrote into the files of open impressions
+        return entry
+
+    def fails(self, entry: Entry) -> StepFailed | None:
+        """What a step fails with on the state of before it; it then is the state of after, or none."""
+        self._before(entry.step)
+        try:
+            self._report = self.trainer.step(self.intake.again(entry.ends), entry)
+        except StepFailed as failure:
+            return failure
+        return None
+
+    def _units(self, entry: Entry) -> list[str]:
+        self._before(entry.step)
+        return self.trainer.units(self.intake.again(entry.ends), entry.now_ms)
+
+    def _before(self, step: int) -> None:
+        """The state of before a step: the last checkpoint, and the journal's steps up to it."""
+        self._load()
+        for entry in self.journal.entries(self.trainer.steps + 1):
+            if entry.step == step:
+                break
+            self._leave_off()
+            self.trainer.step(self.intake.again(entry.ends), entry)
+            self.intake.passed(entry.ends)
 
     def turn(self) -> bool:
         """One turn of the loop; False when there was nothing to do (then wait a little)."""
+        if not self.whole:  # the log could not be read while a step that failed was looked into
+            self._restore()
         worked = False
         if not self.trainer.breaker_open or self._resumed():
             worked = self._step(learn=True)
@@ -187,69 +249,35 @@ class Runner:
         return True
 
     def _step(self, *, learn: bool) -> bool:
-        records, ends, watermark = self._poll()
-        now_ms = max(self._now_ms, watermark)
+        self._send_letters()
+        records, ends, watermark = self.intake.poll()
+        now_ms = max(self.trainer.covers_ms, watermark)
         if not records and not self.trainer.joiner.due(now_ms):
             return False
         # 1. Write down what this step will be; 2. run it; 3. report; dead letters may repeat after a crash, under the same key.
-        self.journal.append(Entry(step=self.trainer.steps + 1, now_ms=now_ms, ends=ends, learn=learn))
+        entry = Entry(step=self.trainer.steps + 1, now_ms=now_ms, ends=ends, learn=learn)
+        self.journal.append(entry)
         self._crash("journaled")
         started = time.perf_counter()
-        report = self.trainer.step(records, now_ms, learn)
-        self.positions |= ends
-        self._now_ms = now_ms
+        report = self._run(entry, records)
         self._crash("stepped")
-        self._bury(report)
         self._on_step(report, time.perf_counter() - started)
+        self._bury(report)
         return True
-
-    def _poll(self) -> tuple[list[Record], dict[str, int], int]:
-        """New records, the partitions' new ends, and log time: no impression or feedback before it is still unread.
-
-        A read that found nothing does not say so: Kafka's client answers before the broker did. Items go first: as long as there may be
-        more of them nothing else is read, which would be learned without knowing what it names.
-        """
-        records: list[Record] = []
-        ends: dict[str, int] = {}
-        self._mark()
-        for key in self._order(self.positions):
-            batch = self._log.read(*self._split(key), self.positions[key], READ_LIMIT)
-            if batch:
-                records += batch
-                ends[key] = batch[-1].offset + 1
-                self._read_ms[key] = max(self._read_ms.get(key, 0), batch[-1].time_ms)
-            if len(batch) >= READ_LIMIT and key.startswith("item/"):
-                break
-        for key, end in self._marks.items():
-            if ends.get(key, self.positions[key]) >= end:
-                self._read_ms[key] = max(self._read_ms.get(key, 0), self._marked_ms)
-        return records, ends, self._all_read_ms()
-
-    def _all_read_ms(self) -> int:
-        return min((self._read_ms.get(key, 0) for key in self._marks), default=0)
-
-    def _mark(self) -> None:
-        """Ask for the ends again, once those of the last time were read."""
-        now_ms = self._clock.now_ms()
-        if self._all_read_ms() >= self._marked_ms and (not self._marks or now_ms - self._marked_ms >= MARK_MS):
-            timed = [key for key in self.positions if not key.startswith("item/")]
-            self._marked_ms, self._marks = now_ms, {key: self._log.end(*self._split(key)) for key in timed}
 
     def _bury(self, report: StepReport) -> None:
         for letter in report.dead_letters:
-            record = letter.record
-            body = {
-                "topic": record.topic,
-                "partition": record.partition,
-                "offset": record.offset,
-                "time_ms": record.time_ms,
-                "reason": letter.reason,
-                "key": record.key,
-                "value": base64.b64encode(record.value).decode(),
-            }
-            self._letters.append((f"{record.topic}/{record.partition}/{record.offset}", orjson.dumps(body)))
+            key, value = dead_letter(letter.record, letter.reason)
+            metrics.DEAD_LETTERS.labels(letter.record.topic, letter.kind).inc()
+            logger.warning("dead letter %s: %s", key, letter.reason)
+            self._letters.append((key, value))
+        self._send_letters()
+
+    def _send_letters(self) -> None:
         if self._letters:
-            self._log.append("dead_letter", self._letters)  # when the log is full they wait here
+            self._log.append(
+                "dead_letter", self._letters
+            )  # when the log is full they wait here, and learning with them
             self._letters = []
 
     def _publish(self, *, force: bool = False) -> None:
@@ -280,7 +308,7 @@ class Runner:
         self._publish(force=True)
         self._log.flush()
         with metrics.CHECKPOINT_SECONDS.time():
-            taken = self.checkpoints.save(self.positions, wait=wait)
+            taken = self.checkpoints.save(self.intake.positions, wait=wait)
         if taken:
             self._last["checkpoint"] = self._clock.monotonic_s()
             if wait:
@@ -291,17 +319,17 @@ class Runner:
         """Seconds since the last checkpoint began."""
         return self._clock.monotonic_s() - self._last["checkpoint"]
 
-    def lag(self) -> dict[tuple[str, int], int]:
-        """Records not yet read, by (topic, partition)."""
-        split = {self._split(key): offset for key, offset in self.positions.items()}
-        return {place: max(0, self._log.end(*place) - offset) for place, offset in split.items()}
+    @property
+    def epoch(self) -> int:
+        return self.publisher.epoch
 
-    def _commit(self, positions: dict[str, int]) -> None:
+    def _commit(self, positions: Mapping[str, int]) -> None:
         for key, offset in positions.items():
-            self._log.commit(CONSUMER, *self._split(key), offset)
+            self._log.commit(CONSUMER, *split(key), offset)
 
     def close(self) -> None:
-        """Stop cleanly: a last publish and checkpoint."""
-        self.checkpoint(wait=True)
+        """Stop: a last publish and checkpoint, if the state is that of after a step; else a restart goes on from the last one."""
+        if self.whole:
+            self.checkpoint(wait=True)
         self.checkpoints.close()
         self.journal.close()

@@ -73,6 +73,11 @@ class Spill:
         self._sizes = {int(minute): size for minute, size in sizes.items()}
         self._open = Counter(place.minute for place in places)
 
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
     def _file(self, minute: int) -> BinaryIO:
         if minute not in self._files:
             path = self._path(minute)

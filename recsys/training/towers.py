@@ -105,6 +105,10 @@ class TowerLearner:
         self._users.forget(key)
         self._positives = [p for p in self._positives if p.shared_keys[0] != key]
 
+    def drop_positives(self) -> None:
+        """Forget the positives that wait for a full batch."""
+        self._positives = []
+
     def _learn(self, batch: list[Positive], now_ms: int) -> bool:
         passed = np.zeros((len(batch), self._hard), np.bool_)
         keys, mask = (np.zeros((len(batch), 1 + self._hard, len(self._schema.item_slots)), k) for k in _KINDS)

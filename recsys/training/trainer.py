@@ -6,7 +6,8 @@ What the clock and polling decide (which records, in which order, what time it i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from recsys.config import Config
-from recsys.errors import BadInput
+from recsys.errors import BadInput, LogError, StepFailed
 from recsys.events import messages
 from recsys.events.recent import too_late
 from recsys.features.build import Index, decode
@@ -24,6 +25,7 @@ from recsys.model.layouts import layouts
 from recsys.table.tables import Tables
 from recsys.training.bandit import BanditLearner
 from recsys.training.joiner import Emission, Joiner
+from recsys.training.journal import Entry
 from recsys.training.learner import Batch, Learner
 from recsys.training.towers import TowerLearner
 from recsys.types import FORGET, Feedback, Impression, Item, Record
@@ -31,10 +33,11 @@ from recsys.types import FORGET, Feedback, Impression, Item, Record
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """A record that could not be used, and why."""
+    """A record that could not be used, and why: it was `malformed`, or a step `failed` with it."""
 
     record: Record
     reason: str
+    kind: str = "malformed"
 
 
 @dataclass(slots=True)
@@ -49,12 +52,39 @@ class StepReport:
     rewards: list[str] = field(default_factory=list)
     """What became of each reward of the bandit."""
     expired: int = 0
+    retried: bool = False
+    """The step failed before, with what is left out now."""
 
     def count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
     def skipped(self, task: str) -> None:
         self.skipped_batches[task] = self.skipped_batches.get(task, 0) + 1
+
+
+REQUEST, HELD, POSITIVES, EXPLORED = "request/", "held/", "positives", "explored"
+"""Units of a step that are no records: an open impression, feedback that waits for one (both by request), the towers' waiting
+positives, and what is due to the bandit's edges."""
+
+
+def place_of(record: Record) -> str:
+    """The unit that a record is: "topic/partition/offset"."""
+    return f"{record.topic}/{record.partition}/{record.offset}"
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:300] if not isinstance(error, StepFailed) else str(error)
+
+
+@contextmanager
+def _blaming(suspects: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """What raises in here raises StepFailed that names the suspects. A full disk is nobody's fault."""
+    try:
+        yield
+    except (OSError, LogError, StepFailed):
+        raise
+    except Exception as error:
+        raise StepFailed(_said(error), suspects()) from error
 
 
 class Trainer:
@@ -79,29 +109,73 @@ class Trainer:
         self._watched = np.zeros(2, np.int64)
         """Examples and positives in `_rate`, together."""
 
-    def step(self, records: Sequence[Record], now_ms: int, learn: bool = True) -> StepReport:
-        """Take the records in order, close what is due at log time `now_ms`, train on it."""
+    def step(self, records: Sequence[Record], entry: Entry) -> StepReport:
+        """Take the records in order, close what is due at the entry's log time, train on it.
+
+        StepFailed: the state is neither that of before nor that of after; throw it away.
+        """
         report = StepReport()
-        for record in records:
-            self.take(record, report)
-        self.train(report, now_ms, learn)
+        for unit, reason in entry.without.items():
+            self._leave_out(unit, reason, report)
+        self._take_all(records, entry, report)
+        for unit, reason in entry.without.items():
+            if unit.startswith(REQUEST) and (dropped := self.joiner.drop(unit.removeprefix(REQUEST))) is not None:
+                report.dead_letters.append(DeadLetter(record=dropped, reason=reason, kind="failed"))
+        self.train(report, entry.now_ms, entry.learn)
         return report
+
+    def units(self, records: Sequence[Record], now_ms: int) -> list[str]:
+        """All that a step of these records is made of, and that can be left out of it."""
+        due = self.joiner.due_requests(now_ms)
+        return [*map(place_of, records), *(REQUEST + name for name in due), POSITIVES, EXPLORED]
+
+    def _leave_out(self, unit: str, reason: str, report: StepReport) -> None:
+        if unit.startswith(HELD):
+            letters = self.joiner.let_go(unit.removeprefix(HELD))
+            report.dead_letters += [DeadLetter(record=r, reason=reason, kind="failed") for r in letters]
+        elif unit == POSITIVES and self.towers:
+            self.towers.drop_positives()
+        elif unit == EXPLORED and self.bandit:
+            self.bandit.drop_due()
+
+    def _take_all(self, records: Sequence[Record], entry: Entry, report: StepReport) -> None:
+        first: Exception | None = None
+        suspects: list[str] = []
+        others: list[str] = []
+        for record in records:
+            if entry.without and (reason := entry.without.get(place_of(record))) is not None:
+                report.dead_letters.append(DeadLetter(record=record, reason=reason, kind="failed"))
+                continue
+            try:
+                self.take(record, report)
+            except (OSError, LogError):
+                raise
+            except Exception as error:  # noqa: BLE001 - raised below, when all are known with which it happens
+                if first is None:
+                    first, suspects = error, [*getattr(error, "suspects", ()), place_of(record)]
+                else:
+                    others.append(place_of(record))
+        if first is not None:
+            raise StepFailed(_said(first), suspects, others) from first
 
     def train(self, report: StepReport, now_ms: int, learn: bool = True) -> None:
         """The second half of a step: labels that are final at `now_ms`, then what is due by step number."""
-        report.emissions = list(self.joiner.close(now_ms))
+        with _blaming(lambda: [REQUEST + self.joiner.closing] if self.joiner.closing else []):
+            report.emissions = list(self.joiner.close(now_ms))
         for outcome in self.joiner.take_settled():
             report.count(outcome)
         if learn:
             self._learn(report, now_ms)
             self._watch(report.emissions)
         if self.bandit:
-            self.bandit.step(now_ms, learn)
+            with _blaming(lambda: [EXPLORED]):
+                self.bandit.step(now_ms, learn)
             report.rewards = self.bandit.take_outcomes()
         self.covers_ms = max(self.covers_ms, now_ms)
         self.steps += 1
         if self.steps % self.config.training.expire_every_steps == 0:
-            report.expired = self.tables.expire(now_ms)
+            with _blaming(list):
+                report.expired = self.tables.expire(now_ms)
 
     def take(self, record: Record, report: StepReport) -> None:
         """Take one record of `item`, `impression` or `feedback`; what cannot be used becomes a dead letter."""
@@ -130,7 +204,9 @@ class Trainer:
         if impression.features:
             decode(self.schema, impression.features)
         served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
-        outcome = self.joiner.impression(impression, now_ms)
+        held = [HELD + impression.request_id] if self.joiner.holds(impression.request_id) else []
+        with _blaming(lambda: held):
+            outcome = self.joiner.impression(impression, now_ms)
         report.count("impression_" + outcome)
         if self.towers and outcome != "duplicate":
             self.towers.impression(impression)
@@ -154,8 +230,11 @@ class Trainer:
         outcome = self.joiner.feedback(feedback, now_ms)
         if outcome != "early":  # counted once it is known what becomes of it
             report.count(outcome)
-        if self.towers and not self.towers.feedback(feedback, now_ms):
-            report.skipped("two_tower")
+        if self.towers:
+            with _blaming(lambda: [POSITIVES]):
+                learned = self.towers.feedback(feedback, now_ms)
+            if not learned:
+                report.skipped("two_tower")
         if self.bandit:
             self.bandit.feedback(feedback, now_ms)
 
@@ -180,15 +259,16 @@ class Trainer:
     def _learn_batch(
         self, batch: Sequence[tuple[Emission, Index]], first: bool, report: StepReport, now_ms: int
     ) -> None:
-        culprits = self.learner.learn(
-            Batch(
-                features=[decode(self.schema, e.features).take(rows) for e, rows in batch],
-                labels=np.concatenate([e.labels[rows] for e, rows in batch]),
-                mask=np.concatenate([e.mask[rows] for e, rows in batch]),
-                first=first,
-            ),
-            now_ms,
-        )
+        with _blaming(lambda: [REQUEST + emission.request_id for emission, _ in batch]):
+            culprits = self.learner.learn(
+                Batch(
+                    features=[decode(self.schema, e.features).take(rows) for e, rows in batch],
+                    labels=np.concatenate([e.labels[rows] for e, rows in batch]),
+                    mask=np.concatenate([e.mask[rows] for e, rows in batch]),
+                    first=first,
+                ),
+                now_ms,
+            )
         for task in culprits:
             report.skipped(task)
 
@@ -206,6 +286,10 @@ class Trainer:
             rate = float(self._watched[1] / self._watched[0])
             low, high = training.breaker_rate
             self.breaker_open = rate <= low or rate >= high
+
+    def close(self) -> None:
+        """Close its files; it is not used again."""
+        self.joiner.close_files()
 
     def close_breaker(self) -> None:
         """An operator said to go on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -9,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import TextIOWrapper
 from pathlib import Path
@@ -30,16 +31,38 @@ def setup_logging(process: str, level: int = logging.INFO) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT came while `Stop.interrupts`."""
+
+
 class Stop:
     """Set by SIGTERM and SIGINT; loops wait on it."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._interrupting = False
 
     def install(self) -> Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.set())
+            signal.signal(number, lambda *_: self._heard())
         return self
+
+    def _heard(self) -> None:
+        self.set()
+        if self._interrupting:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """In the main thread, around work that a restart does again and that may take long (loading, compiling): a signal ends
+        it at once, with Interrupted."""
+        self._interrupting = True
+        try:
+            if self:
+                raise Interrupted
+            yield
+        finally:
+            self._interrupting = False
 
     def set(self) -> None:
         self._event.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -12,14 +13,15 @@ import torch
 from recsys import metrics
 from recsys.clock import SystemClock
 from recsys.config import Config
-from recsys.errors import Fenced, LogFull, LogUnavailable
+from recsys.errors import LogFull, LogUnavailable, Stopped
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
 from recsys.model import fused
 from recsys.model.home import Reading
+from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.training.runner import CONSUMER, Runner
 from recsys.training.trainer import StepReport
-from services.common.process import FolderLock, HealthServer, Stop, logger
+from services.common.process import FolderLock, HealthServer, Interrupted, Stop, logger
 
 WINDOW = 5000
 """Examples behind the progressive gauges: half is noisier, double hides a change for longer."""
@@ -63,15 +65,6 @@ def observe(report: StepReport, seconds: float) -> None:
     metrics.JOURNAL_STEPS.inc()
     for outcome, count in report.outcomes.items():
         metrics.JOINED.labels(outcome).inc(count)
-    for letter in report.dead_letters:
-        metrics.DEAD_LETTERS.labels(letter.record.topic, "malformed").inc()
-        logger.warning(
-            "dead letter %s/%d/%d: %s",
-            letter.record.topic,
-            letter.record.partition,
-            letter.record.offset,
-            letter.reason,
-        )
     for task, count in report.skipped_batches.items():
         metrics.SKIPPED_BATCHES.labels(task).inc(count)
         logger.error("%d batches skipped: the gradient of task %r was not finite", count, task)
@@ -108,58 +101,104 @@ def gauges(runner: Runner, published: list[int]) -> None:
     metrics.PUBLISHED_ROWS.inc(runner.publisher.rows - published[0])
     metrics.PUBLISHED_TOMBSTONES.inc(runner.publisher.tombstones - published[1])
     published[:] = runner.publisher.rows, runner.publisher.tombstones
-    for (topic, partition), lag in runner.lag().items():
+    for (topic, partition), lag in runner.intake.lag().items():
         metrics.CONSUMER_LAG.labels(topic, str(partition), CONSUMER).set(lag)
 
 
 def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
-    """Learn until SIGTERM. Raises Fenced when a newer trainer took over."""
+    """Learn until SIGTERM. Raises Fenced when a newer trainer took over; what else it raises leaves the state on disk as before
+    the step it came from."""
     os.nice(10)
     torch.set_num_threads(config.trainer.threads)
-    lock = FolderLock(config.data_dir, "trainer")
-    ready = [False]
-    health = HealthServer(config.ranking.host, config.trainer.metrics_port, lambda: "" if ready[0] else "restoring")
-    log = open_log(config, SystemClock(), "trainer")
-    progressive = Progressive(tuple(task.name for task in config.tasks))
+    with contextlib.ExitStack() as held:
+        held.callback(FolderLock(config.data_dir, "trainer").release)
+        reason = ["restoring"]
+        held.callback(HealthServer(config.ranking.host, config.trainer.metrics_port, lambda: reason[0]).close)
+        try:
+            with stop.interrupts():
+                log = open_log(config, SystemClock(), "trainer")
+                held.callback(log.close)
+                loop = Loop(config, log, stop)
+                loop.start(accept_gap=accept_gap)
+        except Interrupted:
+            return  # nothing was changed: the next start restores the same
+        threading.Thread(target=fused.warm_up, name="compile", daemon=True).start()
+        reason[0] = ""
+        metrics.READY.set(1)
+        loop.run()
 
-    def on_step(report: StepReport, seconds: float) -> None:
-        observe(report, seconds)
-        progressive.add(report)
 
-    runner = Runner(config, log, SystemClock(), on_step)
-    runner.start(accept_gap=accept_gap)
-    threading.Thread(target=fused.warm_up, name="compile", daemon=True).start()
-    ready[0] = True
-    metrics.READY.set(1)
-    logger.info(
-        "trainer epoch %d at step %d, %d items", runner.epoch, runner.trainer.steps, len(runner.trainer.catalogue)
-    )
-    shown, published, was_open, fenced = 0.0, [0, 0], False, False
-    try:
-        while not stop:
+class Loop:
+    """The runner's turns, one after the other, and what is said of them."""
+
+    def __init__(self, config: Config, log: EventLog, stop: Stop) -> None:
+        self._stop = stop
+        self._progressive = Progressive(tuple(task.name for task in config.tasks))
+        self._runner = Runner(config, log, SystemClock(), self._on_step, stopped=lambda: bool(stop))
+        self._published = [0, 0]
+        self._shown_s = 0.0
+        self._was_open = False
+
+    def start(self, *, accept_gap: bool) -> None:
+        """Restore; while the log cannot be reached, again and again."""
+        while True:
             try:
-                worked = runner.turn()
+                self._runner.start(accept_gap=accept_gap)
             except (LogUnavailable, LogFull) as error:
                 logger.warning("%s", error)
-                worked = False
-                stop.wait(0.5)
-            if runner.trainer.breaker_open and not was_open:
-                logger.error(
-                    "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
-                )
-            was_open = runner.trainer.breaker_open
-            if time.monotonic() - shown > 1.0:
-                shown = time.monotonic()
-                progressive.show()
-                gauges(runner, published)
-            if not worked:
-                stop.wait(0.005)
-    except Fenced:
-        fenced = True
-        raise
-    finally:
-        if not fenced:
-            runner.close()
-        health.close()
-        log.close()
-        lock.release()
+                self._stop.wait(0.5)
+            else:
+                break
+        runner = self._runner
+        logger.info(
+            "trainer epoch %d at step %d, %d items", runner.epoch, runner.trainer.steps, len(runner.trainer.catalogue)
+        )
+
+    def run(self) -> None:
+        """Until told to stop; then publish and checkpoint what was learned."""
+        try:
+            while not self._stop:
+                worked = self._turn()
+                self._show()
+                if not worked:
+                    self._stop.wait(0.005)
+        except Interrupted:
+            return  # in a step that waited for compilers: the journal has it
+        except Stopped as error:
+            logger.info("%s", error)  # in the middle of a step that failed: the next start goes on there
+        self._close()
+
+    def _turn(self) -> bool:
+        try:
+            if fused.ready():
+                return self._runner.turn()
+            with self._stop.interrupts():
+                return self._runner.turn()
+        except (LogUnavailable, LogFull) as error:
+            logger.warning("%s", error)
+            self._stop.wait(0.5)
+            return False
+
+    def _show(self) -> None:
+        if not self._runner.whole:
+            return
+        is_open = self._runner.trainer.breaker_open
+        if is_open and not self._was_open:
+            logger.error(
+                "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
+            )
+        self._was_open = is_open
+        if time.monotonic() - self._shown_s > 1.0:
+            self._shown_s = time.monotonic()
+            self._progressive.show()
+            gauges(self._runner, self._published)
+
+    def _close(self) -> None:
+        try:
+            self._runner.close()
+        except (LogUnavailable, LogFull) as error:
+            logger.warning("no last checkpoint, the journal has every step since the one before: %s", error)
+
+    def _on_step(self, report: StepReport, seconds: float) -> None:
+        observe(report, seconds)
+        self._progressive.add(report)

@@ -174,7 +174,7 @@ def test_the_journal_run_again_gives_equal_predictions_and_bit_equal_rows(tmp_pa
             if (key := f"{topic}/0") in entry.ends
             for r in all_of(log, topic, positions[key], entry.ends[key])
         ]
-        trainer.step(records, entry.now_ms, entry.learn)
+        trainer.step(records, entry)
         positions |= entry.ends
         if entry.step in wanted:
             dense[entry.step] = network_bytes(trainer)

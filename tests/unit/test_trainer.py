@@ -1,5 +1,6 @@
 """The trainer: a restart at any gap gives what running straight through gives, bit for bit."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from recsys.streams.memory import MemoryLog
 from recsys.testing.crash import Abort, AbortAt
 from recsys.testing.world import World
 from recsys.training.runner import Runner
+from recsys.training.spill import Place
 from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Feedback, Impression
 
@@ -314,3 +316,31 @@ def test_feedback_that_came_too_late_is_learned_by_nobody(tmp_path: Path) -> Non
         event = Feedback(event_id=str(late_ms), user_id="u", item_id="i", type="click", time_ms=5)
         trainer.feedback(event, 5 + late_ms, report)
     assert report.outcomes == {"no_request": 2, "too_late": 1}
+
+
+def test_an_open_impression_that_cannot_be_learned_is_buried_and_the_rest_is_learned(
+    log: MemoryLog, tmp_path: Path
+) -> None:
+    clock = ManualClock(1_000_000)
+    view = Slowly(log, clock)
+    runner = Runner(configuration(tmp_path), view, clock)  # type: ignore[arg-type]
+    runner.start()
+    for _ in turns(runner, clock, 1_000_000 + 30_000):
+        pass
+    runner.close()
+    opened = runner.trainer.joiner.state()["open"]
+    assert len(opened) > 3
+    place = Place(*opened[2][5])
+    with (tmp_path / "trainer" / "open" / f"{place.minute}.features").open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\xff" * place.length)
+    reports: list[StepReport] = []
+    again = Runner(configuration(tmp_path), view, clock, lambda report, _: reports.append(report))  # type: ignore[arg-type]
+    again.start()
+    for _ in turns(again, clock, END):
+        pass
+    learned = {emission.request_id for report in reports for emission in report.emissions}
+    left = {entry[0] for entry in opened} | {f"r{n}" for n in range(35, 60)}
+    assert opened[2][0] not in learned and left - {opened[2][0]} <= learned
+    (letter,) = [json.loads(r.value) for r in view.published.read("dead_letter", 0, 0) if r.key == "impression/0/-1"]
+    assert letter["key"] == opened[2][0] and "features" in letter["reason"]

@@ -1,0 +1,99 @@
+"""What the trainer reads: where it stands in each partition, what is new, and what log time everything was read up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from recsys.clock import Clock
+from recsys.streams.base import EventLog
+from recsys.types import Record
+
+TOPICS = ("item", "impression", "feedback")
+READ_LIMIT = 1000
+"""Records of one partition taken in one step: half makes a backlog slower, double holds a step (and freshness) longer."""
+
+MARK_MS = 100
+"""The log's ends are asked for this often, to know what time everything was read up to: half asks twice as much, double holds
+labels back for longer."""
+
+
+class Intake:
+    """Positions in the log, by "topic/partition", and log time. Not thread-safe."""
+
+    def __init__(self, log: EventLog, clock: Clock) -> None:
+        self._log, self._clock = log, clock
+        self.positions: dict[str, int] = {}
+        self._marked_ms, self._marks = 0, dict[str, int]()
+        """The partitions' ends at one log time; once they are read, nothing before it is still unread."""
+        self._read_ms: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Stand at the beginning of every partition."""
+        keys = [f"{topic}/{partition}" for topic in TOPICS for partition in range(self._log.partitions(topic))]
+        self.positions = {key: self._log.begin(*split(key)) for key in keys}
+
+    def passed(self, ends: Mapping[str, int]) -> None:
+        """Records up to these ends were taken."""
+        self.positions |= {key: max(end, self.positions.get(key, 0)) for key, end in ends.items()}
+
+    def poll(self) -> tuple[list[Record], dict[str, int], int]:
+        """New records, the partitions' new ends, and log time: no impression or feedback before it is still unread.
+
+        A read that found nothing does not say so: Kafka's client answers before the broker did. Items go first: as long as there may be
+        more of them nothing else is read, which would be learned without knowing what it names.
+        """
+        records: list[Record] = []
+        ends: dict[str, int] = {}
+        self._mark()
+        for key in _ordered(self.positions):
+            batch = self._log.read(*split(key), self.positions[key], READ_LIMIT)
+            if batch:
+                records += batch
+                ends[key] = batch[-1].offset + 1
+                self._read_ms[key] = max(self._read_ms.get(key, 0), batch[-1].time_ms)
+            if len(batch) >= READ_LIMIT and key.startswith("item/"):
+                break
+        for key, end in self._marks.items():
+            if ends.get(key, self.positions[key]) >= end:
+                self._read_ms[key] = max(self._read_ms.get(key, 0), self._marked_ms)
+        return records, ends, self._all_read_ms()
+
+    def _all_read_ms(self) -> int:
+        return min((self._read_ms.get(key, 0) for key in self._marks), default=0)
+
+    def _mark(self) -> None:
+        """Ask for the ends again, once those of the last time were read."""
+        now_ms = self._clock.now_ms()
+        if self._all_read_ms() >= self._marked_ms and (not self._marks or now_ms - self._marked_ms >= MARK_MS):
+            timed = [key for key in self.positions if not key.startswith("item/")]
+            self._marked_ms, self._marks = now_ms, {key: self._log.end(*split(key)) for key in timed}
+
+    def again(self, ends: Mapping[str, int]) -> list[Record]:
+        """The records from here to these ends, in the order in which `poll` gave them."""
+        return [r for key in _ordered(ends) for r in self.range(key, self.positions[key], ends[key])]
+
+    def range(self, key: str, start: int, end: int) -> Iterator[Record]:
+        """The records of one partition from `start` to before `end`."""
+        topic, partition = split(key)
+        while start < end:
+            batch = self._log.read(topic, partition, start, READ_LIMIT)
+            yield from (r for r in batch if r.offset < end)
+            if not batch:
+                break
+            start = batch[-1].offset + 1
+
+    def lag(self) -> dict[tuple[str, int], int]:
+        """Records not yet read, by (topic, partition)."""
+        places = {split(key): offset for key, offset in self.positions.items()}
+        return {place: max(0, self._log.end(*place) - offset) for place, offset in places.items()}
+
+
+def split(key: str) -> tuple[str, int]:
+    """Topic and partition of "topic/partition"."""
+    topic, partition = key.rsplit("/", 1)
+    return topic, int(partition)
+
+
+def _ordered(keys: Mapping[str, int]) -> list[str]:
+    """Items before impressions before feedback, then by partition."""
+    return sorted(keys, key=lambda key: (TOPICS.index(split(key)[0]), split(key)[1]))
