@@ -48,7 +48,7 @@ def write_file(path: Path, data: bytes, *, twice: bool = False) -> Written:
         temporary = target.with_name(target.name + ".tmp")
         with temporary.open("wb") as file:
             file.write(data)
-        _sync(temporary)
+        sync(temporary)
         _read_back(temporary, data)
         replace(temporary, target)
     return Written(name=path.name, bytes=len(data), checksum=_checksum(data), blocks=_blocks(data))
@@ -61,12 +61,13 @@ def copy_of(path: Path) -> Path:
 
 def replace(temporary: Path, path: Path) -> None:
     """Let a finished file take the place of `path`: fsync → rename → fsync folder."""
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until it is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,6 +180,10 @@ class Manifests:
             self.newest.replace(self.newest.with_suffix(".bad"))
             self.previous.replace(self.newest)
 
+    def forget_previous(self) -> None:
+        """Where nothing of before may stay."""
+        self.previous.unlink(missing_ok=True)
+
     def look(self) -> Iterator[dict[str, Any]]:
         """The same for whoever reads beside the writer: nothing is set aside."""
         for path in (self.newest, self.previous):
@@ -187,6 +192,7 @@ class Manifests:
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Sealed and read back; then the newest of before becomes the previous one."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         data = seal(fields)
         temporary = self.newest.with_name(self.newest.name + ".new")
         write_file(temporary, data)

@@ -1,10 +1,19 @@
-"""What a result depends on beside its input: the commit of some files, and the machine."""
+"""What a result depends on beside its input: the release, the commit of some files, and the machine."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+def release() -> str:
+    """The version that is installed."""
+    try:
+        return version("recsys")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def git(folder: Path, *arguments: str) -> str:

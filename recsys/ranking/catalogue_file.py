@@ -5,22 +5,21 @@ Written beside the catalogue's writer: the positions are older than the columns,
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
-from recsys.errors import SnapshotCorrupt
+from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.features.schema import Schema
-from recsys.files import replace, write_file
+from recsys.files import Manifests, forget_cached, fresh, replace, sync
 from recsys.ranking.sources import Sources
 
-MANIFEST = "catalogue.json"
 VERSION = 2
 """Raised with what is kept of an item: a file of an older version is not used, and the topic, which is compacted, is read anew."""
 OLDEST_MS = 12 * 3_600_000
@@ -32,7 +31,7 @@ logger = logging.getLogger("recsys")
 def save(folder: Path, sources: Sources, schema: Schema, positions: Mapping[int, int], now_ms: int) -> None:
     """Write the columns; `positions`, of partitions of `item`, were read before. Durable and complete, or not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"catalogue-{now_ms}.columns"
+    path = fresh(folder, f"catalogue-{now_ms}", ".columns")
     temporary = path.with_name(path.name + ".tmp")
     arrays = []
     with temporary.open("wb") as file:
@@ -45,19 +44,33 @@ def save(folder: Path, sources: Sources, schema: Schema, positions: Mapping[int,
                 file.write(data[start : start + _PIECE])
             entry = {"name": name, "dtype": array.dtype.str, "shape": array.shape, "checksum": checksum}
             arrays.append(entry)
+    sync(temporary)
+    _read_back(temporary, arrays)
     replace(temporary, path)
-    manifest = {
-        "version": VERSION,
-        "schema": schema.hash,
-        "positions": {str(partition): offset for partition, offset in positions.items()},
-        "written_ms": now_ms,
-        "file": path.name,
-        "arrays": arrays,
-    }
-    write_file(folder / MANIFEST, orjson.dumps(manifest))
-    for other in folder.glob("catalogue-*.columns*"):
-        if other != path:
-            other.unlink(missing_ok=True)
+    manifests = Manifests(folder, "catalogue")
+    manifests.write(
+        {
+            "version": VERSION,
+            "schema": schema.hash,
+            "positions": {str(partition): offset for partition, offset in positions.items()},
+            "written_ms": now_ms,
+            "name": path.name,
+            "arrays": arrays,
+        }
+    )
+    manifests.sweep("catalogue-*.columns*")
+
+
+def _read_back(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """OSError unless the disk gives back what was written."""
+    with path.open("rb") as file:
+        forget_cached(file.fileno())
+        for entry in entries:
+            left, checksum = int(np.prod(entry["shape"])) * np.dtype(entry["dtype"]).itemsize, 0
+            while left and (data := file.read(min(left, _PIECE))):
+                left, checksum = left - len(data), zlib.crc32(data, checksum)
+            if left or checksum != entry["checksum"]:
+                raise OSError(errno.EIO, f"{entry['name']} was read back otherwise than it was written", str(path))
 
 
 def load(
@@ -68,18 +81,21 @@ def load(
     None, loudly when there was a file, when it cannot be used: then the log is read from its beginning. `bounds`: the log's
     first and next offset by partition.
     """
-    try:
-        manifest = orjson.loads((folder / MANIFEST).read_bytes())
-        positions = {int(partition): offset for partition, offset in manifest["positions"].items()}
-        _check(manifest, positions, schema, bounds, now_ms)
-        arrays = _read(folder / manifest["file"], manifest["arrays"])
-    except FileNotFoundError:
-        return None
-    except (SnapshotCorrupt, orjson.JSONDecodeError, KeyError, ValueError, TypeError) as error:
-        logger.error("catalogue not restored: %s; reading the log from its beginning", error)
-        return None
-    sources.restore_catalogue(arrays)
-    return positions
+    for manifest in Manifests(folder, "catalogue").read():
+        try:
+            positions = {int(partition): offset for partition, offset in manifest["positions"].items()}
+            _check(manifest, positions, schema, bounds, now_ms)
+            # An earlier release said `file`.
+            arrays = _read(folder / (manifest["name"] if "name" in manifest else manifest["file"]), manifest["arrays"])
+        except SchemaMismatch as error:
+            logger.error("catalogue not restored: %s; reading the log from its beginning", error)
+            return None
+        except (SnapshotCorrupt, OSError, KeyError, ValueError, TypeError) as error:
+            logger.error("catalogue not restored: %s", error)
+            continue
+        sources.restore_catalogue(arrays)
+        return positions
+    return None
 
 
 def _check(
@@ -89,16 +105,17 @@ def _check(
     bounds: Mapping[int, tuple[int, int]],
     now_ms: int,
 ) -> None:
+    """SchemaMismatch where the file is whole, and of no use: the one before it will not be either."""
     if manifest["version"] != VERSION or manifest["schema"] != schema.hash:
-        raise SnapshotCorrupt(f"written with version {manifest['version']}, schema {manifest['schema']}")
+        raise SchemaMismatch(f"written with version {manifest['version']}, schema {manifest['schema']}")
     if positions.keys() != bounds.keys():
-        raise SnapshotCorrupt(f"written with {len(positions)} partitions of item, there are {len(bounds)}")
+        raise SchemaMismatch(f"written with {len(positions)} partitions of item, there are {len(bounds)}")
     behind = any(positions[partition] < end for partition, (_, end) in bounds.items())
     if behind and now_ms - manifest["written_ms"] > OLDEST_MS:
-        raise SnapshotCorrupt(f"written {(now_ms - manifest['written_ms']) / 3_600_000:.0f} h ago")
+        raise SchemaMismatch(f"written {(now_ms - manifest['written_ms']) / 3_600_000:.0f} h ago")
     for partition, (begin, end) in bounds.items():
         if not begin <= positions[partition] <= end:
-            raise SnapshotCorrupt(f"position {positions[partition]} of item/{partition} is outside {begin}..{end}")
+            raise SchemaMismatch(f"position {positions[partition]} of item/{partition} is outside {begin}..{end}")
 
 
 def _read(path: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from recsys.errors import SnapshotCorrupt
 from recsys.events.deltas import metadata
 from recsys.features.build import UserFeatures
 from recsys.features.schema import Schema
-from recsys.files import write_file
+from recsys.files import Manifests, fresh, read_file, write_file
 
-NAME = "recent_users.safetensors"
+NAME = "recent_users"
 logger = logging.getLogger("recsys")
 
 
@@ -59,7 +60,8 @@ class RecentUsers:
 
 
 def save(folder: Path, recent: Iterable[Recent], schema: Schema) -> None:
-    """Write them; whole, or not at all."""
+    """Write them; whole, or not at all. Nothing of before stays: a user who is forgotten is in no file."""
+    folder.mkdir(parents=True, exist_ok=True)
     users = list(recent)
     arrays: dict[str, Any] = {
         "clusters": np.array([one.cluster for one in users], np.int64),
@@ -68,19 +70,23 @@ def save(folder: Path, recent: Iterable[Recent], schema: Schema) -> None:
     for name, width, kind in _arrays(schema):
         rows = [np.atleast_2d(getattr(one.user, name)) for one in users if getattr(one.user, name).size]
         arrays[name] = np.concatenate([np.zeros((0, width), kind), *rows])
-    write_file(folder / NAME, safetensors.numpy.save(arrays, {"schema": schema.hash}))
+    entry = write_file(fresh(folder, NAME, ".safetensors"), safetensors.numpy.save(arrays, {"schema": schema.hash}))
+    manifests = Manifests(folder, NAME)
+    manifests.write(entry)
+    manifests.forget_previous()
+    manifests.sweep(f"{NAME}*.safetensors*")
 
 
 def load(folder: Path, schema: Schema) -> list[Recent]:
     """Read them back; none, loudly, where the file is of another schema or torn."""
     try:
-        data = (folder / NAME).read_bytes()
+        data = _read(folder)
         if metadata(data).get("schema") != schema.hash:
             raise ValueError("another schema")
         arrays = safetensors.numpy.load(data)
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (SnapshotCorrupt, OSError, ValueError, KeyError, SafetensorError) as error:
         logger.error("%s not used (%s): clusters of users will be found anew", folder / NAME, error)
         return []
     ends = np.cumsum(arrays["lengths"])[:-1]
@@ -101,6 +107,15 @@ def load(folder: Path, schema: Schema) -> list[Recent]:
             arrays["shared_keys"], arrays["shared_mask"], keys, mask, arrays["clusters"], strict=False
         )
     ]
+
+
+def _read(folder: Path) -> bytes:
+    manifests = Manifests(folder, NAME)
+    if not manifests.exist():  # an earlier release wrote one file, without a checksum
+        return (folder / f"{NAME}.safetensors").read_bytes()
+    for entry in manifests.look():
+        return read_file(folder / entry["name"], entry["checksum"])
+    raise SnapshotCorrupt(f"{manifests.newest} is torn or flipped")
 
 
 def _arrays(schema: Schema) -> list[tuple[str, int, type[Any]]]:

@@ -11,20 +11,23 @@ import numpy as np
 import orjson
 import safetensors.numpy
 
-from recsys.errors import SnapshotCorrupt
+from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.events.deltas import metadata
 from recsys.features.schema import Schema
-from recsys.files import read_file, write_file
+from recsys.files import Manifests, fresh, read_file, write_file
 from recsys.ranking.sources import Sources
 from recsys.ranking.state_consumer import StateConsumer
 
-NAME = "counters.safetensors"
+NAME = "counters"
 VERSION = "4"
 logger = logging.getLogger("recsys")
 
 
 def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema) -> dict[str, int]:
-    """Write the counters as of the consumer's position, and return it. Call between turns or from any thread: the lock makes it one cut."""
+    """Write the counters as of the consumer's position; returns where the snapshot before it stands: the log must keep what is after.
+
+    Call between turns or from any thread: the lock makes it one cut.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with sources.lock:
         positions, saved_ms = dict(consumer.counter_positions), consumer.counters.time_ms
@@ -44,9 +47,11 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
         "saved_ms": str(saved_ms),
         "positions": orjson.dumps(positions).decode(),
     }
-    entry = write_file(folder / NAME, safetensors.numpy.save(arrays, head))
-    write_file(folder / "counters.json", orjson.dumps(entry))
-    return positions
+    entry = write_file(fresh(folder, "counters", ".safetensors"), safetensors.numpy.save(arrays, head))
+    manifests = Manifests(folder, NAME)
+    manifests.write({**entry, "positions": positions})
+    manifests.sweep("counters*.safetensors*")
+    return next((older["positions"] for older in list(manifests.look())[1:] if "positions" in older), positions)
 
 
 def _units(schema: Schema) -> str:
@@ -59,35 +64,41 @@ def _units(schema: Schema) -> str:
 
 def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema, now_ms: int) -> bool:
     """Restore the counters into fresh sources; False, loudly, when there are none that can be used: the log is read from its beginning."""
-    try:
-        entry = orjson.loads((folder / "counters.json").read_bytes())
-        data = read_file(folder / NAME, entry["checksum"])
-        head = metadata(data)
-        _check(head, schema)
-        arrays = safetensors.numpy.load(data)
-        rows = sources.catalogue.rows_of(arrays.pop("keys"))
-        rows[~arrays.pop("found", rows == rows).astype(np.bool_)] = -1  # rows without an item have a key, too
-        state: dict[str, dict[str, Any]] = {}
-        for name, array in arrays.items():
-            part, field = name.split(".", 1)
-            state.setdefault(part, {})[field] = array
-        sources.restore(state, rows, now_ms, int(head.get("saved_ms", 0)))
-    except FileNotFoundError:
-        return False
-    except (SnapshotCorrupt, orjson.JSONDecodeError, KeyError, ValueError) as error:
-        logger.error("counters not restored: %s; reading the log from its beginning", error)
-        sources.clear()
-        return False
-    consumer.counter_positions |= orjson.loads(head["positions"])
-    return True
+    for entry in Manifests(folder, NAME).read():
+        try:
+            data = read_file(folder / entry["name"], entry["checksum"])
+            head = metadata(data)
+            _check(head, schema)
+            _restore(data, head, sources, now_ms)
+        except SchemaMismatch as error:
+            logger.error("counters not restored: %s; reading the log from its beginning", error)
+            return False
+        except (SnapshotCorrupt, KeyError, ValueError) as error:
+            logger.error("counters not restored: %s", error)
+            sources.clear()
+            continue
+        consumer.counter_positions |= orjson.loads(head["positions"])
+        return True
+    return False
+
+
+def _restore(data: bytes, head: Mapping[str, str], sources: Sources, now_ms: int) -> None:
+    arrays = safetensors.numpy.load(data)
+    rows = sources.catalogue.rows_of(arrays.pop("keys"))
+    rows[~arrays.pop("found", rows == rows).astype(np.bool_)] = -1  # rows without an item have a key, too
+    state: dict[str, dict[str, Any]] = {}
+    for name, array in arrays.items():
+        part, field = name.split(".", 1)
+        state.setdefault(part, {})[field] = array
+    sources.restore(state, rows, now_ms, int(head.get("saved_ms", 0)))
 
 
 def _check(head: Mapping[str, str], schema: Schema) -> None:
-    """SnapshotCorrupt where what was counted means something else now."""
+    """SchemaMismatch where what was counted means something else now."""
     before = head["version"] == "3"  # it named the whole schema, and no units
     if before and head["schema"] == schema.hash:
         logger.info("counters of an earlier version: their half-lives are taken to be those configured")
     elif before or head["version"] != VERSION or head["units"] != _units(schema):
-        raise SnapshotCorrupt(
+        raise SchemaMismatch(
             f"{NAME} (version {head['version']}, schema {head['schema']}) counts something else than schema {schema.hash}"
         )

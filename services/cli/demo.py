@@ -52,6 +52,7 @@ COLOURS = ("red", "blue", "green", "black", "white", "golden", "grey", "amber")
 STYLES = ("classic", "light", "sturdy", "small", "large", "vintage", "modern", "plain")
 PER_KIND, TOP, CLICKS, OLD_CLICKS = 40, 10, 3, 100
 DAY_MS = 86_400_000
+START_S = 120.0
 WAIT_S = 10.0
 
 
@@ -254,7 +255,7 @@ def services(folder: Path, show: Console) -> Iterator[Supervisor]:
     try:
         supervisor.start()
         with show.status("starting ranking, trainer and parameter …"):
-            supervisor.wait_ready()
+            supervisor.wait_ready(timeout_s=START_S)
         yield supervisor
     finally:
         supervisor.stop()

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recsys import config
+from recsys import config, provenance
 from recsys.errors import (
     BadInput,
     ConfigError,
-    FolderLocked,
     LogTruncated,
     RecsysError,
     SchemaMismatch,
@@ -25,7 +24,7 @@ from recsys.errors import (
 )
 
 DONE, MISSED, BAD = 0, 1, 2
-_BAD_INPUT = (BadInput, ConfigError, FolderLocked, LogTruncated, SchemaMismatch, SnapshotCorrupt)
+_BAD_INPUT = (BadInput, ConfigError, LogTruncated, SchemaMismatch, SnapshotCorrupt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         description="A recommender that learns from what a user did a moment ago.",
         epilog="Start with: recsys demo",
     )
+    root.add_argument("--version", action="version", version=f"recsys {provenance.release()}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _service_commands(commands)
     _data_commands(commands)
@@ -303,11 +303,11 @@ def _up(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import importlib
 
-    from services.common.process import Stop, setup_logging
+    from services.common.process import STOP_S, Stop, setup_logging
 
     loaded = config.load(options.config)
     setup_logging(options.service)
-    stop = Stop().install()
+    stop = Stop().install(STOP_S)
     extra = {"accept_gap": options.accept_gap} if options.service == "trainer" else {}
     importlib.import_module(f"services.{options.service}.main").run(loaded, stop, **extra)
     return DONE

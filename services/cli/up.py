@@ -5,23 +5,32 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 
 from recsys.config import Config
 from recsys.errors import ConfigError, RecsysError
 from services.cli.client import url_of
-from services.common.process import FolderLock, Stop, bind, logger
+from services.common.process import STOP_S, FolderLock, Stop, bind, logger
 
 ORDER = ("parameter", "trainer", "ranking")
-START_S = 120.0
-RESTART_S = 1.0
+BACKOFF_S = (1.0, 30.0)
+"""What died is started again after the first; each death in a row doubles that, up to the second."""
+STEADY_S = 60.0
+"""A service that lived so long has not died in a row."""
+SAY_S = 30.0
+"""What is waited for is said this often."""
+LOG_BYTES = 64 * 2**20
+"""A service's log file that is longer becomes `<name>.log.1`."""
 EXIT_USAGE = 2
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -33,21 +42,31 @@ def _end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+@dataclass(slots=True)
+class Child:
+    """One service: its process, and when it is due again after it died."""
+
+    process: subprocess.Popen[bytes] | None = None
+    log_start: int = 0
+    started_s: float = 0.0
+    deaths: int = 0
+    due_s: float = 0.0
+
+
 class Supervisor:
-    """Starts the three services, restarts one that died, stops all on SIGTERM."""
+    """Starts the three services, restarts what died, stops all on SIGTERM."""
 
     def __init__(self, config: Config, arguments: Sequence[str], stop: Stop) -> None:
         self.config, self._arguments, self._stop = config, list(arguments), stop
         self._lock = FolderLock(config.data_dir, "up")
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._log_start: dict[str, int] = {}
+        self._children = {name: Child() for name in ORDER}
         self._log_file: Callable[[str], Path] = lambda name: config.data_dir / f"{name}.log"
+        self._were_ready = False
 
     def start(self) -> None:
         """Start all; each writes its log lines to `<data_dir>/<name>.log`. ConfigError when a port cannot be used."""
         self._check_ports()
-        for name in ORDER:
-            self._spawn(name)
+        self._tend()
 
     def _check_ports(self) -> None:
         """Before anything starts: otherwise whoever holds the port would answer for our service."""
@@ -63,9 +82,10 @@ class Supervisor:
                 bound.enter_context(bind(self.config.ranking.host, port, option))
 
     def _spawn(self, name: str) -> None:
-        with self._log_file(name).open("ab") as out:
-            self._log_start[name] = out.tell()
-            self._processes[name] = subprocess.Popen(
+        child = self._children[name]
+        with self._open_log(name) as out:
+            child.log_start = out.tell() if out.seekable() else 0
+            child.process = subprocess.Popen(
                 [sys.executable, "-m", "services.cli.main", "serve", name, *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -73,30 +93,83 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
+        child.started_s = time.monotonic()
 
-    def wait_ready(self, on_wait: Callable[[str], None] = lambda _: None) -> None:
-        """Until every service is ready; RecsysError with the last log line of one that stopped, or when told to stop."""
-        deadline = time.monotonic() + START_S
-        for name in ORDER:
-            while reason := self._not_ready(name):
-                self._check_started(name)
-                if self._stop:
-                    raise RecsysError(f"stopped before {name} was ready")
-                if time.monotonic() > deadline:
-                    raise RecsysError(
-                        f"{name} was not ready after {START_S:.0f} s ({reason}): see {self._log_file(name)}"
-                    )
-                on_wait(name)
-                self._stop.wait(0.05)
+    def _open_log(self, name: str) -> BinaryIO:
+        try:
+            return self._log_file(name).open("ab")
+        except OSError as error:
+            logger.error("%s: the lines of %s go nowhere", error, name)
+            return Path(os.devnull).open("ab")
 
-    def _check_started(self, name: str) -> None:
-        code = self._processes[name].poll()
-        if code is None:
-            return
-        lines = self._log_file(name).read_bytes()[self._log_start[name] :].decode(errors="replace").splitlines()
+    def wait_ready(self, on_wait: Callable[[str], None] = lambda _: None, timeout_s: float | None = None) -> None:
+        """Until every service was ready at once, starting again what dies meanwhile.
+
+        ConfigError when one says that the configuration is wrong; RecsysError when told to stop, or after `timeout_s`.
+        """
+        began_s = said_s = time.monotonic()
+        while waiting := next(((name, why) for name in ORDER if (why := self._not_ready(name))), None):
+            name, why = waiting
+            self._tend()
+            if self._stop:
+                raise RecsysError(f"stopped before {name} was ready")
+            now_s = time.monotonic()
+            if timeout_s is not None and now_s - began_s > timeout_s:
+                raise RecsysError(f"{name} was not ready after {timeout_s:.0f} s ({why}): see {self._log_file(name)}")
+            if now_s - said_s > SAY_S:
+                said_s = now_s
+                logger.warning("%s is not ready after %.0f s: %s", name, now_s - began_s, why)
+            on_wait(name)
+            self._stop.wait(0.05)
+        self._were_ready = True
+
+    def _tend(self) -> None:
+        """Start what is due, and say of what died why, and when it is due again."""
+        for name, child in self._children.items():
+            now_s = time.monotonic()
+            if child.process is not None and (code := child.process.poll()) is not None:
+                self._bury(name, child, code)
+            elif child.process is None and now_s >= child.due_s and not self._stop:
+                try:
+                    self._spawn(name)
+                except OSError as error:  # no memory, no process number
+                    self._again(name, child, str(error))
+
+    def _bury(self, name: str, child: Child, code: int) -> None:
+        why = self._last_words(name, child) or f"exit code {code}, no message"
+        if code == EXIT_USAGE and not self._were_ready:
+            raise ConfigError(f"{name} stopped at start: {why}")
+        if time.monotonic() - child.started_s > STEADY_S:
+            child.deaths = 0
+        child.process = None
+        self._again(name, child, f"died with {code} ({why}), see {self._log_file(name)}")
+
+    def _again(self, name: str, child: Child, why: str) -> None:
+        wait_s = min(BACKOFF_S[0] * 2.0**child.deaths, BACKOFF_S[1])
+        child.deaths += 1
+        child.due_s = time.monotonic() + wait_s
+        logger.error("%s %s; starting it again in %.0f s", name, why, wait_s)
+
+    def _last_words(self, name: str, child: Child) -> str:
+        try:
+            with self._log_file(name).open("rb") as file:
+                file.seek(max(child.log_start, file.seek(0, os.SEEK_END) - 65_536))
+                lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError as error:
+            return str(error)
         said = [line.removeprefix("recsys: ") for line in lines if line.startswith("recsys: ")] or lines
-        message = f"{name} stopped at start: {said[-1] if said else f'exit code {code}, no message'}"
-        raise ConfigError(message) if code == EXIT_USAGE else RecsysError(message)
+        return said[-1][:1000] if said else ""
+
+    def _shorten_logs(self) -> None:
+        """A file that is written to by its name's end is copied, then cut."""
+        for name, child in self._children.items():
+            path = self._log_file(name)
+            with contextlib.suppress(OSError):
+                if path.stat().st_size > LOG_BYTES:
+                    with contextlib.suppress(OSError):
+                        shutil.copyfile(path, path.with_suffix(".log.1"))
+                    os.truncate(path, 0)
+                    child.log_start = 0
 
     def _not_ready(self, name: str) -> str:
         try:
@@ -117,28 +190,25 @@ class Supervisor:
         }[name]
 
     def pid(self, name: str) -> int:
-        return self._processes[name].pid
+        process = self._children[name].process
+        return process.pid if process else 0
 
     def watch(self) -> None:
-        """Until SIGTERM: restart what died. All were ready once, so even a refusal to start (a full disk, say) may pass."""
+        """Until SIGTERM. All were ready once, so even a refusal to start (a port, say) may pass."""
         while not self._stop.wait(0.2):
-            for name, process in list(self._processes.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                logger.error("%s died with %d; starting it again, see %s", name, code, self._log_file(name))
-                self._stop.wait(RESTART_S)
-                if not self._stop:
-                    self._spawn(name)
+            self._tend()
+            self._shorten_logs()
 
-    def stop(self, timeout_s: float = 20.0) -> None:
+    def stop(self, timeout_s: float = STOP_S + 1.0) -> None:
         """SIGTERM to all, ranking first; SIGKILL to what does not stop in time."""
-        for name in reversed(ORDER):
-            process = self._processes.get(name)
+        running = {name: self._children[name].process for name in reversed(ORDER)}
+        for process in running.values():
             if process is not None and process.poll() is None:
                 os.kill(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + timeout_s
-        for name, process in self._processes.items():
+        for name, process in running.items():
+            if process is None:
+                continue
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

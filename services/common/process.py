@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import TextIOWrapper
@@ -20,6 +23,8 @@ from recsys import metrics
 from recsys.errors import ConfigError, FolderLocked
 
 logger = logging.getLogger("recsys")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What a disk says that may say otherwise later."""
 
 
 def setup_logging(process: str, level: int = logging.INFO) -> None:
@@ -29,6 +34,11 @@ def setup_logging(process: str, level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("kafka", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+STOP_S = 8.0
+"""A process that was told to stop ends after so long, whatever it is at: half cuts off last checkpoints, double makes ten seconds too
+short for it and its supervisor."""
 
 
 class Interrupted(BaseException):
@@ -42,10 +52,23 @@ class Stop:
         self._event = threading.Event()
         self._interrupting = False
 
-    def install(self) -> Stop:
+    def install(self, limit_s: float | None = None) -> Stop:
+        """Hear signals from now on. With `limit_s` also while the main thread is in a long call; so long after one the process ends."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._heard())
+        if limit_s is not None:
+            threading.Thread(target=self._end_in_time, args=(_signals(), limit_s), name="signals", daemon=True).start()
         return self
+
+    def _end_in_time(self, signals: socket.socket, limit_s: float) -> None:
+        """Python runs its handlers between two steps of the main thread; the system tells this socket at once."""
+        while not self:
+            with contextlib.suppress(TimeoutError):
+                if signals.recv(1)[0] in (signal.SIGTERM, signal.SIGINT):
+                    self.set()
+        time.sleep(limit_s)
+        logger.error("not stopped after %.0f s: ends as if it were killed; nothing accepted is lost", limit_s)
+        os._exit(1)
 
     def _heard(self) -> None:
         self.set()
@@ -74,6 +97,15 @@ class Stop:
         return self._event.wait(seconds)
 
 
+def _signals() -> socket.socket:
+    """Gets a byte for each signal that has a handler."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    reading.settimeout(0.5)  # another event loop may take the signals, and tell us by `Stop.set`
+    signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
+    return reading
+
+
 class FolderLock:
     """Holds a folder for one process (flock: gone with the process, however it dies)."""
 
@@ -85,6 +117,8 @@ class FolderLock:
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"data_dir {str(folder)!r} is not a folder: name one, or a path where none is") from None
         except OSError as error:
+            if error.errno in NO_SPACE:
+                raise
             raise ConfigError(
                 f"data_dir {str(folder)!r} cannot be written ({error.strerror}): make it writable, or set data_dir"
             ) from None

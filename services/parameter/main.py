@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import orjson
@@ -10,7 +12,7 @@ import orjson
 from recsys import metrics
 from recsys.clock import Clock, SystemClock, bounded_ms
 from recsys.config import Config
-from recsys.errors import BadInput, LogError, LogTruncated, LogUnavailable, SchemaMismatch, SnapshotCorrupt
+from recsys.errors import BadInput, LogError, LogTruncated, SchemaMismatch, SnapshotCorrupt
 from recsys.events.dead_letters import letter
 from recsys.events.deltas import DeltaReader
 from recsys.features.schema import Schema
@@ -207,33 +209,49 @@ class Ignored:
 
 def run(config: Config, stop: Stop) -> None:
     """Serve until SIGTERM."""
-    lock = FolderLock(config.data_dir, "parameter")
-    log = open_log(config, SystemClock(), "parameter")
-    service = ParameterService(config, log, SystemClock())
-    health = HealthServer(config.ranking.host, config.parameter.metrics_port, service.not_ready)
-    service.start()
-    server = grpc_parameters.serve(service.store, config.parameter_address, service.schema.hash)
-    logger.info(
-        "parameter service on %s, %d rows", config.parameter_address, sum(len(t) for t in service.store.tables.values())
-    )
-    maintained = 0.0
+    with contextlib.ExitStack() as held:
+        held.callback(FolderLock(config.data_dir, "parameter").release)
+        log = open_log(config, SystemClock(), "parameter")
+        held.callback(log.close)
+        service = ParameterService(config, log, SystemClock())
+        held.callback(HealthServer(config.ranking.host, config.parameter.metrics_port, service.not_ready).close)
+        while not _tried(service.start, stop):
+            if stop:
+                return
+        server = grpc_parameters.serve(service.store, config.parameter_address, service.schema.hash)
+        rows = service.store.tables.num_rows()
+        logger.info("parameter service on %s, %d rows", config.parameter_address, rows)
+        try:
+            _follow(service, stop)
+        finally:
+            server.stop(grace=1.0).wait()
+            _tried(lambda: service.maintain(force=True), stop)
+
+
+def _follow(service: ParameterService, stop: Stop) -> None:
+    maintained, worked = 0.0, 0
+
+    def turn() -> None:
+        nonlocal worked
+        worked = service.turn()
+
+    while not stop:
+        worked = 0
+        _tried(turn, stop)
+        if time.monotonic() - maintained > 1.0:
+            maintained = time.monotonic()
+            _tried(service.maintain, stop)
+        metrics.READY.set(not service.not_ready())
+        if not worked:
+            stop.wait(0.005)
+
+
+def _tried(call: Callable[[], object], stop: Stop) -> bool:
+    """Whether it was done; a broker that is away or a disk that is full is said, and tried again later."""
     try:
-        while not stop:
-            try:
-                worked = service.turn()
-                if time.monotonic() - maintained > 1.0:
-                    service.maintain()
-                    maintained = time.monotonic()
-            except LogUnavailable as error:
-                logger.warning("%s", error)
-                worked = 0
-                stop.wait(0.5)
-            metrics.READY.set(not service.not_ready())
-            if not worked:
-                stop.wait(0.005)
-    finally:
-        server.stop(grace=1.0).wait()
-        service.maintain(force=True)
-        health.close()
-        log.close()
-        lock.release()
+        call()
+    except (LogError, OSError) as error:
+        logger.warning("%s", error)
+        stop.wait(0.5)
+        return False
+    return True

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from recsys import metrics
 from recsys.config import Config
@@ -65,7 +66,15 @@ class Builder:
         return self._process.pid if self._process else None
 
     def start(self, job: Job) -> None:
-        """Hand the job to a new process."""
+        """Hand the job to a new process. What the disk or the system refuses is a build that failed."""
+        try:
+            self._start(job)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self._folder / job.name, ignore_errors=True)
+            self._job = None
+            self._failed(job.name, error)
+
+    def _start(self, job: Job) -> None:
         folder = self._folder / job.name
         folder.mkdir(parents=True)
         for name in _ARRAYS:
@@ -100,14 +109,17 @@ class Builder:
             self._failures = 0
             return job, index
         except (SnapshotCorrupt, OSError) as error:
-            wait_s = min(60.0, AGAIN_S * 2**self._failures)
-            self._failures += 1
-            self._from_s = time.monotonic() + wait_s
-            metrics.GENERATION_FAILURES.inc()
-            logger.error("generation %s not built (%s): again in %.0f s, the one in use stays", job.name, error, wait_s)
+            self._failed(job.name, error)
             return None
         finally:
             shutil.rmtree(path.parent, ignore_errors=True)  # a mapped file lives until it is let go
+
+    def _failed(self, name: str, error: Exception) -> None:
+        wait_s = min(60.0, AGAIN_S * 2**self._failures)
+        self._failures += 1
+        self._from_s = time.monotonic() + wait_s
+        metrics.GENERATION_FAILURES.inc()
+        logger.error("generation %s not built (%s): again in %.0f s, the one in use stays", name, error, wait_s)
 
     def _end(self) -> None:
         if self._process is not None:

@@ -52,10 +52,11 @@ def run(config: Config, stop: Stop) -> None:
 
     async def serve() -> None:
         async def watch() -> None:
-            while not stop:
+            while not stop and not server.should_exit:
                 guard.sweep(asyncio.get_running_loop().time())
                 await asyncio.sleep(0.05)
             server.should_exit = True
+            stop.set()  # the server takes the signals while it runs; the threads stop beside its last answers
 
         watching = asyncio.create_task(watch())
         await server.serve(sockets=[sock])

@@ -103,7 +103,10 @@ class RankingService:
         self._run("generations", self._build_generation, 0.1)
         self._run("snapshot", self.save, SNAPSHOT_S)
         if not self._stop.wait(COMPILE_AFTER_S):
-            fused.warm_up()
+            try:
+                fused.warm_up()
+            except OSError as error:  # the disk of the compiler's cache is full
+                logger.error("operations run one by one, slower: what was compiled cannot be kept (%s)", error)
 
     def restore(self) -> None:
         """What `start` reads, without its threads: whoever calls this calls `turn` and `save` from then on."""
@@ -153,7 +156,7 @@ class RankingService:
             try:
                 worked = turn()
                 self._trouble.pop(name, None)
-            except RecsysError as error:
+            except (RecsysError, OSError) as error:
                 again = isinstance(error, LogError | StateUnavailable | ParametersUnavailable)
                 logger.log(logging.WARNING if again else logging.ERROR, "%s", error)
                 self._trouble[name] = str(error)

@@ -112,6 +112,17 @@ def test_a_builder_that_is_killed_leaves_the_generation_in_use(config: Config, s
     worker.close()
 
 
+def test_a_disk_that_refuses_a_job_is_a_build_that_failed(
+    config: Config, scorer: Scorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    generations = Generations(config, catalogue_of(config, 50), scorer)
+    worker = Builder(config, config.data_dir / "generations")
+    (config.data_dir / "generations").write_text("where the folder should be")
+    worker.start(generations.begin())
+    assert "not built" in caplog.text and worker.poll() is None and not worker.idle
+    worker.close()
+
+
 def test_an_index_file_cut_short_is_not_used(config: Config, scorer: Scorer, caplog: pytest.LogCaptureFixture) -> None:
     generations = Generations(config, catalogue_of(config, 50), scorer)
     worker = Builder(config, config.data_dir / "generations")

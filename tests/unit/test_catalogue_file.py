@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 
 from recsys.config import parse
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Clause
 from recsys.features.schema import Schema
+from recsys.files import seal, unseal
 from recsys.ranking import catalogue_file
 from recsys.ranking.sources import Sources
 from recsys.types import Item
@@ -47,7 +47,7 @@ def test_restored_catalogue_answers_as_the_one_that_read_the_log(tmp_path: Path)
     catalogue_file.save(tmp_path, first, SCHEMA, {0: 400}, NOW_MS)
     catalogue_file.save(tmp_path, first, SCHEMA, {0: 400}, NOW_MS + 1)
     second = restored(tmp_path)
-    assert second is not None and len(list(tmp_path.iterdir())) == 2
+    assert second is not None and len(list(tmp_path.iterdir())) == 4
     for sources in (first, second):  # and it goes on
         sources.item(Item(item_id="i2", title="x", attributes={"category": "k6", "tags": ["t1", "new"]}))
         sources.item(Item(item_id="later", attributes={"category": "k3", "price": 7}))
@@ -85,8 +85,8 @@ def test_a_file_that_cannot_be_trusted_is_not_used(tmp_path: Path, caplog: pytes
         assert restored(tmp_path) is None
     columns.unlink()
     assert restored(tmp_path) is None
-    manifest = orjson.loads((tmp_path / "catalogue.json").read_bytes())
-    (tmp_path / "catalogue.json").write_bytes(orjson.dumps(manifest | {"schema": "other"}))
+    manifest = unseal((tmp_path / "catalogue.json").read_bytes())
+    (tmp_path / "catalogue.json").write_bytes(seal(manifest | {"schema": "other"}))
     assert restored(tmp_path) is None
     assert "schema other" in caplog.text and "h ago" in caplog.text and "torn" in caplog.text
 

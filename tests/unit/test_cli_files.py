@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -419,3 +420,13 @@ def test_address_is_the_configurations_on_this_machine() -> None:
     assert client.url_of(anywhere, "http://other/") == "http://other"
     with pytest.raises(BadInput, match="--url"):
         client.Client("ftp://x", Stop())
+
+
+def test_the_command_says_its_version_and_the_package_its_licence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("recsys ")
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
+    assert "Apache License" in (root / "LICENSE").read_text()
