@@ -18,6 +18,7 @@ from recsys.types import Float32, Int64
 
 MAX_ACTIVE = 64
 """Bits of an item's edges."""
+MAX_NAME = 256
 UInt64 = npt.NDArray[np.uint64]
 _HEAD = struct.Struct("<BBHHH")
 _VERSION = 1
@@ -71,6 +72,8 @@ def decode(data: bytes, num_items: int) -> Served:
         generation = data[start:].decode()
     except UnicodeDecodeError:
         raise _bad("names a generation that is not UTF-8") from None
+    if not generation.isprintable() or len(generation) > MAX_NAME:
+        raise _bad(f"names a generation of more than {MAX_NAME} characters, or with control characters")
     return Served(generation=generation, clusters=clusters, weights=weights, vector=vector, edges=edges)
 
 

@@ -24,6 +24,8 @@ Index = npt.NDArray[np.intp]
 
 GAP_BUCKETS = 32
 """Buckets of the time since a history event: bucket b begins at 2^(b/1.5) - 1 s, the last at 19 days."""
+MAX_NUMBER = 1000.0
+"""Of a feature's number as logged: all are shares, logarithms or squashed, and the largest that any of those can be is 710."""
 _NO_NUMBERS = np.zeros((0, 2), np.float32)
 
 
@@ -285,10 +287,16 @@ def encode(features: Features) -> bytes:
 
 
 def decode(schema: Schema, data: bytes) -> Features:
-    """The inverse of `encode`. BadInput when the length does not fit the schema, or a number is not finite."""
+    """The inverse of `encode`. BadInput when a length does not fit the schema, or a value is none that `encode` is given."""
     if len(data) < 4:
         raise BadInput(f"features: {len(data)} bytes are too few; write them with the same schema", field="features")
     history, items = (int(n) for n in np.frombuffer(data, "<u2", 2))
+    if history > schema.history_len * len(schema.sequences):
+        raise BadInput(
+            f"features: a history of {history} events, schema {schema.hash} has at most {schema.history_len} of each sequence; "
+            "write them with the same schema",
+            field="features",
+        )
     shapes = [
         (len(schema.shared_slots),),
         (history, len(schema.history_slots)),
@@ -310,8 +318,11 @@ def decode(schema: Schema, data: bytes) -> Features:
         masks.append(bits[start : start + size].reshape(shape))
         start += size
     values = np.frombuffer(data, "<f4", numbers, expected - 4 * numbers).reshape(items, len(schema.numbers))
-    if not np.isfinite(values).all():
-        raise BadInput("features: a number is not finite; write only finite numbers", field="features")
+    if not (np.abs(values) <= MAX_NUMBER).all():  # NaN is not, either
+        raise BadInput(
+            f"features: a number is not finite or beyond {MAX_NUMBER:g}; write only what the feature function makes",
+            field="features",
+        )
     kinds, gaps = np.frombuffer(data, np.uint8, 2 * history, 4 + 8 * sum(sizes) + packed).reshape(2, history)
     if (gaps >= GAP_BUCKETS).any() or (kinds >> len(schema.sequences)).any():
         raise BadInput(

@@ -202,7 +202,12 @@ class Trainer:
                 field="schema",
             )
         if impression.features:
-            decode(self.schema, impression.features)
+            shown = len(decode(self.schema, impression.features).item_keys)
+            if shown != len(impression.items):
+                raise BadInput(
+                    f"features: of {shown} items, the impression shows {len(impression.items)}; write both of one answer",
+                    field="features",
+                )
         served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
         held = [HELD + impression.request_id] if self.joiner.holds(impression.request_id) else []
         with _blaming(lambda: held):
