@@ -100,7 +100,7 @@ def loop_update(report: Report) -> None:
     """`BanditLearner` from an impression's bytes to the table's rows: edges of impressions and rewards, a second."""
     world = BanditWorld(0, BanditWorldOptions(rate=STEP, dim=32))
     config = parse({"model": {"tower_dim": 32}})
-    learner = BanditLearner(config, Tables([edges(config.bandit, config.table.capacity)]))
+    learner = BanditLearner(config, Tables([edges(config.bandit, config.table.capacity or 1_000_000)]))
     state = learner.clusters.state()
     for name in ("sums", "weights", "mass"):
         state[name] = np.repeat(state[name], CLUSTERS, 0)

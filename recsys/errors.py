@@ -8,7 +8,7 @@ RecsysError
 │   ├── LogFull          the spool or disk is full: free space, or bring the broker back
 │   └── LogUnavailable   the broker cannot be reached: it is retried; check its address
 ├── StateUnavailable     the user-state store cannot be reached: answers are context-only until it is back
-├── TableFull            the embedding table is at its declared capacity: raise `table.capacity` or expire sooner
+├── TableFull            a table without `spare` is at its declared capacity: raise it, or give the layout `spare`
 ├── SnapshotCorrupt      a file is torn or flipped: an older snapshot is used; delete the named file
 ├── SchemaMismatch       features written by another slot list: restart both processes with one configuration
 ├── Fenced               a newer trainer took over: this one stops itself

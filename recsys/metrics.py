@@ -120,6 +120,21 @@ GENERATION_AGE_SECONDS = _gauge("recsys_generation_age_seconds", "Since the retr
 # Embedding table (trainer and parameter)
 TABLE_ROWS = _gauge("recsys_table_rows", "Rows held, by row layout.", ("layout",))
 TABLE_BYTES = _gauge("recsys_table_bytes", "Bytes of the rows and the index, by row layout.", ("layout",))
+TABLE_FULL_RATIO = _gauge(
+    "recsys_table_full_ratio",
+    "Rows held, of those the table has room for; from .9 on rows of least worth go.",
+    ("layout",),
+)
+TABLE_EVICTED_ROWS = _counter(
+    "recsys_table_evicted_rows_total",
+    "Rows of least worth that went to make room for others, by row layout.",
+    ("layout",),
+)
+TABLE_REFUSED_KEYS = _counter(
+    "recsys_table_refused_keys_total",
+    "Keys that found no room: more came at once than the table holds. They use the default vector and are admitted later.",
+    ("layout",),
+)
 TABLE_FOUND_KEYS = _counter("recsys_table_found_keys_total", "Keys looked up that had a row.")
 TABLE_MISSING_KEYS = _counter(
     "recsys_table_missing_keys_total", "Keys looked up that had no row and got the default vector."

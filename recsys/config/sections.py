@@ -90,8 +90,9 @@ class TableConfig(Section):
 
     implementation: Literal["cpu", "reference"] = "cpu"
     """`reference` is the slow oracle."""
-    capacity: int = Field(2_000_000, ge=1000)
-    """Rows of each layout; a full table is an error, never a merge. Memory is touched only as rows come."""
+    capacity: int = Field(0, ge=0, le=2**28 - 2**16)
+    """Rows of each layout; 0: as many as its share of `capacity.memory_bytes` holds. From 90% on rows of least worth make room,
+    rows are never merged. Memory is touched only as rows come."""
     admission: int = Field(1, ge=1)
     """Occurrences in training before a key gets its own row."""
     expiry_s: float | None = 90 * 86_400.0

@@ -114,8 +114,7 @@ class Snapshots:
             deltas = segments.read_chain(self._folder, chain)
         except (KeyError, TypeError, ValueError) as error:
             raise SnapshotCorrupt(f"{self._manifests.newest} is no manifest of a snapshot ({error})") from None
-        segments.load(store.tables, deltas)
-        segments.skip(store.tables, CURSOR)
+        segments.resume(store.tables, deltas, CURSOR)
         self._chain = chain
         store.restore(state, weights)
         return place

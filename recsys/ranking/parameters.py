@@ -16,6 +16,7 @@ from recsys.events.deltas import Delta, RowDelta, Version, believable
 from recsys.model.plan import Block
 from recsys.table import segments
 from recsys.table.base import Layout, Rows
+from recsys.table.fit import restore_within
 from recsys.table.tables import Implementation, Tables
 from recsys.types import Float32, Int32
 
@@ -149,15 +150,11 @@ class ParameterStore:
                 table.remove(rows.removed_slots, rows.removed_keys)
             if len(rows.keys):
                 none = np.zeros((len(rows.keys), 0), np.float32)
-                table.restore(
-                    Rows(
-                        slots=rows.slots,
-                        keys=rows.keys,
-                        values=rows.values,
-                        state=none,
-                        last_seen_ms=rows.last_seen_ms,
-                    )
+                given = Rows(
+                    slots=rows.slots, keys=rows.keys, values=rows.values, state=none, last_seen_ms=rows.last_seen_ms
                 )
+                # A copy that is smaller than the trainer's table keeps what was seen last.
+                restore_within(table, given, delta.version.step)
             if len(rows.default_slots):
                 table.restore_defaults(_defaults(rows.default_slots, rows.default_values))
         with self._lock:

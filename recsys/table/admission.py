@@ -11,6 +11,7 @@ from recsys.table.filter import CountingFilter
 from recsys.table.index import group
 from recsys.table.pending import PendingCounts
 from recsys.table.rows import check_sketch
+from recsys.table.worth import draw_of
 from recsys.types import Int32, Int64
 
 
@@ -23,7 +24,7 @@ class Admission:
         self._threshold[slot_of] = [layout.slots[slot].admission for slot in slot_of.tolist()]
         self.at_once = bool((self._threshold == 1).all())
         """Whether every key gets a row when it is first seen."""
-        self._pending = PendingCounts(place_of, slot_of)
+        self._pending = PendingCounts(layout, place_of, slot_of)
         self._filter = CountingFilter(layout)
 
     def due(self, slots: Int32, keys: Int64, todo: Int32) -> tuple[Int32, Any]:
@@ -40,20 +41,28 @@ class Admission:
         unique = todo[first]
         counts = np.bincount(which, minlength=len(first)) + self._pending.get(slots[unique], keys[unique])
         is_due = counts >= self._threshold[slots[unique]]
-        return todo[is_due[which]], (unique[~is_due], counts[~is_due], unique[is_due])
+        return todo[is_due[which]], (unique, counts, is_due)
 
-    def count(self, slots: Int32, keys: Int64, todo: Int32, now_ms: int) -> Int32:
-        """Count the occurrences of missing keys, numbered in `todo`; those that are due."""
+    def count(self, slots: Int32, keys: Int64, todo: Int32, now_ms: int, room: int) -> tuple[Int32, int]:
+        """Count the occurrences of missing keys, numbered in `todo`; those that are due, the first `room` keys of them, and how
+        many keys that left out."""
         due, counted = self.due(slots, keys, todo)
+        refused = np.zeros(0, np.int32)
+        if len(due) > room:
+            which, first = group(self._place_of, slots[due], keys[due])
+            due, refused = due[which < room], due[first[room:]]
         if counted is None:
-            return due
+            return due, len(refused)
         if len(self._filter.counters):
             self._filter.set(counted, now_ms)
-            return due
-        wait, counts, admitted = counted
-        self._pending.put(slots[wait], keys[wait], counts, np.full(len(wait), now_ms, np.int64))
+            return due, len(refused)
+        unique, counts, is_due = counted
+        late = np.isin(unique, refused) & (self._threshold[slots[unique]] > 1)
+        wait, admitted = unique[~is_due | late], unique[is_due & ~late]
+        draw = draw_of(keys, now_ms)
+        self._pending.put(slots[wait], keys[wait], counts[~is_due | late], np.full(len(wait), now_ms, np.int64), draw)
         self._pending.remove(slots[admitted], keys[admitted])
-        return due
+        return due, len(refused)
 
     def forget(self, slots: Int32, keys: Int64) -> None:
         """They have a row now."""
@@ -71,7 +80,7 @@ class Admission:
         """Replace all counts. ValueError for a filter of another size."""
         check_sketch(self._layout, pending)
         self._filter.restore(pending)
-        self._pending = PendingCounts(self._place_of, self._slot_of)
+        self._pending = PendingCounts(self._layout, self._place_of, self._slot_of)
         self._pending.put(slots, keys, pending.counts, pending.last_seen_ms)
 
     def memory_bytes(self) -> int:

@@ -62,7 +62,13 @@ class Layout:
     segments: tuple[Segment, ...]
     slots: dict[int, SlotPolicy]
     capacity: int = 1_000_000
+    spare: float = 0.0
+    """Share of the capacity that is kept free: beyond it, rows of least worth go before others come (`worth.py`), and
+    `lookup_train` never fails. 0: nothing goes by itself, a full table raises TableFull."""
     seed: int = 0
+    order: int | None = None
+    """Seed of the hash by which rows lie in the index and are looked at to make room; None: a secret of each table. A trainer
+    whose replay must be bit-equal gives one that strangers do not know, or they could choose keys that collide."""
     precision: Precision = "float32"
     """Of the values in memory; optimiser state is float32, and every verb takes and gives float32. What is larger than
     the largest finite half becomes that."""
@@ -99,11 +105,31 @@ class Rows:
     values: Float32
     state: Float32
     last_seen_ms: Int64
+    uses: UInt8 = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """How often each was seen, as a level 0 … 15 of about log2 [N]; empty: not known, 0."""
+
+    @property
+    def levels(self) -> UInt8:
+        """`uses` [N], known or not."""
+        return self.uses if len(self.uses) else np.zeros(len(self.keys), np.uint8)
+
+    def take(self, at: Bool | Int64 | slice) -> Rows:
+        """Some of the rows, as copies (views for a slice)."""
+        return Rows(
+            slots=self.slots[at],
+            keys=self.keys[at],
+            values=self.values[at],
+            state=self.state[at],
+            last_seen_ms=self.last_seen_ms[at],
+            uses=self.levels[at],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """Occurrence counts of keys not yet admitted, and when each was last counted; or the counting filter."""
+    """Occurrence counts of keys not yet admitted, and when each was last counted; or the counting filter.
+
+    With `spare` at most as many keys are counted as the table may have rows: those of least worth are forgotten."""
 
     slots: Int32
     keys: Int64
@@ -123,6 +149,10 @@ class Table(Protocol):
     """
 
     layout: Layout
+    evicted: int
+    """Rows that went to make room since the table was made."""
+    refused: int
+    """Keys that were due for a row since then and found no room."""
 
     def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
         """Serving: values [N, D] (a fresh array) and found [N]. A missing key gets its slot's shared default row."""
@@ -132,7 +162,16 @@ class Table(Protocol):
         """Training: count occurrences (if `admit`), create the rows that are admitted by it, and return values [N, D].
 
         An unadmitted key gets its slot's shared default row. Touches last-seen, does not mark rows as touched
-        unless created. Raises TableFull before anything changed.
+        unless created. With `spare`, rows of least worth go first, never those of the call; what still finds no room, the
+        last keys of a call larger than the table, stays unadmitted. Without, it raises TableFull before anything changed.
+        """
+        ...
+
+    def make_room(self, rows: int, draw: int) -> int:
+        """Remove rows of least worth, so that `rows` more fit and, in steps, `spare` is kept; how many went. They are tombstones.
+
+        Looks at a part of the table, in proportion to what goes; which part follows from `draw`: give what differs from
+        call to call and is the same in a replay.
         """
         ...
 

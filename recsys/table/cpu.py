@@ -7,15 +7,13 @@ training need no second path. Reserved arrays are touched as rows come.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from recsys.table import kernels, optimizers, upkeep
+from recsys.table import kernels, optimizers, upkeep, worth
 from recsys.table.admission import Admission
 from recsys.table.base import Layout, Pending, Rows, Touched
+from recsys.table.cpu_arrays import STORED, Turn, decoded, new_values, parts, ready, segments
 from recsys.table.cursors import Cursors
 from recsys.table.index import KeyIndex, group
 from recsys.table.kernels import Store
@@ -29,7 +27,6 @@ from recsys.table.rows import (
     initial_state,
     scales,
     seed_head,
-    state_width,
     table_full,
 )
 from recsys.table.stamps import Stamps
@@ -37,30 +34,8 @@ from recsys.types import Bool, Float32, Int32, Int64
 
 _SWEEP_ROWS = 8192
 """Rows of one step of `expire`: removing all of them holds the lock for about 1 ms."""
-LOCK_ROWS = 4096
-"""Rows read or changed in one turn of the lock, well under 1 ms."""
-_STORED = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
+_NONE = np.zeros(0, np.int32)
 _INFINITE, _LARGEST = 0x7F800000, float(np.finfo(np.float32).max)
-
-
-class _Turn:
-    """Rows and entries change in turns of a lock, and `changes` is odd meanwhile.
-
-    What was read without the lock is right if `changes` was even before and is the same after: memory never moves, so
-    whoever reads beside a change reads old, new or mixed values, and then finds out.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.changes = 0
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        self.changes += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.changes += 1
-        self.lock.release()
 
 
 class CpuTable:
@@ -68,20 +43,26 @@ class CpuTable:
 
     Readers take no lock, unless a writer changed something meanwhile; then they wait for its turn to end (4,096 rows, well
     under 1 ms) and read again. Each turn, and each 4,096 keys of a reader, is atomic: half a row, or the row of another
-    key, is never seen. Writers take turns by a second lock.
+    key, is never seen. Writers take turns by a second lock. A new key that comes again behind the first 4,096 of its call
+    may count as used twice.
     """
 
     def __init__(self, layout: Layout) -> None:
         check_layout(layout)
+        if len(layout.slots) + layout.capacity > kernels.MAX_ROW:
+            raise ValueError(
+                f"layout {layout.name!r}: a CPU table holds at most {kernels.MAX_ROW} rows, not {layout.capacity}"
+            )
         self.layout = layout
+        self.evicted = self.refused = 0
         slots = sorted(layout.slots)
         self._slot_of = np.array(slots, np.int32)
         self._place_of = np.full(slots[-1] + 1, -1, np.int32)
         self._place_of[slots] = np.arange(len(slots))
         fresh, total = initial_state(layout), len(slots) + layout.capacity
-        spans, rates = _segments(layout)
+        spans, rates = segments(layout)
         self._store = Store(
-            values=reserve((total, layout.dim), _STORED[layout.precision]),
+            values=reserve((total, layout.dim), STORED[layout.precision]),
             state=reserve((total, len(fresh)), np.float32),
             fresh=fresh,
             scale=scales(layout),
@@ -95,20 +76,20 @@ class CpuTable:
         )
         row_bytes = self._store.values.strides[0]
         links = None if row_bytes % 4 else self._store.values.view(np.int32)
-        self._index = KeyIndex(layout.capacity, len(slots), self._place_of, links)
+        self._index = KeyIndex(layout.capacity, len(slots), self._place_of, links, layout.order)
         self._row_bytes = row_bytes + self._store.state.strides[0] + 4 * (links is None)
         self._stamps = Stamps(self._index)
         self._admission = Admission(layout, self._place_of, self._slot_of)
         self._cursors = Cursors()
         self._swept = 0
-        self._turn = _Turn()
+        self._turn = Turn()
         self._writer = threading.RLock()
 
     def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
         slots, keys = self._pairs(slots, keys)
-        out, found = self._new_values(len(keys)), np.empty(len(keys), np.bool_)
+        out, found = new_values(len(keys), self.layout.dim), np.empty(len(keys), np.bool_)
         stream = out.nbytes >= kernels.STREAM_BYTES
-        for part in _parts(len(keys)):
+        for part in parts(len(keys)):
             before = self._turn.changes
             self._read(slots[part], keys[part], out[part], found[part], stream)
             if before % 2 or before != self._turn.changes:  # a writer was at it meanwhile: once more, without one
@@ -122,23 +103,71 @@ class CpuTable:
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         slots, keys = self._pairs(slots, keys)
-        out = self._new_values(len(keys))
+        out = new_values(len(keys), self.layout.dim)
         with self._writer:
-            self._require_room(slots, keys, now_ms if admit else None)
+            tick = worth.tick(now_ms) if admit else 0
+            if admit and self.layout.spare:
+                if len(self) + len(keys) > worth.target(self.layout):
+                    self._make_room_for(slots, keys, now_ms, tick)
+                    tick = 0  # they are counted
+            else:
+                self._require_room(slots, keys, now_ms if admit else None)
             # What a call counts decides for all its keys together.
-            for part in _parts(len(keys)) if self._admission.at_once else (slice(0, len(keys)),):
-                self._lookup_train(slots[part], keys[part], now_ms, admit, out[part])
+            for part in parts(len(keys)) if self._admission.at_once else (slice(0, len(keys)),):
+                self._lookup_train(slots[part], keys[part], (now_ms, admit, tick), out[part])
         return out
 
-    def _lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool, out: Float32) -> None:
+    def _lookup_train(self, slots: Int32, keys: Int64, how: tuple[int, bool, int], out: Float32) -> None:
+        now_ms, admit, tick = how
+        room = self.layout.capacity - len(self)
         with self._turn:
-            self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
-            at, missing = self._index.find(slots, keys, self._stamps.of(now_ms))
+            self._index.reserve(min(len(keys), room))
+            at, missing = self._index.find(slots, keys, self._stamps.of(now_ms), 0, tick)
             if missing and admit:
-                todo = self._admission.count(slots, keys, np.flatnonzero(at[1] < 0).astype(np.int32), now_ms)
+                todo = np.flatnonzero(at[1] < 0).astype(np.int32)
+                todo, refused = self._admission.count(slots, keys, todo, now_ms, room)
+                self.refused += refused
                 marks = self._stamps.of(now_ms), self._code(), 1, self._head
                 self._index.insert(slots, keys, at, todo, self._store, marks)
             kernels.gather(self._store.values, at, out, False)
+
+    def _make_room_for(self, slots: Int32, keys: Int64, now_ms: int, tick: int) -> None:
+        """See and count the rows of a call that are there, and let others go for those it will make."""
+        if not len(keys):
+            return
+        kept = [np.zeros(0, np.int32)]
+        new = []
+        for part in parts(len(keys)):
+            with self._turn:
+                at = self._index.find(slots[part], keys[part], self._stamps.of(now_ms), 0, tick)[0]
+            kept.append(at[1][at[1] >= 0])
+            new.append(part.start + np.flatnonzero(at[1] < 0))
+        todo = self._admission.due(slots, keys, np.concatenate(new).astype(np.int32))[0]
+        due = len(group(self._place_of, slots[todo], keys[todo])[1])
+        count = worth.surplus(self.layout, len(self), due)
+        self._evict(count, worth.draw_of(keys, now_ms), np.concatenate(kept), self._stamps.of(now_ms))
+
+    def make_room(self, rows: int, draw: int) -> int:
+        with self._writer:
+            before = len(self)
+            count = worth.surplus(self.layout, before, rows)
+            self._evict(count, draw)
+            if len(self) + rows > self.layout.capacity:
+                self._evict(count, draw, everywhere=True)
+            return before - len(self)
+
+    def _evict(self, count: int, draw: int, kept: Int32 = _NONE, kept_stamp: int = 0, everywhere: bool = False) -> None:
+        """Remove `count` rows of least worth, but those at the positions `kept`, which are stamped `kept_stamp` or later."""
+        if count <= 0 or not len(self):
+            return
+        looks = len(self) if everywhere else worth.looks_for(count)
+        places, keys = self._index.least(
+            count, worth.window(self._index.order, draw, len(self), looks), kept, kept_stamp
+        )
+        slots = self._slot_of[places]
+        for part in parts(len(keys)):
+            self.remove(slots[part], keys[part])
+        self.evicted += len(keys)
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
         slots, keys = self._pairs(slots, keys)
@@ -167,7 +196,7 @@ class CpuTable:
                 at, _ = self._index.find(slots, keys, self._stamps.of(now_ms), self._code())
             unique = optimizers.chain(at, work, seen)
             noise = drawn, self._drawn_head, slots, keys
-            for part in _parts(unique):
+            for part in parts(unique):
                 with self._turn:
                     optimizers.step(self._store, at, work, (part.start, part.stop), gradients, room, noise)
 
@@ -212,9 +241,12 @@ class CpuTable:
 
     def export(self, slots: Int32, keys: Int64) -> Rows:
         slots, keys = self._pairs(slots, keys)
-        values, state = self._new_values(len(keys)), np.empty((len(keys), len(self._store.fresh)), np.float32)
-        stamps = np.empty(len(keys), np.int64)
-        for part in _parts(len(keys)):
+        values, state = (
+            new_values(len(keys), self.layout.dim),
+            np.empty((len(keys), len(self._store.fresh)), np.float32),
+        )
+        stamps, uses = np.empty(len(keys), np.int64), np.empty(len(keys), np.uint8)
+        for part in parts(len(keys)):
             with self._turn.lock:
                 at, missing = self._index.find(slots[part], keys[part])
                 if missing:
@@ -222,9 +254,14 @@ class CpuTable:
                     raise KeyError(f"table {self.layout.name!r} has no row of slot {slots[first]}, key {keys[first]}")
                 kernels.gather(self._store.values, at, values[part], values.nbytes >= kernels.STREAM_BYTES)
                 kernels.gather(self._store.state, at, state[part], False)
-                stamps[part] = self._index.arrays.entries[at[1], 1] >> 40 & kernels.MAX_STAMP
+                _, _, _, stamps[part], uses[part] = self._index.read(at[1])
         return Rows(
-            slots=slots.copy(), keys=keys.copy(), values=values, state=state, last_seen_ms=self._stamps.times_ms(stamps)
+            slots=slots.copy(),
+            keys=keys.copy(),
+            values=values,
+            state=state,
+            last_seen_ms=self._stamps.times_ms(stamps),
+            uses=uses,
         )
 
     def restore(self, rows: Rows) -> None:
@@ -233,19 +270,21 @@ class CpuTable:
         check_width(self.layout, "state", rows.state, len(self._store.fresh), 0)
         with self._writer:
             self._require_room(slots, keys, None, every=True)
-            stamps = self._stamps.of_all(np.asarray(rows.last_seen_ms, np.int64))
-            for part in _parts(len(keys)):
+            stamps, uses = self._stamps.of_all(np.asarray(rows.last_seen_ms, np.int64)), rows.levels
+            # All at once: rows may come in the order of this very index, and would crowd one end of a smaller one.
+            self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
+            for part in parts(len(keys)):
                 with self._turn:
                     at = self._put(slots[part], keys[part], values[part], 0)
                     self._store.state[at[0]] = rows.state[part] if rows.state.shape[1] else self._store.fresh
-                    self._index.set_stamps(at[1], stamps[part])
+                    self._index.set_stamps(at[1], stamps[part], uses[part])
 
     def write(self, slots: Int32, keys: Int64, values: Float32, now_ms: int) -> None:
         slots, keys = self._pairs(slots, keys)
         values = self._matrix("values", values, slots, keys)
         with self._writer:
             self._require_room(slots, keys, None, every=True)
-            for part in _parts(len(keys)):
+            for part in parts(len(keys)):
                 with self._turn:
                     self._put(slots[part], keys[part], values[part], self._stamps.of(now_ms))
 
@@ -270,7 +309,7 @@ class CpuTable:
             return Rows(
                 slots=self._slot_of.copy(),
                 keys=none,
-                values=_decoded(self._store.values[: len(none)]),
+                values=decoded(self._store.values[: len(none)]),
                 state=self._store.state[: len(none)].copy(),
                 last_seen_ms=none.copy(),
             )
@@ -295,23 +334,16 @@ class CpuTable:
     def _pairs(self, slots: Int32, keys: Int64) -> tuple[Int32, Int64]:
         if slots.ndim != 1 or slots.shape != keys.shape:
             check_pairs(self.layout, slots, keys)
-        slots = _ready(slots, np.int32)
+        slots = ready(slots, np.int32)
         if kernels.unknown(self._place_of, slots):
             check_pairs(self.layout, slots, keys)
-        return slots, _ready(keys, np.int64)
+        return slots, ready(keys, np.int64)
 
     def _matrix(self, name: str, array: Float32, slots: Int32, keys: Int64) -> Float32:
         check_width(self.layout, name, array, self.layout.dim)
         if len(array) != len(keys):
             check_pairs(self.layout, slots, keys, array)
-        return _ready(array, np.float32)
-
-    def _new_values(self, count: int) -> Float32:
-        """An array [N, D] that starts on a cache line."""
-        size = count * self.layout.dim
-        room = np.empty(size + 16, np.float32)
-        start = -room.__array_interface__["data"][0] % 64 // 4
-        return room[start : start + size].reshape(count, self.layout.dim)
+        return ready(array, np.float32)
 
     def _code(self) -> int:
         return self._cursors.code(self._index.arrays.changed[: self._index.positions])
@@ -365,33 +397,3 @@ class CpuTable:
             self._swept, looked, removed = upkeep.sweep(self._index.arrays, start, stop, looks, oldest, gone)
             self._cursors.removed(self._slot_of[gone[:removed, 1]], gone[:removed, 0].copy())
         return looked, removed
-
-
-def _ready(array: npt.NDArray[Any], kind: type[np.generic]) -> npt.NDArray[Any]:
-    # Writeable and aligned: Numba would compile each kernel anew, in the middle of a request, for other arrays.
-    return array if array.flags.carray and array.dtype == kind else np.require(array, kind, ["C", "A", "W"])
-
-
-def _decoded(values: npt.NDArray[Any]) -> Float32:
-    """Stored values as float32, a copy."""
-    if values.dtype == np.uint16:
-        return values.view(np.float16).astype(np.float32)
-    if values.dtype == np.int16:
-        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values.copy()
-
-
-def _parts(count: int) -> Iterator[slice]:
-    """So many keys at a time are read or changed under one turn of the lock."""
-    return (slice(start, min(start + LOCK_ROWS, count)) for start in range(0, count, LOCK_ROWS))
-
-
-def _segments(layout: Layout) -> tuple[Int64, npt.NDArray[np.float64]]:
-    """`spans` and `rates` of `kernels.Store`."""
-    spans, rates, start, state = [], [], 0, 0
-    for s in layout.segments:
-        spans.append((start, start + s.dim, state, getattr(optimizers, s.optimizer.upper())))
-        own = (s.beta1, s.beta2, 0.0) if s.optimizer == "adam" else (s.beta, s.l1, s.l2)
-        rates.append((s.learning_rate, s.epsilon, *own))
-        start, state = start + s.dim, state + state_width(s)
-    return np.array(spans, np.int64), np.array(rates, np.float64)

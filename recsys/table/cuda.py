@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recsys.table import worth
 from recsys.table.base import Layout, Pending, Rows, Touched
+from recsys.table.cuda_room import least_worth
 from recsys.table.cuda_rows import CHUNK_ROWS, DeviceRows
 from recsys.table.cursors import Cursors
 from recsys.table.rows import check_pairs, check_width
@@ -36,6 +39,8 @@ class CudaTable:
         if chunk_rows < 2 or chunk_rows & (chunk_rows - 1):
             raise ValueError(f"table {layout.name!r}: chunk_rows must be a power of two >= 2, got {chunk_rows}")
         self.layout = layout
+        self.evicted = self.refused = 0
+        self._order = secrets.randbits(63) if layout.order is None else layout.order
         self.rows = DeviceRows(layout, torch.device(device), chunk_rows)
         self._known = np.zeros(65536, np.bool_)
         self._known[list(layout.slots)] = True
@@ -50,9 +55,43 @@ class CudaTable:
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         with self._lock:
-            rows = self.rows.rows_train(*self._pairs(slots, keys), now_ms, self._cursors.now, admit)
+            pairs = self._pairs(slots, keys)
+            before = self.rows.index.find(*pairs)
+            room = self._make_room_for(pairs, before, worth.draw_of(keys, now_ms), now_ms) if admit else None
+            rows = self.rows.rows_train(*pairs, now_ms, self._cursors.now, admit, room)
+            if admit and len(keys):
+                self.rows.count_uses(*pairs, before, now_ms)
             self.rows.see(rows, now_ms)
             return _fetched(self.rows.values.gather(rows))[0]
+
+    def _make_room_for(self, pairs: tuple[Tensor, Tensor], kept: Tensor, draw: int, now_ms: int) -> int | None:
+        """Let rows go for those that a call will make, but the call's own; how many it may make, None: all."""
+        count, layout = len(pairs[1]), self.layout
+        if not layout.spare or not count or self.rows.index.most_rows + count <= worth.target(layout):
+            return None
+        due = self.rows.due(*pairs, now_ms)
+        self._evict(worth.surplus(layout, len(self), due), draw, kept)
+        room = layout.capacity - len(self)
+        self.refused += max(due - room, 0)
+        return room
+
+    def make_room(self, rows: int, draw: int) -> int:
+        with self._lock:
+            before = len(self)
+            count = worth.surplus(self.layout, before, rows)
+            self._evict(count, draw)
+            if len(self) + rows > self.layout.capacity:
+                self._evict(count, draw, everywhere=True)
+            return before - len(self)
+
+    def _evict(self, count: int, draw: int, kept: Tensor | None = None, everywhere: bool = False) -> None:
+        rows = len(self)
+        if count <= 0 or not rows:
+            return
+        of = worth.window(self._order, draw, rows, rows if everywhere else worth.looks_for(count))
+        gone = least_worth(self.rows.index, self._order, of, count, self.rows.worth, kept)
+        self.rows.index.drop(*gone)
+        self.evicted += self._tombstones(*gone[:2])
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
         with self._lock:
@@ -134,9 +173,10 @@ class CudaTable:
         with self._lock:
             pairs = self._pairs(rows.slots, rows.keys, rows.values, rows.state, rows.last_seen_ms)
             values, state = self._whole(rows)
+            uses = self.rows.tensor(np.minimum(rows.levels, worth.MAX_USES))
             last = self.rows.create(*pairs, 0, self._cursors.now)
             self.rows.put(last, values, state)
-            self.rows.mark(last, self.rows.tensor(rows.last_seen_ms), self._cursors.now)
+            self.rows.mark(last, self.rows.tensor(rows.last_seen_ms), self._cursors.now, uses)
 
     def write(self, slots: Int32, keys: Int64, values: Float32, now_ms: int) -> None:
         with self._lock:
@@ -206,6 +246,7 @@ class CudaTable:
             values=_array(self.rows.values.gather(rows)),
             state=_array(self.rows.state(rows)),
             last_seen_ms=_array(self.rows.seen_ms(rows)),
+            uses=_array(self.rows.uses(rows)).astype(np.uint8),
         )
 
     def _tombstones(self, slots: Tensor, keys: Tensor) -> int:

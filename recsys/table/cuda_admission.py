@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import secrets
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from recsys.table import triton_index as kernels
+from recsys.table import worth
 from recsys.table.base import Layout, Pending
 from recsys.table.cuda_index import KINDS, Chunks, DeviceIndex, lanes, launch
-from recsys.table.rows import FILTER_SEED, check_sketch, filter_period_ms, seed_head, table_full
+from recsys.table.cuda_room import least_worth
+from recsys.table.rows import (
+    FILTER_SEED,
+    LAST_SEEN_STEP_MS,
+    check_sketch,
+    filter_period_ms,
+    last_seen,
+    seed_head,
+    table_full,
+)
 from recsys.table.triton_kernels import BLOCK, settle
 
 SEEN_MS, COUNT = 0, 1
@@ -33,6 +45,8 @@ class DeviceAdmission:
         self._threshold = torch.from_numpy(threshold).to(self._device)
         self._seed = torch.from_numpy(seed_head(layout.seed ^ FILTER_SEED).view(np.int64)).to(self._device)
         self._each = -(-layout.filter_counters // 4)
+        self._order = secrets.randbits(63) if layout.order is None else layout.order
+        self._first_slot = min(layout.slots)
         self.clear()
 
     def clear(self) -> None:
@@ -78,7 +92,8 @@ class DeviceAdmission:
             return
         chosen, counts, now_ms = counted
         self.forget(torch.where(chosen & due, slots, -1), keys)
-        self.put(torch.where(chosen & ~due, slots, -1), keys, counts, now_ms)
+        waits = chosen & ~due & (self._threshold[slots.to(torch.int64) & 65535] > 1)  # not what found no room at once
+        self.put(torch.where(waits, slots, -1), keys, counts, now_ms)
 
     def forget(self, slots: Tensor, keys: Tensor) -> None:
         """They have a row now; slots below 0 are left out, and equal pairs count as one."""
@@ -91,6 +106,8 @@ class DeviceAdmission:
         """Set the exact counts of unique pairs, those of slots below 0 left out; last-seen never goes back."""
         if not len(keys):
             return
+        if self._layout.spare and self.waiting.most_rows + len(keys) > self._layout.capacity:
+            slots = self._within(slots, keys, seen_ms)
         self.waiting.reserve(len(keys), lambda: len(keys), lambda held, more: table_full(self._layout, held, more))
         held = self.waiting.find(slots, keys)
         known = torch.where(held > 0, self.counts.gather(held.clamp(min=0))[:, SEEN_MS], seen_ms)
@@ -100,6 +117,24 @@ class DeviceAdmission:
         given = (self.waiting.index, (slots, keys), claims, none, 1 << 32, len(keys))
         launch(settle, -(-len(keys) // BLOCK), *given, shape=shape)
         self.counts.scatter(claims[0], torch.stack([torch.maximum(seen_ms, known), counts], 1))
+
+    def _within(self, slots: Tensor, keys: Tensor, seen_ms: Tensor) -> Tensor:
+        """Forget counts of least worth to make room for these; slots with -1 for what still has none. Waits for the device."""
+        layout, wanted = self._layout, slots >= 0
+        over = len(self.waiting) + int(wanted.sum()) - layout.capacity
+        if over <= 0:
+            return slots
+        count = worth.with_slack(layout, over)
+        draw = worth.draw_of(keys.cpu().numpy(), int(seen_ms[0]))
+        of = worth.window(self._order, draw, len(self.waiting), worth.looks_for(count))
+        self.waiting.drop(*least_worth(self.waiting, self._order, of, count, self._worth, None))
+        new = wanted & (self.waiting.find(torch.where(wanted, slots, self._first_slot), keys) <= 0)
+        return torch.where(new & (torch.cumsum(new, 0) > layout.capacity - len(self.waiting)), -1, slots)
+
+    def _worth(self, rows: Tensor) -> Tensor:
+        counts = self.counts.gather(rows).cpu().numpy()
+        steps = last_seen(counts[:, SEEN_MS]) // LAST_SEEN_STEP_MS
+        return torch.from_numpy(steps + worth.HALF_LIFE * worth.level_of(counts[:, COUNT]))
 
     def expire(self, cutoff_ms: Tensor, now_ms: int) -> None:
         """Forget exact counts not seen since their slot's cutoff [65536]; halve the filter when due. Waits for the device."""

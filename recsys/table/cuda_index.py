@@ -163,6 +163,11 @@ class DeviceIndex:
         return self._most[0] > 0
 
     @property
+    def most_rows(self) -> int:
+        """Live rows, at most. Waits for nothing."""
+        return self._most[0]
+
+    @property
     def index(self) -> tuple[Tensor, int, Tensor]:
         """As the kernels take it."""
         return self._entries, len(self._entries) // kernels.LINE - 1, self.fallback

@@ -31,6 +31,7 @@ from recsys.table.rows import (
     state_width,
     table_full,
 )
+from recsys.table.worth import HALF_LIFE, counted, tick
 
 CHUNK_ROWS = 2**18
 """Rows that are allocated together, a power of two: 67 MB at 64 values. Half doubles the list of addresses, which should
@@ -40,8 +41,8 @@ _PROGRAMS = 8192
 """Programs of one warp, twice what a device runs at a time: they share out what is counted on the device alone."""
 _BESIDE = 2**17
 """Rows that are sorted beside other work: fewer take less time than the host needs to arrange that."""
-_MARKS = 2
-"""Numbers of a record behind the state: last-seen in steps, and the version that the row was changed in."""
+_MARKS = 3
+"""Numbers of a record behind the state: last-seen in steps, the version that the row was changed in, and its level of uses."""
 
 
 class Ordered(NamedTuple):
@@ -125,13 +126,15 @@ class DeviceRows:
         ordered = self.order(rows, slots, keys)
         return self.values.gather(rows), ordered
 
-    def rows_train(self, slots: Tensor, keys: Tensor, now_ms: int, version: int, admit: bool = True) -> Tensor:
-        """Rows [N]: counts, admits and creates as `Table.lookup_train`. New rows are seen now and marked as changed. Rows stay
-        what they are until some are removed or expire."""
+    def rows_train(
+        self, slots: Tensor, keys: Tensor, now_ms: int, version: int, admit: bool = True, room: int | None = None
+    ) -> Tensor:
+        """Rows [N]: counts, admits and creates as `Table.lookup_train`; of the keys that are due the first `room`, if given. New
+        rows are seen now and marked as changed. Rows stay what they are until some are removed or expire."""
         if not admit:
             return self.index.find(slots, keys)
-        if not self.admission.at_once:
-            return self._admit(slots, keys, now_ms, version)
+        if room is not None or not self.admission.at_once:
+            return self._admit(slots, keys, now_ms, version, room)
         return self._make(slots, keys, now_ms, version, lambda: self._missing(slots, keys))
 
     def order(self, rows: Tensor, slots: Tensor, keys: Tensor) -> Ordered:
@@ -157,6 +160,36 @@ class DeviceRows:
         """When the rows were last seen [N]."""
         return self.records.gather(rows, self.width, 1)[:, 0].to(torch.int64) * LAST_SEEN_STEP_MS
 
+    def uses(self, rows: Tensor) -> Tensor:
+        """Levels of how often the rows were seen [N]."""
+        return self.records.gather(rows, self.width + 2, 1)[:, 0]
+
+    def worth(self, rows: Tensor) -> Tensor:
+        """What the rows are worth [N]: `worth.py`."""
+        return self.records.gather(rows, self.width, 1)[:, 0].to(torch.int64) + HALF_LIFE * self.uses(rows).to(
+            torch.int64
+        )
+
+    def count_uses(self, slots: Tensor, keys: Tensor, rows: Tensor, now_ms: int) -> None:
+        """Count the rows of a call, each once, before they are seen; lanes below `first` are skipped. Waits for the device."""
+        there = rows >= self.first
+        where = self.index.group(slots, keys, there)
+        chosen = there & (where == torch.arange(len(keys), device=self.device))
+        rows, of = rows[chosen], tick(now_ms)
+        seen, levels = (part[:, 0].tolist() for part in self.records.gather(rows, self.width, 3)[:, [0, 2]].split(1, 1))
+        now = int(last_seen(now_ms)) // LAST_SEEN_STEP_MS
+        new = [
+            counted(level, now - at, key, of)
+            for level, at, key in zip(levels, seen, keys[chosen].tolist(), strict=True)
+        ]
+        self.records.scatter(rows, self.tensor(np.array(new, np.int32))[:, None], self.width + 2)
+
+    def due(self, slots: Tensor, keys: Tensor, now_ms: int) -> int:
+        """How many keys of a call are due for a row. Waits for the device."""
+        rows = self.index.find(slots, keys)
+        due, _ = self.admission.due(slots, keys, (rows >= 0) & (rows < self.first), now_ms)
+        return self._different(slots, keys, due)
+
     def changed(self, rows: Tensor) -> Tensor:
         """The version [N] that the rows were changed in."""
         return self.records.gather(rows, self.width + 1, 1)[:, 0]
@@ -166,10 +199,11 @@ class DeviceRows:
         self.values.scatter(rows, values)
         self.records.scatter(rows, state.contiguous().view(torch.int32))
 
-    def mark(self, rows: Tensor, seen_ms: Tensor, version: int) -> None:
-        """Set when unique rows were last seen, and the version they were changed in."""
+    def mark(self, rows: Tensor, seen_ms: Tensor, version: int, uses: Tensor) -> None:
+        """Set when unique rows were last seen and how often, and the version they were changed in."""
         seen = (last_seen(seen_ms) // LAST_SEEN_STEP_MS).to(torch.int32)
-        self.records.scatter(rows, torch.stack([seen, torch.full_like(seen, version)], 1), self.width)
+        marks = torch.stack([seen, torch.full_like(seen, version), uses.to(torch.int32)], 1)
+        self.records.scatter(rows, marks, self.width)
 
     def create(self, slots: Tensor, keys: Tensor, now_ms: int, version: int) -> Tensor:
         """Each lane's row, made where missing, seen now and changed; -1 if a later lane has the same key.
@@ -262,12 +296,17 @@ class DeviceRows:
             launch(kernels.settle, -(-len(keys) // kernels.BLOCK), *given, shape=self._shape(size))
         return claims[0]
 
-    def _admit(self, slots: Tensor, keys: Tensor, now_ms: int, version: int) -> Tensor:
+    def _admit(self, slots: Tensor, keys: Tensor, now_ms: int, version: int, room: int | None) -> Tensor:
         """Count missing keys and make the rows that are due; rows [N] after that."""
         rows = self.index.find(slots, keys)
-        due, counted = self.admission.due(slots, keys, (rows >= 0) & (rows < self.first), now_ms)
+        due, waiting = self.admission.due(slots, keys, (rows >= 0) & (rows < self.first), now_ms)
+        if room is not None:
+            at = torch.arange(len(keys), device=self.device)
+            where = torch.where(due, self.index.group(slots, keys, due), at)
+            number = torch.cumsum(due & (where == at), 0) - 1
+            due = due & (number[where] < room)
         made = self._make(torch.where(due, slots, -1), keys, now_ms, version, lambda: self._different(slots, keys, due))
-        self.admission.count(slots, keys, due, counted)
+        self.admission.count(slots, keys, due, waiting)
         return torch.where(made >= 0, made, rows)
 
     def _combine(self, order: tuple[Tensor, ...], gradients: Tensor, number: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import secrets
 import numpy as np
 import numpy.typing as npt
 
-from recsys.table import kernels, upkeep
+from recsys.table import kernels, upkeep, worth
 from recsys.table.kernels import Index, Store
 from recsys.table.memory import reserve
-from recsys.types import Int32, Int64
+from recsys.types import Int32, Int64, UInt8
 
 LOAD = 0.78
 """Share of entries in use while the index grows: half as much again of memory at 0.52. The part of a round that has not
@@ -36,15 +36,17 @@ class KeyIndex:
     """Rows `first` (≥ 1), `first + 1`, …, at most `capacity` of them; freed rows serve later keys. One writer.
 
     `place_of`: each slot's place (0 … 255), or -1. `links` [rows, ≥ 1]: memory of rows, used while a row is free.
-    The hash has a secret of each index: nobody can choose keys that collide, and rows that come in the order of
-    another index do not fill one end of this one.
+    The hash has a secret (`order`; of each index if not given): nobody can choose keys that collide, and rows that come
+    in the order of another index do not fill one end of this one.
     """
 
-    def __init__(self, capacity: int, first: int, place_of: Int32, links: Int32 | None = None) -> None:
-        self.first = first
+    def __init__(
+        self, capacity: int, first: int, place_of: Int32, links: Int32 | None = None, order: int | None = None
+    ) -> None:
+        self.first, self.order = first, secrets.randbits(63) if order is None else order % 2**63
         most = int(capacity / (4 * LOAD) * (1 + 1 / upkeep.ROUND)) + _FIRST_LINES + 64
         size = (4 * most + min(_PAD, capacity) + 128) & ~63
-        meta = np.array([_FIRST_LINES, _FIRST_LINES, 0, first, 0, 0, secrets.randbits(63)], np.int64)
+        meta = np.array([_FIRST_LINES, _FIRST_LINES, 0, first, 0, 0, self.order], np.int64)
         self.arrays = Index(
             entries=reserve((size, 2), np.int64),
             changed=reserve((size,), np.uint8),
@@ -72,11 +74,33 @@ class KeyIndex:
         """Entries and change codes as far as they have been used."""
         return 17 * 4 * int(self.arrays.meta[kernels.NEXT_LINES])
 
-    def find(self, slots: Int32, keys: Int64, stamp: int = 0, code: int = 0) -> tuple[Int32, int]:
-        """`at` [3, N] (see `kernels.py`) and how many keys are missing; what is found gets stamp and code."""
+    def find(self, slots: Int32, keys: Int64, stamp: int = 0, code: int = 0, tick: int = 0) -> tuple[Int32, int]:
+        """`at` and how many are missing; rows that are there are seen then, changed with this code, and counted (0: not)."""
         at = np.empty((3, len(keys)), np.int32)
-        missing: int = kernels.find(self.arrays, slots, keys, at, (stamp, code))
+        missing: int = kernels.find(self.arrays, slots, keys, at, (stamp, code, tick))
         return at, missing
+
+    def survey(self, of: tuple[int, int]) -> tuple[Int32, npt.NDArray[np.uint64]]:
+        """Positions and hashes of all entries in a window of hashes: `worth.window`."""
+        start, width = of
+        most = min(len(self), 2 * (len(self) * width >> 32) + 4096)
+        positions, hashed = np.empty(most, np.int32), np.empty(most, np.uint64)
+        count = 0
+        for first, last in ((start, min(start + width, 2**32)), (0, max(start + width - 2**32, 0))):
+            count += upkeep.survey(self.arrays, first, last, positions[count:], hashed[count:])
+        return positions[:count], hashed[:count]
+
+    def least(self, count: int, of: tuple[int, int], kept: Int32, kept_stamp: int) -> tuple[Int32, Int64]:
+        """Places and keys of the `count` entries of least worth in a window, but those at the positions `kept`, which are
+        stamped `kept_stamp` or later."""
+        positions, hashed = self.survey(of)
+        places, keys, _, stamps, uses = self.read(positions)
+        value = stamps + worth.HALF_LIFE * uses.astype(np.int64)
+        gone = np.flatnonzero(worth.least(value, hashed, count))
+        if len(kept) and value[gone].max(initial=0) >= kept_stamp:
+            free = np.flatnonzero(~np.isin(positions, kept))
+            gone = free[worth.least(value[free], hashed[free], count)]
+        return places[gone], keys[gone]
 
     def reserve(self, extra: int) -> None:
         """Make sure that `extra` keys can be inserted."""
@@ -108,17 +132,20 @@ class KeyIndex:
         out = np.empty(len(self), np.int32)
         return out[: upkeep.changes(self.arrays, self.positions, after, out)]
 
-    def read(self, positions: Int32) -> tuple[Int32, Int64, Int32, Int64]:
-        """Places, keys, rows and stamps of entries."""
+    def read(self, positions: Int32) -> tuple[Int32, Int64, Int32, Int64, UInt8]:
+        """Places, keys, rows, stamps and levels of uses of entries."""
         entries = self.arrays.entries.take(positions, axis=0)
         packed = entries[:, 1]
         places = (packed >> 32 & 0xFF).astype(np.int32)
-        return places, np.ascontiguousarray(entries[:, 0]), packed.astype(np.int32), packed >> 40 & kernels.MAX_STAMP
+        rows, stamps = (packed & kernels.MAX_ROW).astype(np.int32), packed >> 40 & kernels.MAX_STAMP
+        uses = (packed >> 28 & kernels.MAX_USES).astype(np.uint8)
+        return places, np.ascontiguousarray(entries[:, 0]), rows, stamps, uses
 
-    def set_stamps(self, positions: Int32, stamps: Int64) -> None:
-        """When the rows of entries were last seen; the last of duplicates."""
+    def set_stamps(self, positions: Int32, stamps: Int64, uses: UInt8) -> None:
+        """When the rows of entries were last seen, and how often; the last of duplicates."""
         packed = self.arrays.entries[:, 1]
-        packed[positions] = packed[positions] & (2**40 - 1) | stamps << 40
+        levels = np.minimum(uses, kernels.MAX_USES).astype(np.int64)
+        packed[positions] = packed[positions] & (0xFF << 32 | kernels.MAX_ROW) | levels << 28 | stamps << 40
 
 
 def planned(rows: int) -> tuple[float, int]:

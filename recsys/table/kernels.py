@@ -23,6 +23,7 @@ import numpy as np
 
 from recsys.compiled import compiled
 from recsys.table.intrinsics import copy_line, decode, encode, fence, prefetch, search_line, stream_line
+from recsys.table.worth import HALF_LIFE
 from recsys.types import Float32, Int32, Int64
 
 if TYPE_CHECKING:
@@ -38,14 +39,18 @@ _AHEAD = 16
 STREAM_BYTES = 2**22
 """Gathered output from this size on goes past the caches: it would push out the rows, and nobody reads it soon."""
 MAX_STAMP = 2**24 - 1
+MAX_ROW = 2**28 - 1
+MAX_USES = 15
 _U = np.uint64
 _NOT_STAMP = (1 << 40) - 1
+_ROW, _USES = MAX_ROW, MAX_USES << 28
+_HALF_LIFE = HALF_LIFE
 
 
 class Index(NamedTuple):
     """What every kernel of the index needs; `recsys.table.index.KeyIndex` owns it.
 
-    entries [P, 2]: key, and stamp << 40 | place << 32 | row, 0 where empty. changed [P]: when the entry's row was
+    entries [P, 2]: key, and stamp << 40 | place << 32 | level of uses << 28 | row, 0 where empty. changed [P]: when the entry's row was
     changed, as code 1 … 255. place_of: a slot's place, or -1. links [rows, ≥ 1]: freed rows say which follows.
     """
 
@@ -120,6 +125,21 @@ def _homes(index: Index, slots: Int32, keys: Int64, at: Int32, span: Any) -> Non
 
 
 @part
+def _seen(word: int, key: int, stamp: int, tick: int) -> Any:
+    """The word of a row that is seen again; with a tick it is also counted: `worth.counted`."""
+    old = (word >> 40) & MAX_STAMP
+    level = (word >> 28) & MAX_USES
+    if tick != 0:
+        if stamp > old:
+            level = max(level - (stamp - old) // _HALF_LIFE, 0)
+            drawn = np.int64(_mix(_U(key) + _U(tick)) & _U((1 << level) - 1))
+            level += 1 if drawn == 0 and level < MAX_USES else 0
+        elif level == 0:
+            level = 1
+    return (word & _NOT_STAMP & ~_USES) | level << 28 | max(stamp, old) << 40
+
+
+@part
 def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
     """Turn places and home lines of a block into rows and positions; how many are missing.
 
@@ -129,7 +149,7 @@ def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
     entries, changed = index.entries, index.changed
     base = entries.ctypes.data
     start, stop = span
-    stamp, code = marks
+    stamp, code, tick = marks
     missing = more = 0
     for n in range(start, stop):
         line, place = np.int64(at[1, _U(n)]), np.int64(at[0, _U(n)])
@@ -144,10 +164,11 @@ def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
         i = (line << 2) + (found & 3)
         word = entries[_U(i), _U(1)]
         at[1, _U(n)] = line if far else (i if found < 4 else ~i)
-        at[0, _U(n)] = word & 0xFFFFFFFF if found < 4 else place
+        at[0, _U(n)] = word & _ROW if found < 4 else place
         missing += (found >> 2) & 1
-        if found < 4 and stamp > (word >> 40) & MAX_STAMP:  # a line that stays as it is need not be written back
-            entries[_U(i), _U(1)] = (word & _NOT_STAMP) | stamp << 40
+        # A line that stays as it is need not be written back.
+        if found < 4 and (stamp > (word >> 40) & MAX_STAMP or (tick != 0 and word & _USES == 0)):
+            entries[_U(i), _U(1)] = _seen(word, keys[_U(n)], stamp, tick)
         if code > 0:
             prefetch(changed.ctypes.data + i)
     for r in range(start, start + more):
@@ -161,9 +182,9 @@ def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
         at[1, late] = i if found < 4 else ~i
         if found < 4:
             word = entries[_U(i), _U(1)]
-            at[0, late] = word & 0xFFFFFFFF
-            if stamp > (word >> 40) & MAX_STAMP:
-                entries[_U(i), _U(1)] = (word & _NOT_STAMP) | stamp << 40
+            at[0, late] = word & _ROW
+            if stamp > (word >> 40) & MAX_STAMP or (tick != 0 and word & _USES == 0):
+                entries[_U(i), _U(1)] = _seen(word, keys[late], stamp, tick)
         else:
             missing += 1
     if code > 0:
@@ -176,7 +197,8 @@ def _search(index: Index, keys: Int64, at: Int32, span: Any, marks: Any) -> int:
 
 @kernel
 def find(index: Index, slots: Int32, keys: Int64, at: Int32, marks: Any) -> int:
-    """Fill `at` [3, N]; how many keys are missing. `marks`: least stamp and code of a change, for what is found; 0: none."""
+    """Fill `at` [3, N]; how many keys are missing. `marks`, for what is found: least stamp, code of a change, and the tick to
+    count its use with; 0: none."""
     count, missing, base = slots.shape[0], 0, index.entries.ctypes.data
     _homes(index, slots, keys, at, (0, min(BLOCK, count)))
     for n in range(min(BLOCK, count)):
@@ -218,7 +240,7 @@ def gather(values: Array, at: Int32, out: Float32, stream: bool) -> None:
 def read(index: Index, values: Array, batch: Any, out: Float32, found: Array, stream: bool) -> None:
     """`find`, `gather` and which keys were there [N], in one call. `batch`: slots, keys, room for `at`."""
     slots, keys, at = batch
-    find(index, slots, keys, at, (0, 0))
+    find(index, slots, keys, at, (0, 0, 0))
     gather(values, at, out, stream)
     for n in range(at.shape[1]):
         found[n] = at[1, n] >= 0
@@ -263,7 +285,7 @@ def insert(index: Index, store: Store, slots: Int32, keys: Int64, at: Int32, tod
                 store.state[_U(row), _U(s)] = store.fresh[s]
             if initial:
                 _initialise(store, row, place, _mix(_mix(_U(slots[n]) + _U(head)) + _U(key)))
-        at[0, n] = entry & 0xFFFFFFFF
+        at[0, n] = entry & _ROW
         at[1, n] = i
         entries[_U(i), _U(1)] = (entry & _NOT_STAMP) | max(stamp, (entry >> 40) & MAX_STAMP) << 40
         changed[_U(i)] = code

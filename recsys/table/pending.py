@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from recsys.table.base import Pending
+from recsys.table import worth
+from recsys.table.base import Layout, Pending
 from recsys.table.index import KeyIndex
+from recsys.table.rows import LAST_SEEN_STEP_MS, last_seen
 from recsys.types import Int32, Int64
 
 
 class PendingCounts:
-    """Counts of unadmitted keys, in an index of their own that doubles as needed. Not thread-safe."""
+    """Counts of unadmitted keys, in an index of their own that doubles as needed. Not thread-safe.
 
-    def __init__(self, place_of: Int32, slot_of: Int32) -> None:
-        self._place_of, self._slot_of = place_of, slot_of
+    Of a layout with `spare` there are at most as many as rows: those of least worth are forgotten.
+    """
+
+    def __init__(self, layout: Layout, place_of: Int32, slot_of: Int32) -> None:
+        self._layout, self._place_of, self._slot_of = layout, place_of, slot_of
         self._resize_to(0)
 
     def __len__(self) -> int:
@@ -28,13 +33,19 @@ class PendingCounts:
         missing = at[1] < 0
         return np.where(missing, 0, self._counts[np.where(missing, 0, at[0])])
 
-    def put(self, slots: Int32, keys: Int64, counts: Int64, last_seen_ms: Int64) -> None:
-        """Set the counts of unique keys; last-seen never goes back."""
+    def put(self, slots: Int32, keys: Int64, counts: Int64, last_seen_ms: Int64, draw: int = 0) -> None:
+        """Set the counts of unique keys; last-seen never goes back. Which make room follows from `draw`."""
+        if self._layout.spare:
+            kept = self._make_room(slots, keys, draw)
+            slots, keys, counts, last_seen_ms = slots[kept], keys[kept], counts[kept], last_seen_ms[kept]
         room = len(self._counts) - 1
         if len(self) + len(keys) > room:
             old = self.export()
             self._resize_to(max(2 * room, len(self) + len(keys), 1024))
-            self.put(old.slots, old.keys, old.counts, old.last_seen_ms)
+            self._enter(old.slots, old.keys, old.counts, old.last_seen_ms)
+        self._enter(slots, keys, counts, last_seen_ms)
+
+    def _enter(self, slots: Int32, keys: Int64, counts: Int64, last_seen_ms: Int64) -> None:
         self._index.reserve(len(keys))
         at, _ = self._index.find(slots, keys)
         known = at[1] >= 0
@@ -42,6 +53,20 @@ class PendingCounts:
         rows = at[0]
         self._counts[rows] = counts
         self._last_seen_ms[rows] = np.where(known, np.maximum(self._last_seen_ms[rows], last_seen_ms), last_seen_ms)
+
+    def _make_room(self, slots: Int32, keys: Int64, draw: int) -> Int64:
+        """Forget what is worth least, so that these keys can be counted; which of them can [M], the first ones."""
+        over = len(self) + len(keys) - self._layout.capacity
+        if over <= 0:
+            return np.arange(len(keys))
+        count = worth.with_slack(self._layout, over)
+        positions, hashed = self._index.survey(worth.window(self._index.order, draw, len(self), worth.looks_for(count)))
+        places, waiting, rows, _, _ = self._index.read(positions)
+        steps = last_seen(self._last_seen_ms[rows]) // LAST_SEEN_STEP_MS
+        gone = worth.least(steps + worth.HALF_LIFE * worth.level_of(self._counts[rows]), hashed, count)
+        self._index.remove(self._slot_of[places[gone]], waiting[gone])
+        new = self._index.find(slots, keys)[0][1] < 0
+        return np.flatnonzero(~new | (np.cumsum(new) <= self._layout.capacity - len(self)))
 
     def remove(self, slots: Int32, keys: Int64) -> None:
         """Forget the keys; unknown ones are ignored."""
@@ -56,12 +81,12 @@ class PendingCounts:
             self.remove(now.slots[gone], now.keys[gone])
 
     def export(self) -> Pending:
-        places, keys, rows, _ = self._index.read(self._index.changed())
+        places, keys, rows, _, _ = self._index.read(self._index.changed())
         return Pending(
             slots=self._slot_of[places], keys=keys, counts=self._counts[rows], last_seen_ms=self._last_seen_ms[rows]
         )
 
     def _resize_to(self, room: int) -> None:
-        self._index = KeyIndex(room, 1, self._place_of)
+        self._index = KeyIndex(room, 1, self._place_of, order=self._layout.order)
         self._counts = np.zeros(1 + room, np.int64)
         self._last_seen_ms = np.zeros(1 + room, np.int64)

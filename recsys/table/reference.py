@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.table.base import Layout, Pending, Rows, Segment, Touched
+from recsys.table import worth
+from recsys.table.base import Layout, Pending, Rows, Touched
+from recsys.table.reference_steps import moved
 from recsys.table.rows import (
+    LAST_SEEN_STEP_MS,
     check_layout,
     check_pairs,
     check_sketch,
@@ -40,6 +43,7 @@ class _Row:
     state: Float32
     last_seen_ms: int = 0
     changed: int = 0
+    uses: int = 0
 
 
 def _arrays(pairs: Iterable[Pair]) -> tuple[Int32, Int64]:
@@ -53,6 +57,9 @@ class ReferenceTable:
     def __init__(self, layout: Layout) -> None:
         check_layout(layout)
         self.layout = layout
+        self.evicted = self.refused = 0
+        self._order = secrets.randbits(63) if layout.order is None else layout.order
+        self._place_of = {slot: place for place, slot in enumerate(sorted(layout.slots))}
         self._fresh = initial_state(layout)
         self._rows: dict[Pair, _Row] = {}
         self._pending: dict[Pair, tuple[int, int]] = {}  # occurrences, last seen
@@ -99,40 +106,112 @@ class ReferenceTable:
         with self._lock:
             pairs = self._pairs(slots, keys)
             if admit:
-                self._admit(Counter(p for p in pairs if p not in self._rows), now_ms)
-            for pair in pairs:
-                if pair in self._rows:
-                    self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, last_seen(now_ms))
+                self._admit(pairs, now_ms, worth.draw_of(keys, now_ms))
+            self._see(pairs, now_ms)
             return self.lookup(slots, keys)[0]
 
-    def _admit(self, missing: Counter[Pair], now_ms: int) -> None:
+    def _see(self, pairs: Iterable[Pair], now_ms: int) -> None:
+        for row in (self._rows[pair] for pair in pairs if pair in self._rows):
+            row.last_seen_ms = max(row.last_seen_ms, last_seen(now_ms))
+
+    def _count_uses(self, pairs: Iterable[Pair], now_ms: int) -> None:
+        """Count the rows that are there, each once."""
+        of = worth.tick(now_ms)
+        for row in (self._rows[pair] for pair in set(pairs) if pair in self._rows):
+            gap = (last_seen(now_ms) - row.last_seen_ms) // LAST_SEEN_STEP_MS
+            row.uses = worth.counted(row.uses, gap, row.pair[1], of)
+
+    def _admit(self, pairs: list[Pair], now_ms: int, draw: int) -> None:
+        """Count the missing pairs and make the rows that are due, in order of first occurrence."""
+        missing = Counter(p for p in pairs if p not in self._rows)
+        counts, sketch = self._counted(missing)
+        due = [p for p in missing if counts.get(p, 1) >= self.layout.slots[p[0]].admission]
+        if not self.layout.spare:
+            self._require_room(due)
+        self._count_uses(pairs, now_ms)
+        self._see(pairs, now_ms)
+        if self.layout.spare and pairs:
+            self._evict(worth.surplus(self.layout, len(self._rows), len(due)), draw, pairs)
+        admitted = due[: self.layout.capacity - len(self._rows)]
+        self.refused += len(due) - len(admitted)
         if self._sketch:
-            self._admit_by_filter(missing, now_ms)
-            return
-        counts = {p: self._pending.get(p, (0, now_ms))[0] + n for p, n in missing.items()}
-        admitted = [p for p, n in counts.items() if n >= self.layout.slots[p[0]].admission]
-        self._require_room(admitted)
-        for pair, count in counts.items():
-            seen = self._pending.get(pair, (0, now_ms))[1]
-            self._pending[pair] = (count, max(seen, now_ms))
+            self._sketch, counted = sketch, any(self.layout.slots[p[0]].admission > 1 for p in missing)
+            self._sketch_ms = self._sketch_ms or now_ms * counted
+        else:
+            left = {p: n for p, n in counts.items() if p not in admitted and self.layout.slots[p[0]].admission > 1}
+            self._wait(left, now_ms, draw)
         for pair in admitted:
             self._get_or_create(pair).last_seen_ms = last_seen(now_ms)
 
-    def _admit_by_filter(self, missing: Counter[Pair], now_ms: int) -> None:
+    def _counted(self, missing: Counter[Pair]) -> tuple[dict[Pair, int], list[int]]:
+        """Counts of missing pairs with these occurrences, and the sketch then (of a filter, pairs with a threshold alone)."""
+        if not self._sketch:
+            return {p: self._pending.get(p, (0, 0))[0] + n for p, n in missing.items()}, []
         counted = [pair for pair in missing if self.layout.slots[pair[0]].admission > 1]
         places = filter_places(self.layout, *_arrays(counted)).T.tolist()
         sketch = self._sketch.copy()
         for pair, four in zip(counted, places, strict=True):
             for place in four:
                 sketch[place] = min(sketch[place] + missing[pair], 255)
-        least = {pair: min(sketch[place] for place in four) for pair, four in zip(counted, places, strict=True)}
-        admitted = [pair for pair in missing if least.get(pair, 1) >= self.layout.slots[pair[0]].admission]
-        self._require_room(admitted)
-        self._sketch = sketch
-        if counted and not self._sketch_ms:
-            self._sketch_ms = now_ms
-        for pair in admitted:
-            self._get_or_create(pair).last_seen_ms = last_seen(now_ms)
+        return {pair: min(sketch[p] for p in four) for pair, four in zip(counted, places, strict=True)}, sketch
+
+    def _wait(self, counts: dict[Pair, int], now_ms: int, draw: int) -> None:
+        """Keep the counts of pairs without a row; with `spare`, of as many as there may be rows."""
+        pairs = list(counts)
+        if self.layout.spare:
+            over = len(self._pending) + len(pairs) - self.layout.capacity
+            if over > 0:
+                listed = list(self._pending)
+                levels = worth.level_of(np.array([self._pending[p][0] for p in listed], np.int64)).tolist()
+                ranks = [
+                    (last_seen(self._pending[p][1]) // LAST_SEEN_STEP_MS, level)
+                    for p, level in zip(listed, levels, strict=True)
+                ]
+                for pair in self._least(listed, ranks, worth.with_slack(self.layout, over), draw):
+                    del self._pending[pair]
+            new = [p for p in pairs if p not in self._pending][self.layout.capacity - len(self._pending) :]
+            pairs = [p for p in pairs if p not in set(new)]
+        for pair in pairs:
+            self._pending[pair] = (counts[pair], max(self._pending.get(pair, (0, now_ms))[1], now_ms))
+
+    def make_room(self, rows: int, draw: int) -> int:
+        with self._lock:
+            before = len(self._rows)
+            count = worth.surplus(self.layout, before, rows)
+            self._evict(count, draw, ())
+            if len(self._rows) + rows > self.layout.capacity:
+                self._evict(count, draw, (), everywhere=True)
+            return before - len(self._rows)
+
+    def _evict(self, count: int, draw: int, kept: Iterable[Pair], everywhere: bool = False) -> None:
+        spared = set(kept)
+        listed = [pair for pair in self._rows if pair not in spared]
+        ranks = [(self._rows[p].last_seen_ms // LAST_SEEN_STEP_MS, self._rows[p].uses) for p in listed]
+        for pair in self._least(listed, ranks, count, draw, len(self._rows), everywhere):
+            self._remove(pair)
+            self.evicted += 1
+
+    def _least(
+        self,
+        pairs: list[Pair],
+        ranks: list[tuple[int, int]],
+        count: int,
+        draw: int,
+        rows: int | None = None,
+        everywhere: bool = False,
+    ) -> list[Pair]:
+        """Of pairs last seen at these steps and as often as these levels, the `count` of least worth in the window of a draw."""
+        if count <= 0 or not pairs:
+            return []
+        _, keys = _arrays(pairs)
+        hashed = worth.hashes(self._order, np.array([self._place_of[slot] for slot, _ in pairs], np.int64), keys)
+        size = len(pairs) if rows is None else rows
+        looks = size if everywhere else worth.looks_for(count)
+        inside = worth.within(hashed, worth.window(self._order, draw, size, looks))
+        value = np.array([step + worth.HALF_LIFE * level for step, level in ranks], np.int64)
+        seen = np.flatnonzero(inside)
+        chosen = seen[worth.least(value[seen], hashed[seen], count)] if len(seen) else seen
+        return [pairs[n] for n in chosen.tolist()]
 
     def _halve_filter(self, now_ms: int) -> None:
         period = filter_period_ms(self.layout)
@@ -161,18 +240,18 @@ class ReferenceTable:
                     self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, last_seen(now_ms))
 
     def _step(self, row: _Row, gradient: list[float]) -> None:
-        moved = row.values.copy()
+        after = row.values.copy()
         start = state = 0
         for segment in self.layout.segments:
             stop, end = start + segment.dim, state + state_width(segment)
-            moved[start:stop] = _moved(segment, row.values[start:stop], row.state[state:end], gradient[start:stop])
+            after[start:stop] = moved(segment, row.values[start:stop], row.state[state:end], gradient[start:stop])
             start, state = stop, end
         if self.layout.rounding == "stochastic":
             steps = int(row.state[-1])
-            row.values[:] = round_stochastic(moved, self.layout.precision, draws(self.layout, *row.pair, steps))
+            row.values[:] = round_stochastic(after, self.layout.precision, draws(self.layout, *row.pair, steps))
             row.state[-1] = steps + 1
         else:
-            row.values[:] = round_nearest(moved, self.layout.precision)
+            row.values[:] = round_nearest(after, self.layout.precision)
 
     def expire(self, now_ms: int, max_rows: int | None = None) -> int:
         with self._lock:
@@ -239,6 +318,7 @@ class ReferenceTable:
             values=np.array([r.values for r in rows], np.float32).reshape(len(rows), self.layout.dim),
             state=np.array([r.state for r in rows], np.float32).reshape(len(rows), len(self._fresh)),
             last_seen_ms=np.array([r.last_seen_ms for r in rows], np.int64),
+            uses=np.array([r.uses for r in rows], np.uint8),
         )
 
     def restore(self, rows: Rows) -> None:
@@ -250,6 +330,7 @@ class ReferenceTable:
                 row.values[:] = round_nearest(rows.values[n], self.layout.precision)
                 row.state[:] = rows.state[n] if rows.state.shape[1] else self._fresh
                 row.last_seen_ms = last_seen(int(rows.last_seen_ms[n]))
+                row.uses = int(rows.levels[n])
 
     def _checked(self, rows: Rows) -> list[Pair]:
         check_width(self.layout, "values", rows.values, self.layout.dim)
@@ -306,38 +387,3 @@ class ReferenceTable:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-
-def _moved(segment: Segment, values: Float32, state: Float32, gradient: list[float]) -> list[float]:
-    """New values of one segment of a row; `state` is changed in place. Formulas: see `optimizers.py`."""
-    width, rate, old = segment.dim, segment.learning_rate, [float(w) for w in values]
-    if segment.optimizer == "sgd":
-        return [w - rate * g for w, g in zip(old, gradient, strict=True)]
-    if segment.optimizer == "rowwise_adagrad":
-        total = float(state[0]) + sum(g * g for g in gradient) / width
-        state[0] = total
-        rate /= math.sqrt(total) + segment.epsilon
-        return [w - rate * g for w, g in zip(old, gradient, strict=True)]
-    if segment.optimizer == "adagrad":
-        totals = [float(s) + g * g for s, g in zip(state, gradient, strict=True)]
-        state[:] = totals
-        return [w - rate / (math.sqrt(s) + segment.epsilon) * g for w, s, g in zip(old, totals, gradient, strict=True)]
-    if segment.optimizer == "adam":
-        b1, b2, steps = segment.beta1, segment.beta2, float(state[-1]) + 1
-        means = [b1 * float(m) + (1 - b1) * g for m, g in zip(state[:width], gradient, strict=True)]
-        squares = [b2 * float(v) + (1 - b2) * g * g for v, g in zip(state[width:], gradient, strict=False)]
-        state[:] = [*means, *squares, steps]
-        first, second = 1 - math.pow(b1, steps), 1 - math.pow(b2, steps)
-        return [
-            w - rate * (m / first) / (math.sqrt(v / second) + segment.epsilon)
-            for w, m, v in zip(old, means, squares, strict=True)
-        ]
-    moved = []
-    for d, (w, g) in enumerate(zip(old, gradient, strict=True)):
-        before = float(state[width + d])
-        after = before + g * g
-        z = float(state[d]) + g - (math.sqrt(after) - math.sqrt(before)) / rate * w
-        state[d], state[width + d] = z, after
-        pull = (segment.beta + math.sqrt(after)) / rate + segment.l2
-        moved.append(0.0 if abs(z) <= segment.l1 else -(z - math.copysign(segment.l1, z)) / pull)
-    return moved

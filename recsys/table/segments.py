@@ -6,6 +6,7 @@ Tensors are named `<layout>/<field>`; the metadata names format and layouts. Ver
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,13 +22,17 @@ from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.files import Written, fresh, read_file, write_file
 from recsys.keys import mix
 from recsys.table.base import Pending, Rows, Table
+from recsys.table.fit import bury, restore_within
 from recsys.types import Int32, Int64
 
+logger = logging.getLogger("recsys")
 FORMAT = 1
 _EXPORT_ROWS = 8192
 """Rows copied in one call: readers of the table wait at most 2 ms for it."""
 
 
+_OPTIONAL = ("uses", "sketch", "sketch_ms")
+"""Fields that files of older releases, or of layouts that have none, do not have."""
 SegmentFile = Written
 
 
@@ -85,20 +90,43 @@ def shard_of(slots: Int32, keys: Int64, shards: int) -> Int32:
     return (mixed * np.uint64(shards) >> np.uint64(32)).astype(np.int32)
 
 
-def load(tables: Mapping[str, Table], deltas: Iterable[TablesDelta], shard: tuple[int, int] = (0, 1)) -> None:
+def load(
+    tables: Mapping[str, Table], deltas: Sequence[TablesDelta], shard: tuple[int, int] = (0, 1)
+) -> dict[str, Rows]:
     """Apply deltas, oldest first; of their rows and counts those of `shard` (number, of how many), whatever shards wrote
-    them. SchemaMismatch if they have other layouts than the tables."""
+    them. SchemaMismatch if they have other layouts than the tables.
+
+    Returns the rows of tables that have become too small for them: those of least worth were left out (`fit.bury` tells
+    cursors of it).
+    """
+    if shard[1] > 1:
+        deltas = [{name: _of_shard(part, shard) for name, part in delta.items()} for delta in deltas]
+    too_small = set()
     for delta in deltas:
-        if shard[1] > 1:
-            delta = {name: _of_shard(part, shard) for name, part in delta.items()}
         for name, part in delta.items():
             _check_fits(name, part, tables)
         for name, part in delta.items():
             table = tables[name]
             table.remove(part.removed_slots, part.removed_keys)
-            table.restore(part.rows)
+            before = table.evicted
+            if restore_within(table, part.rows, len(part.rows.keys)) or table.evicted > before:
+                too_small.add(name)
             table.restore_defaults(part.defaults)
             table.restore_pending(part.pending)
+    left = {name: _merge([delta[name] for delta in deltas]).rows for name in too_small}
+    return {name: rows.take(~tables[name].lookup(rows.slots, rows.keys)[1]) for name, rows in left.items()}
+
+
+def resume(tables: Mapping[str, Table], deltas: Sequence[TablesDelta], *cursors: str) -> None:
+    """Load what these cursors' receivers have: they get what changes from now on, and tombstones for what a table that has
+    become too small could not take, which is said aloud."""
+    left_out = load(tables, deltas)
+    for cursor in cursors:
+        skip(tables, cursor)
+    for name, rows in left_out.items():
+        room = tables[name].layout.capacity
+        logger.warning("table %s has room for %d rows: %d rows of least worth are gone", name, room, len(rows.keys))
+    bury(tables, left_out)
 
 
 def _of_shard(part: LayoutDelta, shard: tuple[int, int]) -> LayoutDelta:
@@ -110,7 +138,7 @@ def _of_shard(part: LayoutDelta, shard: tuple[int, int]) -> LayoutDelta:
     of_pending = kept(pending.slots, pending.keys)
     counts = {f.name: getattr(pending, f.name)[of_pending] for f in fields(Pending)[:4]}
     return LayoutDelta(
-        rows=Rows(**{f.name: getattr(rows, f.name)[of_rows] for f in fields(Rows)}),
+        rows=rows.take(of_rows),
         removed_slots=part.removed_slots[of_removed],
         removed_keys=part.removed_keys[of_removed],
         defaults=part.defaults,
@@ -165,7 +193,8 @@ def _merge(parts: Sequence[LayoutDelta]) -> LayoutDelta:
 
     lengths = [len(part.rows.keys) for part in parts]
     gone = [len(part.removed_keys) for part in parts]
-    rows = {f.name: joined(getattr(part.rows, f.name) for part in parts) for f in fields(Rows)}
+    rows = {f.name: joined(getattr(part.rows, f.name) for part in parts) for f in fields(Rows)[:-1]}
+    rows["uses"] = joined(part.rows.levels for part in parts)
     slots = np.concatenate([rows["slots"], *(part.removed_slots for part in parts)])
     keys = np.concatenate([rows["keys"], *(part.removed_keys for part in parts)])
     age = np.concatenate([np.repeat(np.arange(len(parts)), lengths), np.repeat(np.arange(len(parts)), gone)])
@@ -184,9 +213,11 @@ def _merge(parts: Sequence[LayoutDelta]) -> LayoutDelta:
 
 
 def _flatten(part: LayoutDelta) -> dict[str, npt.NDArray[Any]]:
-    flat = {f.name: getattr(part.rows, f.name) for f in fields(Rows)}
+    flat = {f.name: getattr(part.rows, f.name) for f in fields(Rows)[:-1]}
+    if len(part.rows.uses):
+        flat |= {"uses": part.rows.uses}
     flat |= {"removed_slots": part.removed_slots, "removed_keys": part.removed_keys}
-    flat |= {f"defaults_{f.name}": getattr(part.defaults, f.name) for f in fields(Rows)}
+    flat |= {f"defaults_{f.name}": getattr(part.defaults, f.name) for f in fields(Rows)[:-1]}
     flat |= {f"pending_{f.name}": getattr(part.pending, f.name) for f in fields(Pending)[:4]}
     if len(part.pending.sketch):
         flat |= {"sketch": part.pending.sketch, "sketch_ms": np.array([part.pending.sketch_ms])}
@@ -195,7 +226,8 @@ def _flatten(part: LayoutDelta) -> dict[str, npt.NDArray[Any]]:
 
 def _unflatten(layout: str, tensors: Mapping[str, npt.NDArray[Any]]) -> LayoutDelta:
     def value(prefix: str, kind: type[Any]) -> dict[str, Any]:
-        return {f.name: tensors[f"{layout}/{prefix}{f.name}"] for f in fields(kind) if not f.name.startswith("sketch")}
+        named = {f.name: f"{layout}/{prefix}{f.name}" for f in fields(kind)}
+        return {name: tensors[at] for name, at in named.items() if name not in _OPTIONAL or at in tensors}
 
     pending = Pending(**value("pending_", Pending))
     if f"{layout}/sketch" in tensors:  # only a layout with a filter has one

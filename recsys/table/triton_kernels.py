@@ -1,7 +1,8 @@
 """Making, reading and changing rows of the CUDA table, in Triton.
 
 Legend: as in `triton_index`; D values of a row. A column is a list of chunks of rows that never move: kernels get the address
-of each. A record [W] is a row's optimiser state [S] (float32 bits), when it was last seen, and when it was changed.
+of each. A record [W] is a row's optimiser state [S] (float32 bits), when it was last seen, when it was changed, and how often it
+was seen.
 
 `stamp` is version << 32 | time. SHAPE, known when a kernel is compiled, is of the table: rows of a chunk, D, the next power
 of two, kind of number, W, S, the next power of two, default rows; then lanes of a program, and whether to mark as changed.
@@ -194,6 +195,7 @@ def _initialise(columns, batch, place, row, stamp, SHAPE: tl.constexpr):
         tl.store(target, begin + row.to(tl.int32)[:, None] * 0, mask=live[:, None] & (column < SHAPE[5])[None, :])
     tl.store(record + SHAPE[5], (stamp & 0xFFFFFFFF).to(tl.int32) + row.to(tl.int32) * 0, mask=live)
     tl.store(record + SHAPE[5] + 1, (stamp >> 32).to(tl.int32) + row.to(tl.int32) * 0, mask=live)
+    tl.store(record + SHAPE[5] + 2, row.to(tl.int32) * 0, mask=live)
 
 
 @triton.jit(do_not_specialize=["stamp", "n"])

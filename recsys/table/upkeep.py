@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recsys.table.intrinsics import above64, lowest_bit, prefetch, search_line
-from recsys.table.kernels import FREE, LINES, LIVE, MAX_STAMP, NEXT_LINES, SEED, SPLIT, Index, _home, _mix, kernel, part
+from recsys.table.kernels import (
+    FREE,
+    LINES,
+    LIVE,
+    MAX_ROW,
+    MAX_STAMP,
+    NEXT_LINES,
+    SEED,
+    SPLIT,
+    Index,
+    _home,
+    _mix,
+    kernel,
+    part,
+)
 from recsys.types import Int32, Int64
 
 if TYPE_CHECKING:
@@ -27,7 +41,7 @@ _U = np.uint64
 def _take_out(index: Index, hole: int) -> None:
     """Free the row of an entry and close the gap: an entry moves back unless its home lies behind the hole."""
     entries, meta = index.entries, index.meta
-    row = entries[hole, 1] & 0xFFFFFFFF
+    row = entries[hole, 1] & MAX_ROW
     index.links[row, 0] = meta[FREE]
     meta[FREE] = row
     meta[LIVE] -= 1
@@ -85,6 +99,27 @@ def sweep(index: Index, start: int, stop: int, looks: int, oldest: Int64, gone: 
         else:
             i += 1
     return i, looked, removed
+
+
+@kernel
+def survey(index: Index, first: int, last: int, positions: Int32, hashed: Array) -> int:
+    """Positions and hashes of the entries whose hash, its highest 32 bits, is in [first, last); how many. Room for all of them."""
+    entries, meta = index.entries, index.meta
+    split, count = meta[SPLIT], 0
+    for half in range(2):  # below the split and from it on: in both, lines go up with the hash
+        low, high = (max(first, split), last) if half else (first, min(last, split))
+        lines = meta[NEXT_LINES] if half else meta[LINES]
+        i, end = ((low * lines) >> 32) << 2, ((((high - 1) * lines) >> 32) + 1) << 2
+        while low < high and (i < end or entries[_U(i), _U(1)] != 0):
+            key, word = entries[_U(i), _U(0)], entries[_U(i), _U(1)]
+            mixed = _mix(_U(key) + _U((word >> 32) & 0xFF) * _U(0xD1342543DE82EF95) + _U(meta[SEED]))
+            top = np.int64(mixed >> _U(32))
+            if word != 0 and low <= top and top < high and count < positions.shape[0]:
+                positions[count] = i
+                hashed[count] = mixed
+                count += 1
+            i += 1
+    return count
 
 
 @kernel

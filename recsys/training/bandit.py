@@ -25,6 +25,7 @@ from recsys.errors import BadInput
 from recsys.events.recent import Recent
 from recsys.keys import joined, key_of, split
 from recsys.table.base import Rows, Table
+from recsys.table.fit import restore_within
 from recsys.types import Feedback, Float32, Impression, Int32, Int64, UInt8
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -170,8 +171,14 @@ class BanditLearner:
 
     def _add(self, due: Sequence[tuple[_Open, Int64, int]], now_ms: int) -> None:
         place_of = dict(zip(self.clusters.ids.tolist(), self.clusters.places.tolist(), strict=True))
-        slots, keys, sums = zip(*(self._sums(*one, place_of) for one in due), strict=True)
-        self.add_sums(np.concatenate(slots), np.concatenate(keys), np.concatenate(sums), now_ms)
+        slots, keys, sums = (
+            np.concatenate(each) for each in zip(*(self._sums(*one, place_of) for one in due), strict=True)
+        )
+        shown = sums[:, 1] > 0
+        self.add_sums(slots[shown], keys[shown], sums[shown], now_ms)
+        # A reward alone does not make an edge: of one that was forgotten since, its impression is forgotten, too.
+        there = self._table.lookup(slots, keys)[1] & ~shown
+        self.add_sums(slots[there], keys[there], sums[there], now_ms)
 
     def _sums(self, opened: _Open, items: Int64, what: int, place_of: dict[int, int]) -> tuple[Int32, Int64, Float32]:
         """The edges of some items of an impression, and what is added to each: slots, keys [E], sums [E, 3]."""
@@ -189,9 +196,10 @@ class BanditLearner:
         return places[cluster], opened.keys[items][item], sums
 
     def add_sums(self, slots: Int32, keys: Int64, sums: Float32, now_ms: int) -> None:
-        """Add sums [E, 3] to edges; edges that are not there yet begin at 0."""
+        """Add sums [E, 3] to edges; edges that are not there yet begin at 0. What finds no room in a full table is not counted."""
         self._table.lookup_train(slots, keys, now_ms)
-        self._table.apply_gradients(slots, keys, -sums, now_ms)
+        there = self._table.lookup(slots, keys)[1]
+        self._table.apply_gradients(slots[there], keys[there], -sums[there], now_ms)
 
     def _follow(self, change: Split | Drop) -> None:
         self.moved = True
@@ -200,8 +208,8 @@ class BanditLearner:
             self._table.remove(rows.slots, rows.keys)
             return
         rows = replace(rows, values=rows.values * np.float32(0.5))
-        self._table.restore(rows)
-        self._table.restore(replace(rows, slots=np.full_like(rows.slots, change.child)))
+        restore_within(self._table, rows, change.parent)
+        restore_within(self._table, replace(rows, slots=np.full_like(rows.slots, change.child)), change.child)
 
     def _rows(self, place: int | None = None) -> Rows:
         """All edges, or those of one place."""

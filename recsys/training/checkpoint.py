@@ -203,9 +203,7 @@ class Checkpoints:
             dense = safetensors.torch.load(self._read(manifest["dense"]))
         except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise SnapshotCorrupt(f"{path} is no manifest of a checkpoint ({error}): restore it") from None
-        segments.load(trainer.tables, chain)
-        for cursor in (CURSOR, "publish"):
-            segments.skip(trainer.tables, cursor)
+        segments.resume(trainer.tables, chain, CURSOR, "publish")
         trainer.restore_small(small["trainer"])
         _restore_dense(trainer, dense)
         self._segments, self._saved_step = manifest["segments"], step

@@ -90,12 +90,14 @@ def _blaming(suspects: Callable[[], Sequence[str]]) -> Iterator[None]:
 class Trainer:
     """Joiner, ranker, towers and bandit over one set of tables. Not thread-safe."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, order: int | None = None) -> None:
+        """`order`: of the tables' rows (see `Layout`); it must be the same in every run over the same records."""
         self.config = config
         self.schema = Schema.of(config)
         # Deleted items are unknown at once: a restart that reads a compacted log does not know them either.
         self.catalogue = Catalogue(self.schema, keep=0.0, texts=False)
-        self.tables = Tables(layouts(config, self.schema), config.table.implementation)
+        order = config.seed if order is None else order
+        self.tables = Tables(layouts(config, self.schema, order), config.table.implementation)
         self.joiner = Joiner(config.tasks, folder / "open")
         self.learner = Learner(config, self.schema, self.tables)
         self.towers = (

@@ -16,7 +16,7 @@ from recsys.errors import BadInput, LogError, LogTruncated, SchemaMismatch, Snap
 from recsys.events.dead_letters import letter
 from recsys.events.deltas import DeltaReader
 from recsys.features.schema import Schema
-from recsys.model.layouts import layouts
+from recsys.model.layouts import layouts, sizes
 from recsys.ranking.parameter_files import Place, Snapshots, load_checkpoint
 from recsys.ranking.parameters import ParameterStore
 from recsys.streams.base import EventLog
@@ -25,6 +25,7 @@ from recsys.table.tables import placed
 from recsys.types import Record
 from services.common import grpc_parameters
 from services.common.process import FolderLock, HealthServer, Stop, logger
+from services.common.tables import TableGauges
 
 TOPIC, CONSUMER = "parameters", "parameter"
 UNREAD_S = 10.0
@@ -50,6 +51,7 @@ class ParameterService:
         self._saved = self._read_s = clock.monotonic_s()
         self._saved_at = -1
         self._counted = (0, 0)
+        self._tables = TableGauges()
         self._goal: int | None = None
         """Where the log ended when this began: once that was read, the service has caught up, whatever came since."""
         self.caught_up = False
@@ -180,9 +182,7 @@ class ParameterService:
         if force or now_s - self._saved >= self._config.parameter.snapshot_s:
             self._saved = now_s
             self._save()
-        for layout, table in self.store.tables.items():
-            metrics.TABLE_ROWS.labels(layout).set(len(table))
-            metrics.TABLE_BYTES.labels(layout).set(table.memory_bytes())
+        self._tables.show(self.store.tables)
         metrics.TABLE_FOUND_KEYS.inc(self.store.found - self._counted[0])
         metrics.TABLE_MISSING_KEYS.inc(self.store.missing - self._counted[1])
         self._counted = self.store.found, self.store.missing
@@ -221,6 +221,7 @@ def run(config: Config, stop: Stop) -> None:
         server = grpc_parameters.serve(service.store, config.parameter_address, service.schema.hash)
         rows = service.store.tables.num_rows()
         logger.info("parameter service on %s, %d rows", config.parameter_address, rows)
+        logger.info("tables have room for %s", sizes(table.layout for table in service.store.tables.values()))
         try:
             _follow(service, stop)
         finally:

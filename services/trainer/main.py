@@ -17,11 +17,13 @@ from recsys.errors import LogFull, LogUnavailable, Stopped
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
 from recsys.model import fused
 from recsys.model.home import Reading
+from recsys.model.layouts import sizes
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.training.runner import CONSUMER, Runner
 from recsys.training.trainer import StepReport
 from services.common.process import FolderLock, HealthServer, Interrupted, Stop, logger
+from services.common.tables import TableGauges
 
 WINDOW = 5000
 """Examples behind the progressive gauges: half is noisier, double hides a change for longer."""
@@ -85,9 +87,6 @@ def show_reading(reading: Reading) -> None:
 
 def gauges(runner: Runner, published: list[int]) -> None:
     """Set what is measured now and then; `published` holds (rows, tombstones) already counted."""
-    for layout, table in runner.trainer.tables.items():
-        metrics.TABLE_ROWS.labels(layout).set(len(table))
-        metrics.TABLE_BYTES.labels(layout).set(table.memory_bytes())
     for task in runner.trainer.schema.tasks:
         metrics.SKIPPED_BATCHES.labels(task)  # 0 from the start: an alert on its rate needs the series
     for reading in runner.trainer.learner.readings():
@@ -136,6 +135,7 @@ class Loop:
         self._progressive = Progressive(tuple(task.name for task in config.tasks))
         self._runner = Runner(config, log, SystemClock(), self._on_step, stopped=lambda: bool(stop))
         self._published = [0, 0]
+        self._tables = TableGauges()
         self._shown_s = 0.0
         self._was_open = False
 
@@ -153,6 +153,8 @@ class Loop:
         logger.info(
             "trainer epoch %d at step %d, %d items", runner.epoch, runner.trainer.steps, len(runner.trainer.catalogue)
         )
+        logger.info("tables have room for %s", sizes(table.layout for table in runner.trainer.tables.values()))
+        self._tables.show(runner.trainer.tables)
 
     def run(self) -> None:
         """Until told to stop; then publish and checkpoint what was learned."""
@@ -192,6 +194,7 @@ class Loop:
             self._shown_s = time.monotonic()
             self._progressive.show()
             gauges(self._runner, self._published)
+            self._tables.show(self._runner.trainer.tables)
 
     def _close(self) -> None:
         try:

@@ -39,9 +39,13 @@ class TablesAgree(RuleBasedStateMachine):
             ]
         ),
         segments=st.sampled_from([(DEEP, WIDE, PLAIN), (ADAM, FTRL)]),
+        spare=st.sampled_from([0.0, 0.1, 0.5]),
     )
-    def build(self, admission: int, capacity: int, options: dict[str, object], segments: tuple[Segment, ...]) -> None:
-        self.layout = replace(layout_of(admission=admission, capacity=capacity, segments=segments), **options)  # type: ignore[arg-type]
+    def build(
+        self, admission: int, capacity: int, options: dict[str, object], segments: tuple[Segment, ...], spare: float
+    ) -> None:
+        layout = layout_of(admission=admission, capacity=capacity, segments=segments)
+        self.layout = replace(layout, spare=spare, order=7, **options)  # type: ignore[arg-type]
         self.both: list[Table] = [type(self).make(self.layout), ReferenceTable(self.layout)]
         self.now_ms = 0
         self.versions: dict[str, int] = {}
@@ -56,11 +60,19 @@ class TablesAgree(RuleBasedStateMachine):
         assert isinstance(answers[0], str) == isinstance(answers[1], str)
         return answers
 
-    @rule(given=KEYS, admit=st.booleans(), pause=st.integers(0, 4000))
+    @rule(given=KEYS, admit=st.booleans(), pause=st.sampled_from([0, 1000, 8000, 100_000_000]))
     def lookup_train(self, given: list[tuple[int, int]], admit: bool, pause: int) -> None:
         self.now_ms += pause
         first, second = self.each("lookup_train", *pairs(*given), self.now_ms, admit)
         assert np.array_equal(first, second)
+        assert not (self.layout.spare and isinstance(first, str)), "a table that makes room never fails to train"
+
+    @rule(rows=st.integers(0, 12), draw=st.integers(0, 9))
+    def make_room(self, rows: int, draw: int) -> None:
+        before = len(self.both[0])
+        first, second = self.each("make_room", rows, draw)
+        assert first == second == before - len(self.both[0])
+        assert len(self.both[0]) + rows <= self.layout.capacity
 
     @rule(given=KEYS, seed=st.integers(0, 99))
     def apply_gradients(self, given: list[tuple[int, int]], seed: int) -> None:
@@ -77,7 +89,8 @@ class TablesAgree(RuleBasedStateMachine):
         slots, keys = pairs(*given)
         width = self.both[0].defaults().state.shape[1]
         values, state = np.ones((len(keys), 6), np.float32), np.full((len(keys), width), 2, np.float32)
-        rows = Rows(slots=slots, keys=keys, values=values, state=state, last_seen_ms=np.arange(len(keys)))
+        uses = (np.arange(len(keys)) % 3).astype(np.uint8)
+        rows = Rows(slots=slots, keys=keys, values=values, state=state, last_seen_ms=np.arange(len(keys)), uses=uses)
         self.each("restore", rows)
 
     @rule(given=KEYS)
@@ -89,6 +102,7 @@ class TablesAgree(RuleBasedStateMachine):
         first, second = self.each("export", *pairs(*given))
         if not isinstance(first, str):
             assert np.array_equal(first.state, second.state) and np.array_equal(first.last_seen_ms, second.last_seen_ms)
+            assert np.array_equal(first.uses, second.uses)
 
     @rule(pause=st.integers(0, 12_000))
     def expire(self, pause: int) -> None:
@@ -129,7 +143,10 @@ class TablesAgree(RuleBasedStateMachine):
             set(zip(p.slots.tolist(), p.keys.tolist(), p.counts.tolist(), p.last_seen_ms.tolist(), strict=True))
             for p in self.each("pending")
         ]
-        assert counts[0] == counts[1]
+        assert counts[0] == counts[1] and (not self.layout.spare or len(counts[0]) <= self.layout.capacity)
+        assert [(table.evicted, table.refused) for table in self.both] == 2 * [
+            (self.both[0].evicted, self.both[0].refused)
+        ]
         sketches = [pending.sketch for pending in self.each("pending")]
         assert np.array_equal(*sketches)
 

@@ -47,7 +47,9 @@ def series() -> dict[str, set[str]]:
 
 
 def queried(expr: str) -> set[str]:
-    return set(re.findall(r"\b(?:recsys|process)_\w+", expr))
+    named = [re.compile(pattern) for pattern in re.findall(r'__name__=~"([^"]*)"', expr)]
+    matched = {name for name in series() if any(pattern.fullmatch(name) for pattern in named)}
+    return matched or set(re.findall(r"\b(?:recsys|process)_\w+", expr))
 
 
 def test_compose_file_fits_the_published_schema() -> None:

@@ -212,7 +212,8 @@ def parameters(runner: Runner) -> dict[str, np.ndarray]:  # type: ignore[type-ar
         order = np.lexsort((touched.keys, touched.slots))
         rows = table.export(touched.slots[order], touched.keys[order])
         found |= {
-            f"{layout}.{name}": getattr(rows, name) for name in ("slots", "keys", "values", "state", "last_seen_ms")
+            f"{layout}.{name}": getattr(rows, name)
+            for name in ("slots", "keys", "values", "state", "last_seen_ms", "uses")
         }
     for name, value in runner.trainer.learner.model.state_dict().items():
         found[f"dense.{name}"] = value.numpy()
@@ -257,15 +258,36 @@ def test_a_crash_changes_nothing_with_every_option_on(gap: str, tmp_path: Path) 
         np.testing.assert_array_equal(crashed[name], expected, err_msg=name)
 
 
+@pytest.mark.parametrize("gap", ["stepped", "manifest renamed"])
+def test_a_crash_changes_nothing_where_rows_make_room(gap: str, tmp_path: Path) -> None:
+    full = {**EVERYTHING, "table": {"capacity": 60, "expiry_s": 30}}
+    log = answered(configuration(tmp_path / "world", full))
+    straight, _, _ = run(log, tmp_path / "straight", options=full)
+    runner, view, crashes = run(log, tmp_path / "crashed", gap, 47 if gap == "stepped" else 2, full)
+    assert crashes == 1
+    for layout in ("deep", "wide", "edge"):
+        table = straight.trainer.tables[layout]
+        assert table.evicted > 60 and len(table) <= 60, layout
+    crashed = parameters(runner)
+    for name, expected in parameters(straight).items():
+        np.testing.assert_array_equal(crashed[name], expected, err_msg=name)
+    runner.close()
+    compare_with_serving(runner, view)
+
+
 def test_serving_equals_the_trainer_after_a_restart(log: MemoryLog, tmp_path: Path) -> None:
     runner, view, _ = run(log, tmp_path, "stepped", 55)
     runner.close()
+    assert compare_with_serving(runner, view).state.version.epoch == runner.epoch == 2
+
+
+def compare_with_serving(runner: Runner, view: Slowly) -> ParameterStore:
+    """What was published, applied: the trainer's rows, bit for bit, and no others."""
     store = ParameterStore(layouts(runner.config, runner.trainer.schema), runner.trainer.schema.hash)
     reader = DeltaReader()
     for record in view.published.read("parameters", 0, 0, 100_000):
         if (delta := reader.feed(record.value)) is not None:
             store.apply(delta)
-    assert store.state.version.epoch == runner.epoch == 2
     for layout, table in runner.trainer.tables.items():
         touched = table.touched("comparison")
         served, found = store.tables[layout].lookup(touched.slots, touched.keys)
@@ -275,6 +297,7 @@ def test_serving_equals_the_trainer_after_a_restart(log: MemoryLog, tmp_path: Pa
         seen = store.tables[layout].export(touched.slots, touched.keys).last_seen_ms
         np.testing.assert_array_equal(seen, rows.last_seen_ms)
         assert len(store.tables[layout]) == len(table), "rows that expired must have left serving, too"
+    return store
 
 
 def test_a_newer_trainer_fences_the_older_one(log: MemoryLog, tmp_path: Path) -> None:
