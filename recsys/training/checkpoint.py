@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+import safetensors.numpy
 import safetensors.torch
 import torch
 
@@ -141,9 +142,7 @@ class Checkpoints:
         chain = segments.extend(self._folder, older, f"segment-{step}", captured.rows)
         self._crash("segment written")
         files = {
-            "dense": write_file(
-                fresh(self._folder, f"dense-{step}", ".safetensors"), safetensors.torch.save(captured.dense)
-            ),
+            "dense": write_file(fresh(self._folder, f"dense-{step}", ".safetensors"), saved(captured.dense)),
             "small": write_file(fresh(self._folder, f"small-{step}", ".json"), captured.small),
         }
         self._crash("small written")
@@ -254,7 +253,12 @@ def network_bytes(trainer: Trainer) -> bytes:
         state |= {f"{name}.model.{key}": value.contiguous() for key, value in part.model.state_dict().items()}
     if trainer.bandit:
         state |= {f"clusters.{key}": torch.from_numpy(array) for key, array in trainer.bandit.published().items()}
-    return safetensors.torch.save(state)
+    return saved(state)
+
+
+def saved(state: Mapping[str, torch.Tensor]) -> bytes:
+    """The tensors as safetensors. `safetensors.torch.save` keeps a ctypes type for each size it ever saw, and arrays here grow."""
+    return safetensors.numpy.save({name: tensor.contiguous().numpy() for name, tensor in state.items()})
 
 
 def _networks(trainer: Trainer) -> dict[str, Any]:
