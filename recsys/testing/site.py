@@ -50,7 +50,7 @@ class Traffic:
     """How long a user stays, on average."""
     visits: int = 667
     """Requests a day."""
-    events: int = 8_000
+    events: int = 6_000
     """Feedback a day beside what users do with the lists."""
     kinds: int = 40
 
