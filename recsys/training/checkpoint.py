@@ -130,7 +130,7 @@ class Checkpoints:
             step=trainer.steps,
             rows=rows,
             versions=versions,
-            dense=_dense_state(trainer),
+            dense=dense_state(trainer),
             small=orjson.dumps(small, option=orjson.OPT_SERIALIZE_NUMPY),
             positions=dict(positions),
             spilled=sorted(small["trainer"]["joiner"]["spill"]),
@@ -218,7 +218,7 @@ class Checkpoints:
         return read_file(self._folder / entry["name"], entry["checksum"])
 
 
-def _dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+def dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Networks, the optimiser's moments, item frequencies and the bandit, copied, under flat names."""
     state: dict[str, torch.Tensor] = {}
     for name, part in _networks(trainer).items():

@@ -6,7 +6,7 @@ import gc
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 
 from recsys import metrics
@@ -78,8 +78,8 @@ class Runner:
             self._deaths.survived()  # what raises did not end the process
         self._crash("replayed")
         if publish:
+            self.publisher.publish_rows()  # before the dense weights, whose version says that rows are as new
             self.publisher.publish_dense()
-            self.publisher.publish_rows()
 
     def _restore(self) -> None:
         """The state after the journal's last step."""
@@ -93,6 +93,14 @@ class Runner:
             if report.retried or entry.step == newest:  # nobody may have buried its letters
                 self._bury(report)
         self.whole = True
+
+    def rerun(self) -> Iterator[int]:
+        """The steps of checkpoint and journal, each after it ran: for whoever compares. Nothing is published or written down."""
+        self._load()
+        yield self.trainer.steps
+        for entry in self.journal.entries(self.trainer.steps + 1):
+            self._run(entry)
+            yield self.trainer.steps
 
     def _load(self) -> None:
         """The state of the last checkpoint."""
@@ -283,7 +291,8 @@ class Runner:
     def _publish(self, *, force: bool = False) -> None:
         training, now, bandit = self.config.training, self._clock.monotonic_s(), self.trainer.bandit
         force = force or (bandit is not None and bandit.moved)
-        if force or now - self._last["rows"] >= training.publish_ms / 1000:
+        dense = force or now - self._last["dense"] >= training.dense_publish_s
+        if dense or now - self._last["rows"] >= training.publish_ms / 1000:
             if self._newest_epoch() > self.epoch:
                 raise Fenced(
                     f"epoch {self._newest_epoch()} took over from epoch {self.epoch}: this trainer stops; run one trainer a folder"
@@ -291,7 +300,7 @@ class Runner:
             with metrics.PUBLISH_SECONDS.time():
                 self.publisher.publish_rows()
             self._last["rows"] = now
-        if force or now - self._last["dense"] >= training.dense_publish_s:
+        if dense:
             self.publisher.publish_dense()
             self._last["dense"] = now
             if bandit is not None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,18 @@ def _command(
     return command
 
 
+def _of(module: str) -> Callable[[argparse.Namespace], int]:
+    """The command of a module beside this one, which is loaded when it runs: `--help` loads none."""
+
+    def run(options: argparse.Namespace) -> int:
+        return int(importlib.import_module(f"services.cli.{module}").run(options))
+
+    return run
+
+
 def _service_commands(commands: Any) -> None:
     demo = _command(
-        commands, "demo", _demo, "see it learn: three clicks, another list", "recsys demo", config_file=False
+        commands, "demo", _of("demo"), "see it learn: three clicks, another list", "recsys demo", config_file=False
     )
     demo.add_argument(
         "--exit", action="store_true", help="stop the services at the end instead of leaving them running"
@@ -107,7 +117,11 @@ def _service_commands(commands: Any) -> None:
     demo.add_argument("--seed", type=int, default=0, help="of the generated catalogue and users")
     demo.add_argument("--data-dir", type=Path, help="folder to use; default: a temporary one")
     _command(
-        commands, "up", _up, "start ranking, trainer and parameter", "recsys up --config deploy/configs/kafka.toml"
+        commands,
+        "up",
+        _of("run_up"),
+        "start ranking, trainer and parameter",
+        "recsys up --config deploy/configs/kafka.toml",
     )
     serve = _command(
         commands, "serve", _serve, "run one service in the foreground", "recsys serve ranking --config my.toml"
@@ -131,11 +145,19 @@ def _service_commands(commands: Any) -> None:
     how.add_argument("--learn", action="store_true", help="the feedback is right: learn from what waited")
     how.add_argument("--skip", action="store_true", help="the feedback was broken: go on after it without learning")
 
+    audit = _command(
+        commands,
+        "audit",
+        _of("audit"),
+        "is everything that was accepted accounted for; --replay: is the state what the log makes",
+        "recsys audit --replay --json",
+    )
+    audit.add_argument("--replay", action="store_true", help="run log and journal again, and compare bit by bit")
     table = commands.add_parser("table", help="the embedding table").add_subparsers(required=True, metavar="ACTION")
     inspect = _command(
         table,
         "inspect",
-        _inspect,
+        _of("table"),
         "rows, load, bytes, rows by slot and age of a checkpoint or snapshot",
         "recsys table inspect recsys-data/trainer --json",
     )
@@ -147,7 +169,7 @@ def _data_commands(commands: Any) -> None:
     convert = _command(
         data,
         "convert",
-        _convert,
+        _of("convert"),
         "data set to event files",
         "recsys data convert globo clicks.parquet globo/",
         config_file=False,
@@ -157,7 +179,11 @@ def _data_commands(commands: Any) -> None:
     convert.add_argument("out", type=Path, help="folder to write items, impressions and feedback to")
     convert.add_argument("--jsonl", action="store_true", help="write JSON lines instead of Parquet")
     send = _command(
-        commands, "send", _send, "play event files against running services", "recsys send --events globo/ --rate 200"
+        commands,
+        "send",
+        _of("send"),
+        "play event files against running services",
+        "recsys send --events globo/ --rate 200",
     )
     send.add_argument("--events", type=Path, nargs="+", required=True, help="event files, or their folder")
     send.add_argument("--rate", type=float, default=100.0, help="feedback events per second")
@@ -172,14 +198,14 @@ def _data_commands(commands: Any) -> None:
     send.add_argument("--url", help="ranking service; default: from the configuration")
     send.add_argument("--name", help="beginning of the event ids; the same again sends duplicates; default: the time")
     log = commands.add_parser("log", help="the event log").add_subparsers(required=True, metavar="ACTION")
-    export = _command(log, "export", _export, "a running system's log to event files", "recsys log export out/")
+    export = _command(log, "export", _of("export"), "a running system's log to event files", "recsys log export out/")
     export.add_argument("out", type=Path)
     export.add_argument("--from", dest="from_time", help="ISO time of the first record")
     export.add_argument("--to", dest="to_time", help="ISO time after the last record")
     load = _command(
         commands,
         "import",
-        _import,
+        _of("load"),
         "load items or events once, with an outcome per row",
         "recsys import items items.jsonl",
     )
@@ -193,7 +219,7 @@ def _offline_commands(commands: Any) -> None:
     replay = _command(
         commands,
         "replay",
-        _replay,
+        _of("replay"),
         "run the whole loop over event files, offline",
         "recsys replay --events globo/ --json",
     )
@@ -203,7 +229,7 @@ def _offline_commands(commands: Any) -> None:
     several = _command(
         experiment,
         "run",
-        _experiment,
+        _of("experiment"),
         "run a list of replays in the background, those that have no result yet",
         "recsys experiment run ablation.toml",
         config_file=False,
@@ -247,7 +273,7 @@ def _evaluate_commands(commands: Any) -> None:
     policy = _command(
         evaluate,
         "policy",
-        _evaluate,
+        _of("evaluate"),
         "what another policy would have earned where the log drew at random",
         "recsys evaluate policy --log out/ --policy greedy.toml --json",
         config_file=False,
@@ -276,7 +302,7 @@ def _evaluate_commands(commands: Any) -> None:
     compare = _command(
         evaluate,
         "compare",
-        _compare,
+        _of("compare"),
         "two configurations over the same events: paired differences, and their answers interleaved",
         "recsys evaluate compare old.toml new.toml --events globo/ --expect better",
         config_file=False,
@@ -288,21 +314,7 @@ def _evaluate_commands(commands: Any) -> None:
     compare.add_argument("--expect", choices=("better", "not_worse"), help="of B; exit code 1 when it is not so")
 
 
-def _demo(options: argparse.Namespace) -> int:
-    from services.cli import demo
-
-    return demo.run(options)
-
-
-def _up(options: argparse.Namespace) -> int:
-    from services.cli import run_up
-
-    return run_up.run(options)
-
-
 def _serve(options: argparse.Namespace) -> int:
-    import importlib
-
     from services.common.process import STOP_S, Stop, setup_logging
 
     loaded = config.load(options.config)
@@ -334,60 +346,6 @@ def _resume(options: argparse.Namespace) -> int:
     (folder / "resume").write_text("skip" if options.skip else "learn")
     emit(options, {"ok": True}, "the trainer goes on within a second")
     return DONE
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from services.cli import table
-
-    return table.run(options)
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from services.cli import convert
-
-    return convert.run(options)
-
-
-def _send(options: argparse.Namespace) -> int:
-    from services.cli import send
-
-    return send.run(options)
-
-
-def _export(options: argparse.Namespace) -> int:
-    from services.cli import export
-
-    return export.run(options)
-
-
-def _import(options: argparse.Namespace) -> int:
-    from services.cli import load
-
-    return load.run(options)
-
-
-def _replay(options: argparse.Namespace) -> int:
-    from services.cli import replay
-
-    return replay.run(options)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from services.cli import evaluate
-
-    return evaluate.run(options)
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from services.cli import compare
-
-    return compare.run(options)
-
-
-def _experiment(options: argparse.Namespace) -> int:
-    from services.cli import experiment
-
-    return experiment.run(options)
 
 
 if __name__ == "__main__":

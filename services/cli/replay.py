@@ -203,8 +203,8 @@ def _sink(path: Path) -> pq.ParquetWriter:
 
 
 @contextlib.contextmanager
-def progress_bar(name: str, every_s: float = 30.0) -> Iterator[Callable[[int, int], None]]:
-    """On stderr, while it is open: called with the number of events and the event time. Off a terminal, a line every `every_s`."""
+def progress_bar(name: str, every_s: float = 30.0, unit: str = "events") -> Iterator[Callable[[int, int], None]]:
+    """On stderr, while it is open: called with how many there were and the log time. Off a terminal, a line every `every_s`."""
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -213,7 +213,7 @@ def progress_bar(name: str, every_s: float = 30.0) -> Iterator[Callable[[int, in
         def progress(count: int, now_ms: int) -> None:
             nonlocal said
             when = datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="minutes")
-            text = f"{name}: {count:,} events, at {when}"
+            text = f"{name}: {count:,} {unit}, at {when}"
             bar.update(task, description=text)
             if not console.is_terminal and time.monotonic() - said >= every_s:
                 print(text, file=sys.stderr, flush=True)
