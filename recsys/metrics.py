@@ -97,6 +97,21 @@ BANDIT_SHOWN = _counter(
     "`known`.",
     ("tier",),
 )
+NOT_COUNTED = _counter(
+    "recsys_not_counted_total",
+    "Feedback that moves no counter, by reason: `user_limit` (the user had their say on the item), `unknown_item` (it waited for an item that "
+    "did not come before too many others waited).",
+    ("reason",),
+)
+CONTEXTS_FULL = _gauge(
+    "recsys_contexts_full_ratio", "Share of the bytes for impressions of the last hour; at 1 the oldest go."
+)
+COUNTERS_FULL = _gauge(
+    "recsys_counters_full_ratio", "Share of the rows of counters, or of co-visited pairs; at 1 those counted least go."
+)
+HELD_FULL = _gauge(
+    "recsys_held_full_ratio", "Share of what may wait for its item or impression; at 1 the oldest is given up."
+)
 LOOKUP_SECONDS = _histogram(
     "recsys_lookup_seconds",
     "Time of one row lookup at the parameter service, as the caller sees it.",

@@ -24,7 +24,6 @@ from recsys.features.build import Features, encode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of, mix
-from recsys.ranking.counting import MAX_CONTEXTS
 from recsys.ranking.meaning import Meaning
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
@@ -34,6 +33,8 @@ from recsys.state.memory import MemoryState
 from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Bool, Feedback, Float32, HistoryEvent, Impression, Item, ShownItem, UserUpdate
 
+_MOST_CONTEXTS = 200_000
+"""Sessions of a click log whose last context is remembered."""
 Event = tuple[int, str, Item | Impression | Feedback]
 
 
@@ -319,7 +320,7 @@ class Replay:
         name = feedback.session_id or feedback.user_id
         self._context[name] = feedback.context or {}
         self._context.move_to_end(name)
-        if len(self._context) > MAX_CONTEXTS:
+        if len(self._context) > _MOST_CONTEXTS:
             self._context.popitem(last=False)
 
     def _in_session(self, history: tuple[HistoryEvent, ...], event: HistoryEvent) -> bool:

@@ -13,8 +13,9 @@ HORIZON_MS = 3_600_000
 """Copies are known by their ids for this long. What happened before it, by its own time, is `too_late`: it may be a copy."""
 _BYTES_EACH = 100
 """Of one digest: an int in a set that is, on average, half full."""
-_SETS = 6
-"""Of one process that share the bound: ranking has accepted, late and answered ids, and counts events, requests and positives."""
+_SETS = 10
+"""Of one process that share the bound: ranking has accepted, late and answered ids, and counts events, requests and positives; it limits
+what one user counts for by two maps, whose entries take twice as much."""
 
 
 def too_late(own_ms: int, log_ms: int) -> bool:

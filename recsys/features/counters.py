@@ -67,10 +67,15 @@ class Counters:
             sums=np.zeros((rows, len(self._decays), len(self._columns)), np.float32),
         )
 
-    def add(self, columns: Columns, values: Sequence[str], now_ms: int) -> None:
-        """Count these values (names of the layout's columns) once for every item, in every counter."""
+    @property
+    def full_ratio(self) -> float:
+        """How full it is."""
+        return self._size / self._capacity
+
+    def add(self, columns: Columns, values: Sequence[str], now_ms: int, amount: float = 1.0) -> None:
+        """Count these values (names of the layout's columns) once, or as `amount` says, for every item, in every counter."""
         amounts = np.zeros(len(self._columns))
-        amounts[[self._columns[value] for value in values]] = 1.0
+        amounts[[self._columns[value] for value in values]] = amount
         weights = np.empty(len(self._decays))
         for h, decay in enumerate(self._decays):
             if (factor := decay.rescale(now_ms)) is not None:

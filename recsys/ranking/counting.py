@@ -3,70 +3,27 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from recsys.capacity import bound_bytes, entries
 from recsys.config import Config
 from recsys.events.recent import Recent, recent_limit
-from recsys.features.build import UserFeatures, shared_columns
+from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
 from recsys.features.kernels import Columns
 from recsys.features.schema import Schema
 from recsys.keys import joined, split
+from recsys.ranking.contexts import Contexts
+from recsys.ranking.held import Count
 from recsys.types import Bool, Feedback, Float32, Impression, Int32, Int64
 
 Arrays = dict[str, Any]
-HORIZON_MS = 3_600_000
-"""An impression's context is kept this long for its positives: half loses the slow ones, double doubles the memory."""
-MAX_CONTEXTS = 200_000
-"""Impressions whose context is kept at most: about 60 MB."""
-
-
-class Contexts:
-    """Shared columns of the impressions of the last hour, by request."""
-
-    def __init__(self, schema: Schema) -> None:
-        self._schema = schema
-        self._wanted = bool(schema.transition_context) or any(
-            name in schema.context for names in schema.counters.slots for name in names
-        )
-        self._open: OrderedDict[str, tuple[int, Int64, Bool]] = OrderedDict()
-
-    def columns(self, impression: Impression, now_ms: int) -> tuple[Int64, Bool]:
-        """The shared columns of an impression, remembered."""
-        keys, mask = shared_columns(self._schema, impression.user_id, impression.context)
-        if self._wanted:
-            self._open[impression.request_id] = now_ms, keys, mask
-            while len(self._open) > MAX_CONTEXTS or next(iter(self._open.values()))[0] < now_ms - HORIZON_MS:
-                self._open.popitem(last=False)
-        return keys, mask
-
-    def of(self, feedback: Feedback) -> tuple[Int64, Bool]:
-        """The shared columns of the feedback's impression; its own context where that is not known."""
-        found = self._open.get(feedback.request_id or "")
-        return found[1:] if found else shared_columns(self._schema, feedback.user_id, feedback.context or {})
-
-    def state(self) -> Arrays:
-        """Everything, as arrays."""
-        entries = list(self._open.values())
-        width = len(self._schema.shared_slots)
-        return {
-            "ids": joined(self._open),
-            "times": np.array([time_ms for time_ms, _, _ in entries], np.int64),
-            "keys": np.array([keys for _, keys, _ in entries], np.int64).reshape(-1, width),
-            "masks": np.array([mask for _, _, mask in entries], np.bool_).reshape(-1, width),
-        }
-
-    def restore(self, state: Arrays, latest_ms: int) -> None:
-        """Load `state`; times of a clock that was ahead are brought back to `latest_ms`."""
-        ids = split(state["ids"])
-        rows = zip(
-            np.minimum(state["times"], latest_ms).tolist(), state["keys"], state["masks"].astype(np.bool_), strict=True
-        )
-        self._open = OrderedDict(zip(ids, rows, strict=True))
+_LAST_BYTES = 300
+"""Of a user's last event elsewhere."""
+_FEWEST_ROWS = 4096
 
 
 class Counting:
@@ -77,7 +34,9 @@ class Counting:
         self.counters = self._new()
         self.live: Counters | None = None
         """Replay: where a user's own counts come from, live while the others' are delayed."""
-        self._contexts = Contexts(schema)
+        memory = config.capacity.memory_bytes
+        self.contexts = Contexts(schema, bound_bytes(memory, "contexts") * 3 // 4)
+        self._most_last = entries(memory, "contexts", 4 * _LAST_BYTES)
         self._tasks: dict[str, list[int]] = {}
         for index, task in enumerate(config.tasks):
             for kind in task.types:
@@ -87,11 +46,15 @@ class Counting:
         self._elsewhere = config.features.elsewhere_types
         self._last: dict[bool, OrderedDict[str, str]] = {live: OrderedDict() for live in (False, True)}
         """Item of each user's last event of the first type elsewhere; those that are counted live on their own."""
-        most = recent_limit(config.capacity.memory_bytes)
+        most = recent_limit(memory)
         self._shown, self._positives = Recent(limit=most), Recent(limit=most)
 
     def _new(self) -> Counters:
-        return Counters(self._schema, self._config.features.counter_rows)
+        """Within half of the bytes of all counters; co-visits have a quarter."""
+        config, layout = self._config, self._schema.counters
+        row_bytes = 28 + 4 * len(layout.half_lives_s) * len(layout.columns)
+        rows = entries(config.capacity.memory_bytes, "counters", 2 * row_bytes)
+        return Counters(self._schema, max(_FEWEST_ROWS, min(config.features.counter_rows, rows)))
 
     def split(self) -> None:
         """Replay: count users' own on their own, at once, by `shown_live` and `happened_live`."""
@@ -100,16 +63,9 @@ class Counting:
     def _columns(self, shared: tuple[Int64, Bool], rows: Int32) -> Columns:
         return columns_of(*shared, self._catalogue.keys[rows], self._catalogue.mask[rows])
 
-    def shared_of(self, feedback: Feedback) -> tuple[Int64, Bool]:
-        """The shared columns of the feedback's impression; its own context where that is not known."""
-        return self._contexts.of(feedback)
-
-    def shown(self, impression: Impression, now_ms: int) -> bool:
-        """Count one impression's items as shown; False for a duplicate."""
-        if not self._shown.add(impression.request_id, now_ms):
-            return False
-        self._count_shown(self.counters, impression, now_ms)
-        return True
+    def first(self, request_id: str, now_ms: int) -> bool:
+        """Whether the impression of this request was not counted yet; then it is remembered."""
+        return self._shown.add(request_id, now_ms)
 
     @property
     def full_ratio(self) -> float:
@@ -120,28 +76,49 @@ class Counting:
         """Whether an impression of this request was counted of late. From any thread."""
         return self._shown.contains(request_id)
 
+    def count(self, count: Count, rows: Int32) -> None:
+        """Add a count to the counters of the items at `rows`."""
+        assert count.shared is not None
+        self.counters.add(self._columns(count.shared, rows), count.values, count.now_ms, count.weight)
+
     def shown_live(self, impression: Impression, now_ms: int) -> None:
-        """The same in the counters that are live."""
-        if self.live is not None:
-            self._count_shown(self.live, impression, now_ms)
+        """Count one impression's items as shown in the counters that are live."""
+        if self.live is not None and impression.activation != "deferred":
+            rows = self._catalogue.rows([item.item_id for item in impression.items])
+            shared = self.contexts.shared(impression, now_ms)
+            self.live.add(self._columns(shared, rows[rows >= 0]), ("shown",), now_ms)
 
-    def _count_shown(self, counters: Counters, impression: Impression, now_ms: int) -> None:
-        rows = self._catalogue.rows([item.item_id for item in impression.items])
-        counters.add(self._columns(self._contexts.columns(impression, now_ms), rows[rows >= 0]), ("shown",), now_ms)
+    def may_count(self, feedback: Feedback) -> bool:
+        """Whether feedback of this kind could count for anything here."""
+        if feedback.request_id:
+            return feedback.type in self._tasks
+        return feedback.type in self._elsewhere
 
-    def happened(self, feedback: Feedback, row: int, later: bool, now_ms: int) -> None:
-        """Count one feedback on the item at `row`, each positive once; `later`: not its session's first event."""
-        tasks = [
-            task
+    def positives(self, feedback: Feedback, now_ms: int) -> list[str]:
+        """The columns of the tasks whose label a feedback makes 1, each once of an item of a request."""
+        return [
+            f"positive {self._schema.tasks[task]}"
             for task in self._positive_tasks(feedback)
             if self._positives.add(f"{feedback.request_id}\n{feedback.item_id}\n{task}", now_ms)
         ]
-        self._count(self.counters, feedback, row, tasks, later, now_ms)
+
+    def others(self, feedback: Feedback, later: bool, live: bool = False) -> list[str]:
+        """The other columns that a feedback counts for; `later`: not its session's first event."""
+        values: list[str] = []
+        if self.counts_events and feedback.type in self._types:
+            values += ["events", "later"] if later else ["events"]
+        if feedback.request_id is None and feedback.type in self._elsewhere:
+            values += self._elsewhere_values(feedback, live)
+        return values
 
     def happened_live(self, feedback: Feedback, row: int, later: bool, now_ms: int) -> None:
-        """The same in the counters that are live."""
+        """Count one feedback on the item at `row` in the counters that are live."""
         if self.live is not None:
-            self._count(self.live, feedback, row, self._positive_tasks(feedback), later, now_ms)
+            values = [f"positive {self._schema.tasks[task]}" for task in self._positive_tasks(feedback)]
+            values += self.others(feedback, later, live=True)
+            if values:
+                columns = self._columns(self.contexts.of(feedback), np.array([row], np.int32))
+                self.live.add(columns, values, now_ms)
 
     def _positive_tasks(self, feedback: Feedback) -> list[int]:
         if not feedback.request_id:
@@ -149,24 +126,13 @@ class Counting:
         least = {task: self._config.tasks[task].min_value for task in self._tasks.get(feedback.type, ())}
         return [t for t, low in least.items() if low is None or (feedback.value is not None and feedback.value >= low)]
 
-    def _count(
-        self, counters: Counters, feedback: Feedback, row: int, tasks: Iterable[int], later: bool, now_ms: int
-    ) -> None:
-        values = [f"positive {self._schema.tasks[task]}" for task in tasks]
-        if self.counts_events and feedback.type in self._types:
-            values += ["events", "later"] if later else ["events"]
-        if feedback.request_id is None and feedback.type in self._elsewhere:
-            values += self._elsewhere_values(feedback, counters is self.live)
-        if values:
-            counters.add(self._columns(self._contexts.of(feedback), np.array([row], np.int32)), values, now_ms)
-
     def _elsewhere_values(self, feedback: Feedback, live: bool) -> list[str]:
         """A type counts on its own, and once more if its item is the one of the user's last event of the first type."""
         kind, last = feedback.type, self._last[live]
         if kind == self._elsewhere[0]:
             last[feedback.user_id] = feedback.item_id
             last.move_to_end(feedback.user_id)
-            if len(last) > MAX_CONTEXTS:
+            if len(last) > self._most_last:
                 last.popitem(last=False)
             return [f"elsewhere {kind}"]
         follows = last.get(feedback.user_id) == feedback.item_id
@@ -189,7 +155,7 @@ class Counting:
         """Everything, as arrays."""
         return {
             "counters": self.counters.state(),
-            "contexts": self._contexts.state(),
+            "contexts": self.contexts.state(),
             "last": {"users": joined(self._last[False]), "items": joined(self._last[False].values())},
             "shown": dict(self._shown.state()),
             "positives": dict(self._positives.state()),
@@ -198,7 +164,7 @@ class Counting:
     def restore(self, state: dict[str, Arrays], **times: int) -> None:
         """Load `state`; `times`: see `ForwardDecay.restore`."""
         self.counters.restore(state["counters"], **times)
-        self._contexts.restore(state["contexts"], times.get("latest_ms", 2**62))
+        self.contexts.restore(state["contexts"], times.get("latest_ms", 2**62))
         self._last[False] = OrderedDict(zip(split(state["last"]["users"]), split(state["last"]["items"]), strict=True))
         self._shown.restore(state["shown"])
         self._positives.restore(state["positives"])

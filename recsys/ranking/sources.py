@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from recsys import metrics
+from recsys.capacity import entries
 from recsys.clock import bounded_ms
 from recsys.config import Config
 from recsys.events.recent import Recent, recent_limit
@@ -15,9 +17,12 @@ from recsys.features.build import Signals, UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
+from recsys.ranking.contexts import Shared
 from recsys.ranking.counting import Counting
 from recsys.ranking.following import Following
-from recsys.retrieval.covisits import CoVisits
+from recsys.ranking.held import Count, Held
+from recsys.ranking.limits import NEWCOMER, Limits, is_newcomer
+from recsys.retrieval.covisits import PAIR_BYTES, CoVisits
 from recsys.retrieval.followed import Followed
 from recsys.retrieval.mix import PRIORS
 from recsys.retrieval.quotas import Quotas
@@ -26,6 +31,9 @@ from recsys.types import Feedback, HistoryEvent, Impression, Int32, Int64, Item
 
 Arrays = dict[str, Any]
 
+_NO_ROW = -2
+_HELD_BYTES = 1500
+"""Of a count that waits for its item."""
 _LEAST = np.float32(0.001)
 """Added to what sources say together before its logarithm: a thousandth of a co-visit."""
 
@@ -51,15 +59,21 @@ class Sources:
     def clear(self) -> None:
         """Begin to count anew. The catalogue and what its items are filed under stay."""
         config, retrieval = self._config, self._config.retrieval
+        memory = config.capacity.memory_bytes
         with self.lock:
             self.trending = Trending(retrieval.trending_half_life_s)
             self.covisits = CoVisits(
-                retrieval.covisit_half_life_s, retrieval.covisit_backward, retrieval.covisit_neighbours
+                retrieval.covisit_half_life_s,
+                retrieval.covisit_backward,
+                retrieval.covisit_neighbours,
+                max_pairs=max(4 * retrieval.covisit_neighbours, entries(memory, "counters", 4 * PAIR_BYTES)),
             )
             self.counting = Counting(config, self._schema, self.catalogue)
             self.following = Following(config, self._schema, self.catalogue) if config.features.transitions else None
             self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
-            self._seen = Recent(limit=recent_limit(config.capacity.memory_bytes))
+            self._seen = Recent(limit=recent_limit(memory))
+            self._acted, self._showed = Limits(recent_limit(memory)), Limits(recent_limit(memory))
+            self._held = Held(entries(memory, "held", _HELD_BYTES))
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
@@ -70,6 +84,7 @@ class Sources:
                     self.followed.delete(row)
                 else:
                     self.followed.upsert(row, self._attribute_keys(row))
+                    self._release(item.item_id)
         return row
 
     def free_rows(self) -> None:
@@ -82,6 +97,11 @@ class Sources:
         for part in (self.trending, self.covisits, self.followed, self.following):
             if part is not None:
                 part.forget_rows(rows)
+
+    def _release(self, item_id: str) -> None:
+        """Count what waited for an item that is known now."""
+        for count in self._held.take(item_id):
+            self._count(item_id, count)
 
     def restore_catalogue(self, arrays: Mapping[str, Any]) -> None:
         """Load a catalogue's arrays, and file its items by their attributes."""
@@ -110,40 +130,112 @@ class Sources:
         with self.lock:  # one cut for snapshots: remembered and counted, or neither
             if not self._seen.add(feedback.event_id, now_ms):
                 return False
-            row = self.catalogue.row(feedback.item_id)
-            if row is None:
+            if feedback.type == "view":
+                self._viewed(feedback, now_ms)
+            counted, counting = feedback.type in self._types, self.counting
+            if not counted and not counting.may_count(feedback):
                 return True
-            counted = feedback.type in self._types
-            before = self.session_rows(history, event) if counted else []
-            self.counting.happened(feedback, row, bool(before), now_ms)
+            weight = self._weight(feedback, history, now_ms)
+            if not weight:
+                metrics.NOT_COUNTED.labels("user_limit").inc()
+                return True
+            before = self._session(history, event) if counted else None
+            count = Count(now_ms, weight, counting.positives(feedback, now_ms), counting.contexts.of(feedback))
+            if count.values and counting.contexts.wait(feedback, count):
+                count = count._replace(values=())
+            others = counting.others(feedback, bool(before))
+            self._count(feedback.item_id, count._replace(values=[*count.values, *others], before=before))
             if counted:
-                self.on_counted(row)
                 self.quotas.acted(feedback.request_id, feedback.item_id, now_ms)
-                self.trending.add(row, now_ms)
-                self.followed.note(row, 1.0)
-                self.covisits.add(row, before, now_ms)
-                if self.following is not None:
-                    self.following.add(row, list(dict.fromkeys(before)), self.counting.shared_of(feedback))
         return True
 
+    def _weight(self, feedback: Feedback, history: Sequence[HistoryEvent], now_ms: int) -> float:
+        """How much of a count this feedback is; 0 where its user had their say on the item."""
+        item_id, new = feedback.item_id, is_newcomer(history, feedback.item_id)
+        most = 1 if new else self._config.feedback.user_limit
+        if not self._acted.admit(key_of(f"{feedback.user_id}\n{item_id}"), most, now_ms):
+            return 0.0
+        return NEWCOMER if new else 1.0
+
+    def _count(self, item_id: str, count: Count) -> None:
+        """Count at the item; where it is not known yet, when it is."""
+        row = self.catalogue.row(item_id)
+        if row is None:
+            metrics.NOT_COUNTED.labels("unknown_item").inc(self._held.add(item_id, count))
+            return
+        if count.follower is not None:
+            later = self.catalogue.row(count.follower[0])
+            if later is not None:
+                self.covisits.add(later, [*[-1] * count.follower[1], row], count.now_ms)
+            return
+        if count.values:
+            self.counting.count(count, np.array([row], np.int32))
+        if count.before is not None:
+            self._event(item_id, row, count, count.before)
+
+    def _event(self, item_id: str, row: int, count: Count, before: Sequence[str]) -> None:
+        """An event that trending and co-visits count, after the session's earlier ones."""
+        now_ms, known = count.now_ms, [self.catalogue.row(earlier) for earlier in before]
+        self.on_counted(row)
+        self.trending.add(row, now_ms, count.weight)
+        self.followed.note(row, count.weight)
+        self.covisits.add(row, [-1 if r is None else r for r in known], now_ms)
+        for place, earlier in enumerate(before):
+            if known[place] is None:
+                self._count(earlier, Count(now_ms, follower=(item_id, place)))
+        if self.following is not None and count.shared is not None:
+            self.following.add(row, list(dict.fromkeys(r for r in known if r is not None)), count.shared)
+
     def impression(self, impression: Impression, now_ms: int) -> bool:
-        """Count one impression's items as shown; False for a duplicate."""
+        """Count one impression's items as shown, the deferred ones once they are viewed; False for a duplicate."""
         with self.lock:
-            counted = self.counting.shown(impression, now_ms)
-            if counted:
-                items = ((item.item_id, item.sources) for item in impression.items)
-                self.quotas.shown(impression.request_id, items, now_ms)
-            return counted
+            if not self.counting.first(impression.request_id, now_ms):
+                return False
+            deferred = impression.activation == "deferred"
+            items = ((item.item_id, item.sources) for item in impression.items)
+            self.quotas.shown(impression.request_id, items, now_ms, deferred=deferred)
+            shared = self.counting.contexts.shared(impression, now_ms)
+            if not deferred:
+                self._shown([item.item_id for item in impression.items], shared, now_ms)
+            return True
+
+    def _shown(self, item_ids: Sequence[str], shared: Shared, now_ms: int) -> None:
+        """Count items as shown to a user, each so often within an hour as one user counts."""
+        keys = np.fromiter(map(key_of, item_ids), np.int64, len(item_ids))
+        most = self._config.feedback.user_limit
+        admitted = self._showed.admit_items(int(shared[0][0]), keys, most, now_ms)
+        count, rows = Count(now_ms, values=("shown",), shared=shared), self.catalogue.rows_of(keys)
+        if not all(admitted):
+            rows = np.where(admitted, rows, _NO_ROW).astype(np.int32)
+        self.counting.count(count, rows[rows >= 0])
+        for place in np.flatnonzero(rows == -1).tolist():
+            self._count(item_ids[place], count)
+
+    def _viewed(self, feedback: Feedback, now_ms: int) -> None:
+        """A view: where the impression was deferred, now the item counts as shown, and so does what already happened to it."""
+        contexts = self.counting.contexts
+        waited = contexts.viewed(feedback)
+        if waited is not None:
+            self.quotas.viewed(feedback.request_id, feedback.item_id, now_ms)
+            self._shown([feedback.item_id], contexts.of(feedback), now_ms)
+            for count in waited:
+                self._count(feedback.item_id, count)
 
     def forget(self, user_id: str) -> None:
         """Drop what is counted of a user as a person; anonymous item counts stay."""
         with self.lock:
             self.counting.forget(key_of(user_id))
+            self._held.forget(key_of(user_id))
         self.on_forgotten(key_of(user_id))
 
     def session_rows(self, history: Sequence[HistoryEvent], event: HistoryEvent) -> list[int]:
         """Catalogue rows of the same session's earlier counted events, newest first, without the event's own item."""
-        rows: list[int] = []
+        rows = (self.catalogue.row(item_id) for item_id in self._session(history, event))
+        return [row for row in rows if row is not None]
+
+    def _session(self, history: Sequence[HistoryEvent], event: HistoryEvent) -> list[str]:
+        """Items of the same session's earlier counted events, newest first, without the event's own item."""
+        item_ids: list[str] = []
         last_ms = event.time_ms
         for past in reversed(history):
             if past.place >= event.place:
@@ -154,12 +246,11 @@ class Sources:
             elif last_ms - past.time_ms > self._gap_ms:
                 break
             last_ms = past.time_ms
-            row = self.catalogue.row(past.item_id)
-            if row is not None and past.item_id != event.item_id and past.type in self._types:
-                rows.append(row)
-            if len(rows) == self._config.retrieval.covisit_window:
+            if past.item_id != event.item_id and past.type in self._types:
+                item_ids.append(past.item_id)
+            if len(item_ids) == self._config.retrieval.covisit_window:
                 break
-        return rows
+        return item_ids
 
     def signals(self, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Signals:
         """What the counters say about the items at `rows` for this user."""
@@ -191,7 +282,7 @@ class Sources:
     @property
     def full_ratio(self) -> float:
         """How full the fullest set of ids is."""
-        return max(self._seen.full_ratio, self.counting.full_ratio)
+        return max(part.full_ratio for part in (self._seen, self._acted, self._showed, self.counting))
 
     def answered(self, request_id: str | int) -> bool:
         """Whether the impression of this request was read within the horizon. From any thread."""
@@ -209,6 +300,9 @@ class Sources:
                 "trending": self.trending.state(),
                 "covisits": self.covisits.state(),
                 "seen": self.seen(),
+                "acted": self._acted.state(),
+                "showed": self._showed.state(),
+                "held": self._held.state(),
                 **self.counting.state(),
                 **(self.following.state() if self.following is not None else {}),
             }
@@ -226,3 +320,15 @@ class Sources:
                 self.following.restore(state, row_map)
             for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):
                 self.followed.note(row, score)
+            for name, part in (("acted", self._acted), ("showed", self._showed), ("held", self._held)):
+                if name in state:  # earlier versions had none
+                    part.restore(state[name], times["latest_ms"])
+            for item_id in self._held.item_ids:
+                if self.catalogue.row(item_id) is not None:
+                    self._release(item_id)
+
+    def tell(self) -> None:
+        """Say how full what is bounded here is."""
+        metrics.CONTEXTS_FULL.set(self.counting.contexts.full_ratio)
+        metrics.COUNTERS_FULL.set(max(self.counting.counters.full_ratio, self.covisits.full_ratio))
+        metrics.HELD_FULL.set(self._held.full_ratio)

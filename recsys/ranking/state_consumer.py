@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from recsys import metrics
 from recsys.clock import Clock, bounded_ms
@@ -18,9 +18,13 @@ from recsys.streams.base import EventLog
 from recsys.types import FORGET, Feedback, HistoryEvent, Impression, Record, UserUpdate
 
 Histories = dict[str, tuple[HistoryEvent, ...]]
+_Read = tuple[str, int, Sequence[Record]]
+"""Of a partition: its name, where the store begins, records."""
 TOPICS = ("impression", "feedback")
+SLICE_MS = 600_000
+"""Of what was missed, impressions and feedback are taken in slices of a sixth of the time that an impression is remembered."""
 READ_LIMIT = 1000
-"""Records of one transaction: half makes a backlog slower, double holds freshness back."""
+"""Records of a topic in one turn: half makes a backlog slower, double holds freshness back."""
 _OFFSET_BITS = 48
 """An arrival is a partition and an offset in one number; a user's events lie in one partition."""
 
@@ -41,6 +45,7 @@ class StateConsumer:
         self._log, self._store, self._sources, self._on_bad = log, store, sources, on_bad
         self._meaning = Meaning(config)
         self._partitions = [(topic, p) for topic in TOPICS for p in range(log.partitions(topic))]
+        self._most = max(1, READ_LIMIT * len(TOPICS) // len(self._partitions))
         self.counter_positions = {f"{t}/{p}": log.begin(t, p) for t, p in self._partitions}
         self._nothing_read = lambda: Recent(limit=recent_limit(config.capacity.memory_bytes))
         self._reread = self._nothing_read()
@@ -57,19 +62,20 @@ class StateConsumer:
             self._reread = self._nothing_read()  # the store lost what it had
         self._stored = dict(stored)
         count, behind = 0, False
-        for topic, partition in self._partitions:
+        read: list[_Read] = []
+        for topic, partition in reversed(self._partitions):  # feedback first: its impression was appended before it
             key = f"{topic}/{partition}"
             saved = stored.get(key)
             begin = self._log.begin(topic, partition) if saved is None else saved
-            records = self._log.read(topic, partition, min(begin, self.counter_positions[key]), READ_LIMIT)
-            if not records:
-                continue
-            end = records[-1].offset + 1
-            self.apply(records, store_from=begin, count_from=self.counter_positions[key], key=key)
+            records = self._log.read(topic, partition, min(begin, self.counter_positions[key]), self._most)
+            read.append((key, begin, records))
+            behind |= len(records) == self._most
+        for key, begin, part in _in_order(read[::-1], self._most):  # impressions first
+            end = part[-1].offset + 1
+            self.apply(part, store_from=begin, count_from=self.counter_positions[key], key=key)
             self.counter_positions[key] = max(self.counter_positions[key], end)
             stored[key] = max(begin, end)
-            count += len(records)
-            behind |= len(records) == READ_LIMIT
+            count += len(part)
         if not behind:
             # Every partition was read to its end: all that was appended before this turn began is in.
             self.user_state = AsOf(positions=stored, time_ms=started_ms - 1)
@@ -176,6 +182,22 @@ class _Batch:
         self.histories: Histories = {}
         """What users have when the store has what came before."""
         self.event_ids: set[str] = set()
+
+
+def _in_order(read: Sequence[_Read], most: int) -> Iterator[_Read]:
+    """What was read of each partition, by time in slices, as far as those that are behind: feedback runs neither ahead of its impressions
+    nor so far behind that they are forgotten."""
+    rest = list(read)
+    ends = [max(r.time_ms for r in records) for _, _, records in read if len(records) == most]
+    while heads := [records[0].time_ms for _, _, records in rest if records]:
+        until_ms = min([min(heads) + SLICE_MS, *ends])
+        if until_ms < min(heads):
+            return
+        for place, (key, begin, records) in enumerate(rest):
+            size = next((i for i, record in enumerate(records) if record.time_ms > until_ms), len(records))
+            rest[place] = key, begin, records[size:]
+            if size:
+                yield key, begin, records[:size]
 
 
 def _with(history: tuple[HistoryEvent, ...], event: HistoryEvent) -> tuple[HistoryEvent, ...]:

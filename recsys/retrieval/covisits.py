@@ -13,6 +13,7 @@ from recsys.decay import ForwardDecay, counted
 from recsys.retrieval.trending import among, half_life_of, mapped
 from recsys.types import Bool, Float32, Int32
 
+PAIR_BYTES = 100
 _MAX_EXPONENT = 400
 """Half-lives of an item's own clock after which its sums are rescaled; with the time's 512 it stays below float64's 1,023."""
 
@@ -70,18 +71,23 @@ class CoVisits:
         self._lock = threading.Lock()
 
     @property
+    def full_ratio(self) -> float:
+        """How full it is."""
+        return self._num_pairs / self._max_pairs
+
+    @property
     def num_pairs(self) -> int:
         """Pairs kept now."""
         return self._num_pairs
 
     def add(self, row: int, previous_rows: Sequence[int], now_ms: int) -> None:
-        """Count `row` as following the session's earlier rows (distinct, newest first); beyond `discounts` they do not count."""
+        """Count `row` as following the session's earlier rows (distinct, newest first; below 0: not known); beyond `discounts` they do not count."""
         with self._lock:
             if (factor := self._decay.rescale(now_ms)) is not None:
                 self._rescale(factor)
             weight = self._decay.weight(now_ms)
             for previous, discount in zip(previous_rows, self._discounts, strict=False):
-                if previous != row:
+                if previous != row and previous >= 0:
                     self._count(previous, row, discount, weight)
                     if self._backward:
                         self._count(row, previous, discount * self._backward, weight)

@@ -26,15 +26,31 @@ class Quotas:
         self._shown = dict.fromkeys(self._configured, 0.0)
         self._acted = dict.fromkeys(self._configured, 0.0)
         self._open: OrderedDict[str, dict[str, tuple[str, ...]]] = OrderedDict()
+        self._unseen: OrderedDict[str, dict[str, tuple[str, ...]]] = OrderedDict()
+        """Of deferred requests: items that were not viewed yet."""
 
-    def shown(self, request_id: str, items: Iterable[tuple[str, tuple[str, ...]]], now_ms: int) -> None:
-        """A request showed items, (id, sources) each; an item counts for its sources in equal parts."""
+    def shown(
+        self, request_id: str, items: Iterable[tuple[str, tuple[str, ...]]], now_ms: int, *, deferred: bool = False
+    ) -> None:
+        """A request showed items, (id, sources) each, or (deferred) will have shown those that are viewed; an item counts for its sources
+        in equal parts."""
         if not self._learn:
             return
-        self._open[request_id] = dict(items)
-        if len(self._open) > _OPEN:
-            self._open.popitem(last=False)
-        for sources in self._open[request_id].values():
+        opened, unseen = ({}, dict(items)) if deferred else (dict(items), {})
+        for requests, mine in ((self._open, opened), (self._unseen, unseen)):
+            if mine or requests is self._open:
+                requests[request_id] = mine
+            if len(requests) > _OPEN:
+                requests.popitem(last=False)
+        for sources in opened.values():
+            self._add(self._shown, sources, now_ms)
+
+    def viewed(self, request_id: str | None, item_id: str, now_ms: int) -> None:
+        """An item of a deferred request was viewed; the first time it counts as shown."""
+        if request_id is None or request_id not in self._open:
+            return
+        if sources := self._unseen.get(request_id, {}).pop(item_id, ()):
+            self._open[request_id][item_id] = sources
             self._add(self._shown, sources, now_ms)
 
     def acted(self, request_id: str | None, item_id: str, now_ms: int) -> None:

@@ -250,6 +250,7 @@ class RankingService:
 
     def _follow_dense(self) -> bool:
         metrics.READY.set(not self.not_ready())
+        self.sources.tell()
         metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.full_ratio))
         metrics.SPOOL_BYTES.set(getattr(self.log, "spool_bytes", 0))
         self.scorer.poll()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,3 +68,44 @@ def test_hidden_and_disliked_items_do_not_come_back(system: Embedded) -> None:
     wait_for(lambda: not system.call("GET", "/v1/users/picky")["hidden"], "the user is forgotten")
     assert not system.call("GET", "/v1/users/picky")["acted"]
     assert {*shown(system, "picky", candidates=first)} == {*first}
+
+
+def count(system: Embedded, *items: str) -> dict[str, int]:
+    """How often each was trending, in places of a stranger's list: -1 where it is not in it."""
+    answer = shown(system, "stranger", 20)
+    return {item: answer.index(item) if item in answer else -1 for item in items}
+
+
+def test_twenty_newcomers_do_not_make_a_trend_and_two_hundred_people_do(system: Embedded) -> None:
+    pushed, real = IDS[198], IDS[199]
+    people = [events(f"person-{n}", [IDS[n % 40], IDS[(n * 7 + 3) % 40], IDS[(n * 11 + 5) % 40]]) for n in range(200)]
+    send(system, [event for person in people for event in person])
+    attack = [event for n in range(20) for event in events(f"fresh-{n}", [pushed] * 500)]
+    for start in range(0, len(attack), 2000):
+        system.click(*attack[start : start + 2000])
+    send(system, [{**events(f"person-{n}", [real])[0], "event_id": f"real-{n}"} for n in range(200)])
+    place = count(system, pushed, real)
+    assert place[pushed] == -1 and 0 <= place[real] < 10
+    assert system.metric("recsys_not_counted_total") >= 9900
+
+
+def test_items_put_and_clicked_together_are_all_counted(system: Embedded) -> None:
+    new = [{**ITEMS[0], "item_id": f"new-{n}", "title": "New"} for n in range(60)]
+    for start in range(0, 60, 6):
+        part = new[start : start + 6]
+        ids = [item["item_id"] for item in part]
+        clicks = [
+            {"user_id": f"fan-{start}-{u}", "item_id": i, "type": "click"} for u in range(4) for i in (IDS[0], *ids)
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            both = [
+                pool.submit(system.http.post, "/v1/feedback", json={"events": [{"version": 1, **c} for c in clicks]}),
+                pool.submit(system.http.put, "/v1/items", json={"items": part}),
+            ]
+            assert all(sent.result().status_code in (200, 202) for sent in both)
+
+    def trending() -> int:
+        answer = system.call("POST", "/v1/recommend", {"user_id": "stranger", "n": 100})
+        return sum(i["item_id"].startswith("new-") and "trending" in i["sources"] for i in answer["items"])
+
+    wait_for(lambda: trending() == 60, "all sixty are trending")

@@ -18,7 +18,9 @@ from recsys.features.counters import Counters, columns_of
 from recsys.features.kernels import Columns
 from recsys.features.schema import Schema
 from recsys.ranking.counting import Counting
-from recsys.types import Feedback, Impression, Item, ShownItem
+from recsys.ranking.limits import Limits
+from recsys.ranking.sources import Sources
+from recsys.types import Feedback, HistoryEvent, Impression, Item, ShownItem
 
 HALF_LIVES = (10.0, 300.0)
 
@@ -169,27 +171,39 @@ def feedback(kind: str, item: str, request: str | None = None, user: str = "a") 
     )
 
 
-def count(counting: Counting, schema: Schema, catalogue: Catalogue, of: tuple[str, ...], column: str) -> float:
-    counts = counting.counters.counts(columns(schema, catalogue, "a", "1", [1]), 0)
+def count(sources: Sources, schema: Schema, catalogue: Catalogue, of: tuple[str, ...], column: str) -> float:
+    counts = sources.counting.counters.counts(columns(schema, catalogue, "a", "1", [1]), 0)
     return float(counts[0, schema.counters.slots.index(of), -1, schema.counters.columns.index(column)])
+
+
+OLDER = HistoryEvent(time_ms=-1, event_id="older", item_id="another", type="click", session_id="other")
+"""Of a user who is no newcomer."""
+
+
+def happen(sources: Sources, *actions: Feedback, session: bool = False) -> None:
+    history = [OLDER]
+    for number, action in enumerate(actions):
+        event = HistoryEvent(
+            time_ms=number, event_id=str(number), item_id=action.item_id, type=action.type, session_id="s"
+        )
+        sources.feedback(dataclasses.replace(action, event_id=f"{number} {action.event_id}"), history, event, 0)
+        history += [event] if session else []
 
 
 def test_a_positive_is_counted_once_and_in_the_context_of_its_impression() -> None:
     settings = config()
     schema, catalogue = world(settings)
-    counting = Counting(settings, schema, catalogue)
-    assert counting.shown(shown("r", "a", "i1", "1"), 0)
-    assert not counting.shown(shown("r", "a", "i1", "1"), 0)
-    for _ in range(2):
-        counting.happened(feedback("click", "i1", "r"), 1, False, 0)
-    counting.happened(feedback("click", "i1"), 1, False, 0)  # without a request: of no impression
+    sources = Sources(settings, schema, catalogue)
+    assert sources.impression(shown("r", "a", "i1", "1"), 0)
+    assert not sources.impression(shown("r", "a", "i1", "1"), 0)
+    happen(sources, *[feedback("click", "i1", "r")] * 2, feedback("click", "i1"))  # without a request: of no impression
     for of in (("item", "hour"), ("user",)):
-        assert count(counting, schema, catalogue, of, "shown") == 1.0
-        assert count(counting, schema, catalogue, of, "positive click") == 1.0
-    again = Counting(settings, schema, catalogue)
-    again.restore(counting.state())
-    again.happened(feedback("click", "i1", "r"), 1, False, 0)
-    again.happened(feedback("like", "i1", "r"), 1, False, 0)
+        assert count(sources, schema, catalogue, of, "shown") == 1.0
+        assert count(sources, schema, catalogue, of, "positive click") == 1.0
+    again = Sources(settings, schema, catalogue)
+    again.restore(sources.state(), np.arange(4, dtype=np.int32), 0)
+    again._acted = Limits(1000)
+    happen(again, *[feedback(kind, "i1", "r", "a") for kind in ("like", "purchase", "like")])
     assert count(again, schema, catalogue, ("item", "hour"), "positive click") == 1.0
     assert count(again, schema, catalogue, ("item", "hour"), "positive like") == 1.0
 
@@ -198,10 +212,10 @@ def test_elsewhere_counts_each_type_and_how_often_one_follows_the_first_on_its_i
     counters = [{"of": ["user"], "values": ["elsewhere"]}]
     settings = config(counters=counters, elsewhere_types=["watch", "like"])
     schema, catalogue = world(settings)
-    counting = Counting(settings, schema, catalogue)
-    for kind, item in (("like", "i3"), ("watch", "i1"), ("like", "i1"), ("watch", "i2"), ("like", "i3")):
-        counting.happened(feedback(kind, item), 1, False, 0)
-    found = {column: count(counting, schema, catalogue, ("user",), column) for column in schema.counters.columns[-3:]}
+    sources = Sources(settings, schema, catalogue)
+    pairs = (("like", "i3"), ("watch", "i1"), ("like", "i1"), ("watch", "i2"), ("like", "i3"))
+    happen(sources, *(feedback(kind, item) for kind, item in pairs))
+    found = {column: count(sources, schema, catalogue, ("user",), column) for column in schema.counters.columns[-3:]}
     assert found == {"elsewhere watch": 2.0, "elsewhere like": 3.0, "followed like": 1.0}
     assert schema.counters.names == (
         "count.user.86400.elsewhere watch",
@@ -211,13 +225,12 @@ def test_elsewhere_counts_each_type_and_how_often_one_follows_the_first_on_its_i
 
 
 def test_a_click_logs_events_are_counted_by_whether_they_are_a_sessions_first() -> None:
-    settings = config(counters=[{"of": ["item"], "values": ["events"]}])
+    settings = config(counters=[{"of": ["user"], "values": ["events"]}])
     schema, catalogue = world(settings)
-    counting = Counting(settings, schema, catalogue)
-    for later in (False, True, True):
-        counting.happened(feedback("click", "i1"), 1, later, 0)
-    assert count(counting, schema, catalogue, ("item",), "events") == 3.0
-    assert count(counting, schema, catalogue, ("item",), "later") == 2.0
+    sources = Sources(settings, schema, catalogue)
+    happen(sources, *(feedback("click", item) for item in ("i1", "i2", "i3")), session=True)
+    assert count(sources, schema, catalogue, ("user",), "events") == 3.0
+    assert count(sources, schema, catalogue, ("user",), "later") == 2.0
 
 
 def test_users_own_counts_are_live_while_others_are_as_of_an_earlier_time() -> None:

@@ -1,18 +1,22 @@
 """The state consumer: user state and counters from the log, whatever arrives twice, late or after a loss."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recsys.clock import ManualClock
-from recsys.config import Config
+from recsys.config import Config, parse
 from recsys.errors import StateUnavailable
 from recsys.events import messages
-from recsys.features.build import user_features
+from recsys.features.build import shared_columns, user_features
 from recsys.features.catalogue import Catalogue
+from recsys.features.counters import columns_of
 from recsys.features.schema import Schema
 from recsys.ranking import snapshot
+from recsys.ranking.limits import NEWCOMER
 from recsys.ranking.sources import Sources
 from recsys.ranking.state_consumer import StateConsumer
 from recsys.state.base import StateStore
@@ -26,8 +30,10 @@ HOUR_MS = 3_600_000
 class Ranking:
     """Log, store, sources and consumer of one ranking process."""
 
-    def __init__(self, log: MemoryLog, clock: ManualClock, store: StateStore | None = None) -> None:
-        config = Config()
+    def __init__(
+        self, log: MemoryLog, clock: ManualClock, store: StateStore | None = None, config: Config | None = None
+    ) -> None:
+        config = config or Config()
         self.schema, self.clock, self.log = Schema.of(config), clock, log
         self.sources = Sources(config, self.schema, Catalogue(self.schema))
         for n in range(4):
@@ -43,7 +49,9 @@ class Ranking:
             pass
 
     def popularity(self) -> list[float]:
-        return self.sources.trending.score(np.arange(4, dtype=np.int32), self.clock.now_ms()).tolist()
+        """In what a newcomer's click counts."""
+        scores = self.sources.trending.score(np.arange(4, dtype=np.int32), self.clock.now_ms())
+        return [round(score / NEWCOMER, 5) for score in scores.tolist()]
 
 
 @pytest.fixture
@@ -225,7 +233,7 @@ def test_counters_restored_from_a_snapshot_go_on_where_they_were(
     assert snapshot.load(tmp_path, again.sources, again.consumer, again.schema, clock.now_ms())
     for side in (ranking, again):
         side.catch_up()
-    assert again.popularity() == ranking.popularity() == [1.0, 2.0, 0.0, 0.0]
+    assert again.popularity() == ranking.popularity() == [1.0, 2 / NEWCOMER, 0.0, 0.0]
     assert again.consumer.counter_positions == ranking.consumer.counter_positions
     assert again.sources.covisits.candidates([0], 10, clock.now_ms())[0].tolist() == [1]
 
@@ -240,3 +248,58 @@ def test_a_torn_snapshot_is_not_used(ranking: Ranking, clock: ManualClock, tmp_p
     assert not snapshot.load(tmp_path, again.sources, again.consumer, again.schema, clock.now_ms())
     again.catch_up()
     assert again.popularity() == [0.0, 1.0, 0.0, 0.0]
+
+
+class Racing(MemoryLog):
+    """Between the reads of two topics somebody is answered and views the first item."""
+
+    answer: Callable[[], None] | None = None
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> Sequence[Record]:
+        records = super().read(topic, partition, offset, limit)
+        if self.answer is not None:
+            answer, self.answer = self.answer, None
+            answer()
+        return records
+
+
+def test_a_view_is_never_read_before_its_impression(clock: ManualClock) -> None:
+    log = Racing(clock)
+    ranking = Ranking(log, clock)
+    items = tuple(ShownItem(item_id=f"i{n}", position=n + 1) for n in range(2))
+    deferred = Impression(request_id="r", user_id="u", time_ms=0, items=items, activation="deferred")
+    view = Feedback(event_id="v", user_id="u", item_id="i0", type="view", time_ms=0, request_id="r")
+
+    def answer() -> None:
+        log.append("impression", [("u", messages.dump_impression(deferred))])
+        log.append("feedback", [("u", messages.dump_feedback(replace(view, time_ms=clock.now_ms())))])
+
+    log.answer = answer
+    ranking.catch_up()
+    ranking.catch_up()
+    shown, not_shown = rates(ranking, "item")
+    assert shown < not_shown == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_log_read_anew_counts_what_was_counted_live(clock: ManualClock) -> None:
+    """One topic is much longer than the other: neither runs ahead by more than an impression is remembered."""
+    config = parse({"features": {"context": ["hour"], "counters": [{"of": ["item", "hour"]}]}})
+    log = MemoryLog(clock)
+    live = Ranking(log, clock, config=config)
+    for n in range(60):
+        clock.advance(HOUR_MS // 5)
+        items = (ShownItem(item_id="i0", position=1),)
+        shown = Impression(request_id=f"r{n}", user_id=f"u{n}", time_ms=0, items=items, context={"hour": "7"})
+        log.append("impression", [("u", messages.dump_impression(shown))])
+        click(live, f"u{n}", "i0", f"c{n}", request_id=f"r{n}")
+        for other in range(5 if n < 30 else 0):
+            click(live, f"u{n}", "i1", f"o{n}.{other}")
+        live.catch_up()
+    again = Ranking(log, clock, config=config)
+    again.consumer._most = 10
+    again.catch_up()
+    user = shared_columns(live.schema, "u", {"hour": "7"})
+    columns = columns_of(*user, live.sources.catalogue.keys[[0]], live.sources.catalogue.mask[[0]])
+    counts = [r.sources.counting.counters.counts(columns, clock.now_ms()) for r in (live, again)]
+    np.testing.assert_allclose(counts[1], counts[0], rtol=1e-5)
+    assert counts[0][0, 1, 0, 1] > 0
