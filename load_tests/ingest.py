@@ -183,7 +183,7 @@ def through_log(kind: str, log: EventLog, report: Report, events: Events) -> Non
         while count < LOG_BATCHES * BATCH:
             records = log.read("feedback", 0, offset, BATCH)
             count += len(records)
-            offset = records[-1].offset + 1 if records else offset
+            offset = records.next
         read.append(count / (time.perf_counter() - started))
     report.add(f"log_{kind}_append", median(accepted), "records/s", "higher")
     report.add(f"log_{kind}_append_until_readable", median(readable), "records/s", "higher")

@@ -217,7 +217,7 @@ class Run:
         """Measure, restart, and see that it goes on where it was. Every other restart is a kill."""
         system, before = self._system, self._system.runner
         own, private, rows = system.own_bytes(), private_bytes(), system.rows()
-        steps, positions = before.trainer.steps, dict(before.positions)
+        steps, positions = before.trainer.steps, dict(before.intake.positions)
         del before
         killed = day % 2 == 1
         system.close(killed=killed)
@@ -228,7 +228,7 @@ class Run:
         except Exception as error:
             self._failed.append(f"day {day}: {error!r}")
             raise
-        if system.runner.trainer.steps != steps or system.runner.positions != positions:
+        if system.runner.trainer.steps != steps or system.runner.intake.positions != positions:
             self._failed.append(f"day {day}: went on at step {system.runner.trainer.steps}, stood at {steps}")
         if reason := system.ranking.not_ready():
             self._failed.append(f"day {day}: ranking is not ready: {reason}")

@@ -3,8 +3,9 @@
 RecsysError
 ├── ConfigError          the configuration is wrong: fix the named field
 ├── BadInput             a caller's message or file is wrong: fix the named field
+│   └── RecordTooLarge   a record is larger than a log takes: split it
 ├── LogError
-│   ├── LogTruncated     a saved position is no longer in the log: `--accept-gap`, or restore the log
+│   ├── LogTruncated     a saved position is not in the log, or in another one: `--accept-gap`, or restore the log
 │   ├── LogFull          the spool or disk is full: free space, or bring the broker back
 │   └── LogUnavailable   the broker cannot be reached: it is retried; check its address
 ├── StateUnavailable     the user-state store cannot be reached: answers are context-only until it is back
@@ -19,9 +20,16 @@ RecsysError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 _LONGEST_NAME = 64
+_SECRETS = re.compile(r"""(?<=://)[^\s'"]*@|(?<=password=)[^&\s'"]+""")
+
+
+def masked(text: str) -> str:
+    """A text that may be printed: without the user names and passwords of the URLs in it."""
+    return _SECRETS.sub(lambda found: "***@" if found.group().endswith("@") else "***", text)
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -49,12 +57,16 @@ class BadInput(RecsysError):
         self.field = field
 
 
+class RecordTooLarge(BadInput):
+    """A record is larger than a log takes."""
+
+
 class LogError(RecsysError):
     """The event log failed."""
 
 
 class LogTruncated(LogError):
-    """A saved position lies before the log's beginning or beyond its end."""
+    """A saved position lies before the log's beginning or beyond its end, or belongs to another log."""
 
 
 class LogFull(LogError):

@@ -43,6 +43,11 @@ DEAD_LETTERS = _counter(
     "Messages that could not be used, by topic they came from and reason.",
     ("topic", "reason"),
 )
+LOG_GAPS = _counter(
+    "recsys_log_gaps_total",
+    "Saved positions that their log does not have any more (another log, or records lost), found at start: ServiceNotReady in the runbook.",
+    ("consumer", "topic"),
+)
 SPOOL_BYTES = _gauge("recsys_spool_bytes", "Bytes accepted that the broker has not acknowledged yet.")
 FRESHNESS_SECONDS = _histogram(
     "recsys_freshness_seconds",

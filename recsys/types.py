@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NewType, TypeAlias
 
@@ -33,6 +33,20 @@ class Record:
     key: str
     value: bytes
     time_ms: int
+
+
+class Batch(list[Record]):
+    """What one read of a log found, and `next`: the offset to read from after it.
+
+    `next` lies behind the last record, and behind what is no record (markers, records that were taken back or are damaged):
+    it may have moved although nothing was found, and it has not moved when there was nothing yet.
+    """
+
+    __slots__ = ("next",)
+
+    def __init__(self, records: Iterable[Record], next_offset: int) -> None:
+        super().__init__(records)
+        self.next = next_offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from tests.documents import DOCUMENTS, ROOT, options
 
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 7
 DRIVERS = {
-    "kafka": ("recsys/streams/kafka.py", "recsys/testing/servers.py"),
+    "kafka": ("recsys/streams/kafka", "recsys/testing/servers.py"),
     "redis": ("recsys/state/redis.py", "recsys/testing/servers.py"),
     "faiss": ("recsys/retrieval/index.py", "load_tests/retrieval.py"),
     "torch": (

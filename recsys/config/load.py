@@ -20,7 +20,7 @@ from recsys.config.features import CounterConfig
 from recsys.config.sections import Config
 from recsys.config.slate import BoostConfig, CapConfig, PinConfig
 from recsys.config.tasks import TaskConfig
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, masked
 
 PREFIX = "RECSYS_"
 _LISTED: dict[str, Any] = {
@@ -110,7 +110,7 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(path[-1], _known(path[:-1]), n=1, cutoff=0.0)
         return f"{field} is not a known key; did you mean {'.'.join([*path[:-1], *near])!r}?"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{field} = {error['input']!r}: {message}" if path else message
+    return masked(f"{field} = {error['input']!r}: {message}" if path else message)
 
 
 def _known(path: list[str]) -> list[str]:

@@ -28,8 +28,12 @@ _PIECE = 4 * 2**20
 logger = logging.getLogger("recsys")
 
 
-def save(folder: Path, sources: Sources, schema: Schema, positions: Mapping[int, int], now_ms: int) -> None:
-    """Write the columns; `positions`, of partitions of `item`, were read before. Durable and complete, or not there."""
+def save(
+    folder: Path, sources: Sources, schema: Schema, positions: Mapping[int, int], logs: Mapping[str, str], now_ms: int
+) -> None:
+    """Write the columns; `positions`, of partitions of `item`, were read before. Durable and complete, or not there.
+
+    `logs`: which log each position belongs to, by "topic/partition"."""
     folder.mkdir(parents=True, exist_ok=True)
     path = fresh(folder, f"catalogue-{now_ms}", ".columns")
     temporary = path.with_name(path.name + ".tmp")
@@ -53,6 +57,7 @@ def save(folder: Path, sources: Sources, schema: Schema, positions: Mapping[int,
             "version": VERSION,
             "schema": schema.hash,
             "positions": {str(partition): offset for partition, offset in positions.items()},
+            "logs": dict(logs),
             "written_ms": now_ms,
             "name": path.name,
             "arrays": arrays,
@@ -71,6 +76,17 @@ def _read_back(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
                 left, checksum = left - len(data), zlib.crc32(data, checksum)
             if left or checksum != entry["checksum"]:
                 raise OSError(errno.EIO, f"{entry['name']} was read back otherwise than it was written", str(path))
+
+
+def saved_positions(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """The file's positions and the logs they belong to, by "topic/partition"; empty when there is no file to be read."""
+    for manifest in Manifests(folder, "catalogue").look():
+        try:
+            saved = {f"item/{partition}": int(offset) for partition, offset in manifest["positions"].items()}
+        except (KeyError, ValueError, TypeError, AttributeError):
+            continue  # `load` says what is wrong with it
+        return saved, manifest.get("logs", {})
+    return {}, {}
 
 
 def load(

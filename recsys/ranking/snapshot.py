@@ -46,6 +46,7 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
         "units": _units(schema),
         "saved_ms": str(saved_ms),
         "positions": orjson.dumps(positions).decode(),
+        "logs": orjson.dumps(consumer.counter_logs).decode(),
     }
     entry = write_file(fresh(folder, "counters", ".safetensors"), safetensors.numpy.save(arrays, head))
     manifests = Manifests(folder, NAME)
@@ -78,6 +79,7 @@ def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
             sources.clear()
             continue
         consumer.counter_positions |= orjson.loads(head["positions"])
+        consumer.counter_logs = orjson.loads(head.get("logs", "{}"))
         return True
     return False
 

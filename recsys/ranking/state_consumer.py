@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from recsys import metrics
 from recsys.clock import Clock, bounded_ms
@@ -14,11 +14,12 @@ from recsys.ranking.meaning import Meaning
 from recsys.ranking.request import AsOf
 from recsys.ranking.sources import Sources
 from recsys.state.base import StateStore
+from recsys.streams import positions
 from recsys.streams.base import EventLog
-from recsys.types import FORGET, Feedback, HistoryEvent, Impression, Record, UserUpdate
+from recsys.types import FORGET, Batch, Feedback, HistoryEvent, Impression, Record, UserUpdate
 
 Histories = dict[str, tuple[HistoryEvent, ...]]
-_Read = tuple[str, int, Sequence[Record]]
+_Read = tuple[str, int, Batch]
 """Of a partition: its name, where the store begins, records."""
 TOPICS = ("impression", "feedback")
 SLICE_MS = 600_000
@@ -27,6 +28,8 @@ READ_LIMIT = 1000
 """Records of a topic in one turn: half makes a backlog slower, double holds freshness back."""
 _OFFSET_BITS = 48
 """An arrival is a partition and an offset in one number; a user's events lie in one partition."""
+MARK_MS = 100
+"""The log's ends are asked for this often, to know what time everything was read up to: double makes `as_of` older."""
 
 
 class StateConsumer:
@@ -44,9 +47,15 @@ class StateConsumer:
         self._clock = clock
         self._log, self._store, self._sources, self._on_bad = log, store, sources, on_bad
         self._meaning = Meaning(config)
-        self._partitions = [(topic, p) for topic in TOPICS for p in range(log.partitions(topic))]
-        self._most = max(1, READ_LIMIT * len(TOPICS) // len(self._partitions))
-        self.counter_positions = {f"{t}/{p}": log.begin(t, p) for t, p in self._partitions}
+        self._keys = positions.keys_of(log, TOPICS)
+        self._most = max(1, READ_LIMIT * len(TOPICS) // len(self._keys))
+        self.counter_positions = {key: log.begin(*positions.split(key)) for key in self._keys}
+        self.counter_logs: dict[str, str] = {}
+        """Which log each of the positions belongs to, as it was saved; after `resume`, as it is."""
+        self._marked_ms, self._marks = 0, dict[str, int]()
+        """The partitions' ends at one time; once they are read, all that was appended before it is in."""
+        self.caught_up = False
+        """Whether everything was read that there was when the ends were first asked for."""
         self._nothing_read = lambda: Recent(limit=recent_limit(config.capacity.memory_bytes))
         self._reread = self._nothing_read()
         """Events that are read again for a store that lost them."""
@@ -54,35 +63,56 @@ class StateConsumer:
         self.user_state = AsOf()
         self.counters = AsOf()
 
+    def resume(self, *, accept_gap: bool = False) -> None:
+        """Compare the store's and the counters' positions with the log. Raises LogTruncated for a gap, unless it is accepted."""
+        stored, logs = self._store.positions(), self._store.logs()
+        state = positions.resume(self._log, "state", TOPICS, stored, logs, accept_gap=accept_gap)
+        counters = positions.resume(
+            self._log, "counters", TOPICS, self.counter_positions, self.counter_logs, accept_gap=accept_gap
+        )
+        self.counter_positions = counters.positions
+        self.counter_logs = positions.identities(self._log, self._keys)
+        if state.positions != stored or logs != self.counter_logs:
+            self._store.move(state.positions, self.counter_logs)
+
     def turn(self) -> int:
         """Read and apply what is new; returns how many records. Raises LogUnavailable, StateUnavailable: then call again."""
-        started_ms = self._clock.now_ms()
         stored = self._store.positions()
         if any(stored.get(key, 0) < position for key, position in self._stored.items()):
             self._reread = self._nothing_read()  # the store lost what it had
         self._stored = dict(stored)
-        count, behind = 0, False
+        self._mark(stored)
+        count = 0
         read: list[_Read] = []
-        for topic, partition in reversed(self._partitions):  # feedback first: its impression was appended before it
-            key = f"{topic}/{partition}"
-            saved = stored.get(key)
-            begin = self._log.begin(topic, partition) if saved is None else saved
-            records = self._log.read(topic, partition, min(begin, self.counter_positions[key]), self._most)
-            read.append((key, begin, records))
-            behind |= len(records) == self._most
+        for key in reversed(self._keys):  # feedback first: its impression was appended before it
+            topic, partition = positions.split(key)
+            if key not in stored:  # the store is new, or lost its data
+                stored[key] = self._log.begin(topic, partition)
+                self._store.move({key: stored[key]}, {key: self._log.identity(topic, partition)})
+            start = min(stored[key], self.counter_positions[key])
+            records = self._log.read(topic, partition, start, self._most)
+            if records.next > start:
+                read.append((key, stored[key], records))
         for key, begin, part in _in_order(read[::-1], self._most):  # impressions first
-            end = part[-1].offset + 1
             self.apply(part, store_from=begin, count_from=self.counter_positions[key], key=key)
-            self.counter_positions[key] = max(self.counter_positions[key], end)
-            stored[key] = max(begin, end)
+            self.counter_positions[key] = max(self.counter_positions[key], part.next)
+            stored[key] = max(begin, part.next, stored[key])
             count += len(part)
-        if not behind:
-            # Every partition was read to its end: all that was appended before this turn began is in.
-            self.user_state = AsOf(positions=stored, time_ms=started_ms - 1)
-            self.counters = AsOf(positions=dict(self.counter_positions), time_ms=started_ms - 1)
+        if all(min(stored[key], self.counter_positions[key]) >= end for key, end in self._marks.items()):
+            self.caught_up = True
+            self.user_state = AsOf(positions=stored, time_ms=self._marked_ms - 1)
+            self.counters = AsOf(positions=dict(self.counter_positions), time_ms=self._marked_ms - 1)
         return count
 
-    def apply(self, records: Sequence[Record], *, store_from: int, count_from: int, key: str) -> None:
+    def _mark(self, stored: Mapping[str, int]) -> None:
+        """Ask for the ends again, once those of the last time were read: a read that found nothing does not tell."""
+        now_ms = self._clock.now_ms()
+        read = all(min(stored.get(k, 0), self.counter_positions[k]) >= end for k, end in self._marks.items())
+        if read and (not self._marks or abs(now_ms - self._marked_ms) >= MARK_MS):
+            self._marks = {key: self._log.end(*positions.split(key)) for key in self._keys}
+            self._marked_ms = now_ms
+
+    def apply(self, records: Batch, *, store_from: int, count_from: int, key: str) -> None:
         """Records of one partition: to the store from offset `store_from` on, to the counters from `count_from` on.
 
         1. Judge each: what it is, and whether it is a copy. 2. Write to the store. 3. Count. The store may fail, and then the same
@@ -94,9 +124,9 @@ class StateConsumer:
                 self._judge(record, batch)
             except BadInput as error:
                 self._on_bad(record, str(error))
-        if records[-1].offset >= store_from:
+        if records.next > store_from:
             updates = [update for offset, update in batch.updates if offset >= store_from]
-            self._store.apply(updates, {key: records[-1].offset + 1})
+            self._store.apply(updates, {key: records.next})
         for count in batch.counts:
             count()
         now_ms = self._clock.now_ms()
@@ -187,6 +217,7 @@ class _Batch:
 def _in_order(read: Sequence[_Read], most: int) -> Iterator[_Read]:
     """What was read of each partition, by time in slices, as far as those that are behind: feedback runs neither ahead of its impressions
     nor so far behind that they are forgotten."""
+    yield from (part for part in read if not part[2])  # nothing but a position that moved
     rest = list(read)
     ends = [max(r.time_ms for r in records) for _, _, records in read if len(records) == most]
     while heads := [records[0].time_ms for _, _, records in rest if records]:
@@ -195,9 +226,10 @@ def _in_order(read: Sequence[_Read], most: int) -> Iterator[_Read]:
             return
         for place, (key, begin, records) in enumerate(rest):
             size = next((i for i, record in enumerate(records) if record.time_ms > until_ms), len(records))
-            rest[place] = key, begin, records[size:]
             if size:
-                yield key, begin, records[:size]
+                whole = size == len(records)
+                rest[place] = key, begin, Batch(records[size:], records.next)
+                yield key, begin, Batch(records[:size], records.next if whole else records[size].offset)
 
 
 def _with(history: tuple[HistoryEvent, ...], event: HistoryEvent) -> tuple[HistoryEvent, ...]:

@@ -19,6 +19,7 @@ class MemoryState:
         self._seen_len = seen_len
         self._users: dict[str, UserEntry] = {}
         self._positions: dict[str, int] = {}
+        self._logs: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
@@ -38,6 +39,14 @@ class MemoryState:
 
     def positions(self) -> dict[str, int]:
         return dict(self._positions)
+
+    def logs(self) -> dict[str, str]:
+        return dict(self._logs)
+
+    def move(self, positions: Mapping[str, int], logs: Mapping[str, str]) -> None:
+        with self._lock:
+            self._positions.update(positions)
+            self._logs.update(logs)
 
     def close(self) -> None:
         return

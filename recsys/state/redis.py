@@ -1,4 +1,5 @@
-"""User state in Redis: `<prefix>:h:<user>` history, `<prefix>:s:<user>` seen, `<prefix>:i:<user>` items to leave out, `<prefix>:positions` a hash."""
+"""User state in Redis: `<prefix>:h:<user>` history, `<prefix>:s:<user>` seen, `<prefix>:i:<user>` items to leave out;
+`<prefix>:positions` and `<prefix>:logs` are hashes."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import redis
 
-from recsys.errors import ConfigError, StateUnavailable
+from recsys.errors import ConfigError, StateUnavailable, masked
 from recsys.state.merge import (
     UserEntry,
     pack_history,
@@ -29,7 +30,7 @@ class RedisState:
     """See StateStore. Needs one Redis (not a cluster): a transaction covers the keys of many users."""
 
     def __init__(self, url: str, prefix: str, history_len: int, seen_len: int) -> None:
-        self._url = url
+        self._url = masked(url)
         self._prefix = prefix
         self._history_len = history_len
         self._seen_len = seen_len
@@ -42,7 +43,7 @@ class RedisState:
                 retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         except ValueError as error:
-            raise ConfigError(f"state.url = {url!r}: {error}") from None
+            raise ConfigError(f"state.url = {self._url!r}: {masked(str(error))}") from None
 
     @contextlib.contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -50,7 +51,7 @@ class RedisState:
             yield
         except (redis.RedisError, OSError) as error:
             raise StateUnavailable(
-                f"Redis at {self._url!r} cannot be used ({error}): check `state.url` and the server"
+                f"Redis at {self._url!r} cannot be used ({masked(str(error))}): check `state.url` and the server"
             ) from error
 
     def _keys(self, user_id: str) -> tuple[str, str, str]:
@@ -96,6 +97,19 @@ class RedisState:
             return {
                 name.decode(): int(value) for name, value in self._client.hgetall(f"{self._prefix}:positions").items()
             }
+
+    def logs(self) -> dict[str, str]:
+        with self._mapped():
+            return {
+                name.decode(): value.decode() for name, value in self._client.hgetall(f"{self._prefix}:logs").items()
+            }
+
+    def move(self, positions: Mapping[str, int], logs: Mapping[str, str]) -> None:
+        with self._mapped(), self._client.pipeline(transaction=True) as transaction:
+            for name, values in (("positions", positions), ("logs", logs)):
+                if values:
+                    transaction.hset(f"{self._prefix}:{name}", mapping=dict(values))
+            transaction.execute()
 
     def close(self) -> None:
         self._client.close()

@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS history (user_id TEXT PRIMARY KEY, value BLOB NOT NUL
 CREATE TABLE IF NOT EXISTS seen (user_id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS items (user_id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS positions (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS logs (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 _GET = "SELECT " + ", ".join(
     f"(SELECT value FROM {table} WHERE user_id = ?1)" for table in ("history", "seen", "items")
@@ -66,12 +67,26 @@ class SqliteState:
             ) from error
 
     def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
+        with self._transaction() as connection:
+            self._write(connection, updates)
+            connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
+
+    def logs(self) -> dict[str, str]:
+        with self._read_lock, self._mapped():
+            return dict(self._reading.execute("SELECT name, value FROM logs").fetchall())
+
+    def move(self, positions: Mapping[str, int], logs: Mapping[str, str]) -> None:
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
+            connection.executemany("INSERT OR REPLACE INTO logs VALUES (?, ?)", logs.items())
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write_lock, self._mapped():
             connection = self._writing
             connection.execute("BEGIN IMMEDIATE")
             try:
-                self._write(connection, updates)
-                connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
+                yield connection
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:

@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from recsys.types import Record
+from recsys.errors import RecordTooLarge
+from recsys.types import Batch
+
+MAX_VALUE_BYTES = 2**20
+"""Of one record, in every log: what is larger is refused by `append`."""
+
+
+def check_sizes(topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
+    """Refuse what no log takes."""
+    for key, value in messages:
+        if len(value) > MAX_VALUE_BYTES:
+            raise RecordTooLarge(
+                f"message {key[:100]!r} for {topic!r} has {len(value)} bytes, more than {MAX_VALUE_BYTES}: split it",
+                field="value",
+            )
 
 
 class EventLog(Protocol):
@@ -17,7 +31,8 @@ class EventLog(Protocol):
     def append(self, topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
         """Append (key, value) pairs in order; blocks until they are accepted: kill -9 can no longer lose them.
 
-        Raises LogFull when nothing more can be accepted; then nothing of this call was accepted.
+        Raises LogFull when nothing more can be accepted, RecordTooLarge when a value has more than MAX_VALUE_BYTES; then
+        nothing of this call was accepted.
         A record may appear more than once downstream (an unacknowledged send is repeated): consumers drop duplicates.
         """
         ...
@@ -26,11 +41,21 @@ class EventLog(Protocol):
         """Block until everything accepted so far is readable by every process; LogUnavailable when it is not in time."""
         ...
 
-    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> list[Record]:
-        """Up to `limit` records from `offset` on, at once: an empty list when there are none yet.
+    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
+        """Up to `limit` committed records from `offset` on, at once, and the offset to go on from.
 
-        Raises LogTruncated when `offset` lies before `begin` (and the log is not empty there) or after `end`,
-        LogUnavailable when the broker cannot be reached.
+        Nothing found does not mean that there is nothing: a range was read whole when `Batch.next` has reached its end
+        (`recsys.streams.ranges.read_range` waits for that).
+        Raises LogTruncated when `offset` lies before `begin` (and the log is not empty there) or after `end`, or when the
+        topic was made anew since this process first used it; LogUnavailable when the broker cannot be reached.
+        """
+        ...
+
+    def identity(self, topic: str, partition: int) -> str:
+        """Which log this is: another one after the topic was deleted and made anew. Saved beside every position in it.
+
+        It is the one that this process found first: if it changes meanwhile, `read` raises LogTruncated. "" where the broker
+        has none (before Kafka 2.8).
         """
         ...
 
@@ -39,7 +64,7 @@ class EventLog(Protocol):
         ...
 
     def end(self, topic: str, partition: int) -> int:
-        """The offset that the next record will be at or after."""
+        """The offset that the next committed record will be at or after; what reads up to here knows all that is committed."""
         ...
 
     def partitions(self, topic: str) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections import defaultdict
 from collections.abc import Sequence
 
 from recsys.clock import Clock
 from recsys.errors import LogTruncated
-from recsys.types import Record
+from recsys.streams.base import check_sizes
+from recsys.types import Batch, Record
 
 
 class MemoryLog:
@@ -18,8 +20,10 @@ class MemoryLog:
         self._clock = clock
         self._topics: defaultdict[str, list[Record]] = defaultdict(list)
         self._lock = threading.Lock()
+        self._id = f"memory:{uuid.uuid4().hex}"
 
     def append(self, topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
+        check_sizes(topic, messages)
         with self._lock:
             records = self._topics[topic]
             now_ms = self._clock.now_ms()
@@ -34,11 +38,15 @@ class MemoryLog:
     def flush(self, timeout_s: float = 10.0) -> None:
         return
 
-    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> list[Record]:
+    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
         records = self._topics[topic]
         if not 0 <= offset <= len(records):
             raise LogTruncated(f"{topic}/{partition}: offset {offset} is outside 0..{len(records)}: `--accept-gap`")
-        return records[offset : offset + limit]
+        found = records[offset : offset + limit]
+        return Batch(found, offset + len(found))
+
+    def identity(self, topic: str, partition: int) -> str:
+        return self._id
 
     def begin(self, topic: str, partition: int) -> int:
         return 0

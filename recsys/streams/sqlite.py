@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import queue
 import sqlite3
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 from recsys.clock import Clock
 from recsys.errors import LogError, LogFull, LogTruncated, LogUnavailable
-from recsys.types import Record
+from recsys.streams.base import check_sizes
+from recsys.types import Batch, Record
 
+_log = logging.getLogger(__name__)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (seq INTEGER PRIMARY KEY, time_ms INTEGER NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS positions (name TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS identity (id TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 _COMPACTED = ("item",)
 """Topics of which the newest record of each key is never dropped."""
@@ -65,8 +70,21 @@ class _File:
         with self.only_writer(), _mapped(path):
             self.writing = self._connect("FULL" if durable else "NORMAL")
             self.writing.executescript(_SCHEMA)
+            self.writing.execute(
+                "INSERT INTO identity SELECT ? WHERE NOT EXISTS (SELECT 1 FROM identity)",
+                (f"sqlite:{uuid.uuid4().hex}",),
+            )
+            self.id: str = self.writing.execute("SELECT id FROM identity").fetchone()[0]
+            self._inode = path.stat().st_ino
             self.reading = self._connect("NORMAL")
             self.reading.execute("SELECT (SELECT min(seq) FROM log), (SELECT max(seq) FROM log)").fetchone()
+
+    def replaced(self) -> bool:
+        """Whether somebody deleted the file, or put another in its place: what is open is then seen by nobody else."""
+        try:
+            return self.path.stat().st_ino != self._inode
+        except OSError:
+            return True
 
     def _connect(self, synchronous: str) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10.0)
@@ -180,6 +198,8 @@ class SqliteLog:
         self._retention_bytes = retention_bytes
         self._files: dict[str, _File] = {}
         self._parents_files: dict[str, _File] = {}
+        self._ids: dict[str, str] = {}
+        """Of each topic's file as this process first found it."""
         self._lock = threading.Lock()
         self._closed = False
         try:
@@ -203,15 +223,32 @@ class SqliteLog:
             if self._pid != os.getpid():  # forked: threads do not come along, and SQLite forbids even closing what does
                 self._parents_files, self._files = self._files, {}
                 self._start()
-            if topic not in self._files:
+            if topic not in self._files or self._files[topic].replaced():
                 path = self._folder / f"{topic}.db"
                 try:
-                    self._files[topic] = _File(topic, path, topic in self._durable_topics)
+                    file = self._files[topic] = _File(topic, path, topic in self._durable_topics)
+                    if self._ids.setdefault(topic, file.id) != file.id:
+                        _log.error("log file %s was replaced while it was in use: what is read from it is a gap", path)
                 except OSError as error:
                     raise LogFull(f"log file {str(path)!r} cannot be made ({error}): free disk space") from error
             return self._files[topic]
 
+    def _known(self, topic: str) -> _File:
+        """The topic's file for a reader. LogTruncated when it is not the one that this process first found."""
+        file = self._file(topic)
+        if file.id != self._ids[topic]:
+            raise LogTruncated(
+                f"log file {str(file.path)!r} was deleted and made anew ({self._ids[topic]} is {file.id} now): restore it, "
+                "or start again with `--accept-gap`"
+            )
+        return file
+
+    def identity(self, topic: str, partition: int) -> str:
+        self._file(topic)
+        return self._ids[topic]
+
     def append(self, topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
+        check_sizes(topic, messages)
         self._file(topic)
         if messages:
             done: Future[None] = Future()
@@ -256,22 +293,23 @@ class SqliteLog:
     def flush(self, timeout_s: float = 10.0) -> None:
         return  # an append returns after its commit, which every process sees
 
-    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> list[Record]:
-        file = self._file(topic)
+    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
+        file = self._known(topic)
         with file.lock, _mapped(file.path):
             rows = file.read(offset, limit)
-        return [
+        records = [
             Record(topic=topic, partition=0, offset=seq, key=key, value=value, time_ms=time_ms)
             for seq, time_ms, key, value in rows
         ]
+        return Batch(records, records[-1].offset + 1 if records else offset)
 
     def begin(self, topic: str, partition: int) -> int:
-        file = self._file(topic)
+        file = self._known(topic)
         with file.lock, _mapped(file.path):
             return file.begin()
 
     def end(self, topic: str, partition: int) -> int:
-        file = self._file(topic)
+        file = self._known(topic)
         with file.lock, _mapped(file.path):
             return file.end()
 

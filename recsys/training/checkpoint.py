@@ -59,6 +59,8 @@ class Checkpoints:
         self, folder: Path, trainer: Trainer, journal: Journal, crash: Callable[[str], None] = lambda _: None
     ) -> None:
         self._folder, self.trainer, self._journal, self._crash = folder, trainer, journal, crash
+        self.logs: dict[str, str] = {}
+        """Which log each position of what `load` found belongs to; empty where an earlier release wrote it."""
         self._segments: list[SegmentFile] = []
         self._saved_step = -1
         self._manifests = Manifests(folder)
@@ -67,7 +69,7 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Captured, Future[list[SegmentFile]]] | None = None
 
-    def save(self, positions: Mapping[str, int], *, wait: bool = False) -> bool:
+    def save(self, positions: Mapping[str, int], logs: Mapping[str, str], *, wait: bool = False) -> bool:
         """Begin a checkpoint; False when the last one is still being written. `wait`: finish it; False when it failed."""
         self.poll(wait=wait)
         if self._pending is not None:
@@ -75,7 +77,7 @@ class Checkpoints:
         if self.trainer.steps == self._saved_step:
             return True  # No step since: what is on disk is the checkpoint of now, and its files must not be written again.
         # 1. Copy what changed, the networks and the small state: a consistent cut between two steps.
-        captured = self._capture(positions)
+        captured = self._capture(positions, logs)
         self._crash("captured")
         # 2. From here on, steps go to a new journal file; both are needed until the manifest is renamed.
         self._journal.begin(captured.step + 1)
@@ -122,10 +124,10 @@ class Checkpoints:
     def close(self) -> None:
         self._worker.shutdown(wait=True)
 
-    def _capture(self, positions: Mapping[str, int]) -> Captured:
+    def _capture(self, positions: Mapping[str, int], logs: Mapping[str, str]) -> Captured:
         trainer = self.trainer
         rows, versions = segments.take(trainer.tables, CURSOR)
-        small = {"positions": dict(positions), "trainer": trainer.small_state()}
+        small: dict[str, Any] = {"positions": dict(positions), "logs": dict(logs), "trainer": trainer.small_state()}
         return Captured(
             step=trainer.steps,
             rows=rows,
@@ -206,6 +208,7 @@ class Checkpoints:
         trainer.restore_small(small["trainer"])
         _restore_dense(trainer, dense)
         self._segments, self._saved_step = manifest["segments"], step
+        self.logs = small.get("logs", {})
         positions: dict[str, int] = small["positions"]
         self._newest = self._before = _Kept(step, dict(positions))
         for older in self._manifests.look():

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from recsys.clock import Clock
 from recsys.streams.base import EventLog
+from recsys.streams.positions import identities, resume, split
+from recsys.streams.ranges import read_range
 from recsys.types import Record
 
+CONSUMER = "trainer"
 TOPICS = ("item", "impression", "feedback")
 READ_LIMIT = 1000
 """Records of one partition taken in one step: half makes a backlog slower, double holds a step (and freshness) longer."""
@@ -23,14 +26,20 @@ class Intake:
     def __init__(self, log: EventLog, clock: Clock) -> None:
         self._log, self._clock = log, clock
         self.positions: dict[str, int] = {}
+        self.logs: dict[str, str] = {}
+        """Which log each position is in."""
         self._marked_ms, self._marks = 0, dict[str, int]()
         """The partitions' ends at one log time; once they are read, nothing before it is still unread."""
         self._read_ms: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """Stand at the beginning of every partition."""
-        keys = [f"{topic}/{partition}" for topic in TOPICS for partition in range(self._log.partitions(topic))]
-        self.positions = {key: self._log.begin(*split(key)) for key in keys}
+    def begin(self, saved: Mapping[str, int], logs: Mapping[str, str], *, accept_gap: bool = False) -> list[str]:
+        """Stand at the saved positions, and at the beginning of every other partition; returns the gaps that were accepted.
+
+        Raises LogTruncated when the log is another one, or lost what comes after a position, unless `accept_gap`.
+        """
+        self.positions, gaps = resume(self._log, CONSUMER, TOPICS, saved, logs, accept_gap=accept_gap)
+        self.logs = identities(self._log, self.positions)
+        return gaps
 
     def passed(self, ends: Mapping[str, int]) -> None:
         """Records up to these ends were taken."""
@@ -47,9 +56,10 @@ class Intake:
         self._mark()
         for key in _ordered(self.positions):
             batch = self._log.read(*split(key), self.positions[key], READ_LIMIT)
+            if batch.next > self.positions[key]:
+                ends[key] = batch.next
             if batch:
                 records += batch
-                ends[key] = batch[-1].offset + 1
                 self._read_ms[key] = max(self._read_ms.get(key, 0), batch[-1].time_ms)
             if len(batch) >= READ_LIMIT and key.startswith("item/"):
                 break
@@ -73,25 +83,14 @@ class Intake:
         return [r for key in _ordered(ends) for r in self.range(key, self.positions[key], ends[key])]
 
     def range(self, key: str, start: int, end: int) -> Iterator[Record]:
-        """The records of one partition from `start` to before `end`."""
-        topic, partition = split(key)
-        while start < end:
-            batch = self._log.read(topic, partition, start, READ_LIMIT)
-            yield from (r for r in batch if r.offset < end)
-            if not batch:
-                break
-            start = batch[-1].offset + 1
+        """The records of one partition from `start` to before `end`, all of them."""
+        for batch in read_range(self._log, key, start, end, limit=READ_LIMIT):
+            yield from batch
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Records not yet read, by (topic, partition)."""
         places = {split(key): offset for key, offset in self.positions.items()}
         return {place: max(0, self._log.end(*place) - offset) for place, offset in places.items()}
-
-
-def split(key: str) -> tuple[str, int]:
-    """Topic and partition of "topic/partition"."""
-    topic, partition = key.rsplit("/", 1)
-    return topic, int(partition)
 
 
 def _ordered(keys: Mapping[str, int]) -> list[str]:

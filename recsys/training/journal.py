@@ -25,6 +25,9 @@ class Entry:
     learn: bool = True
     without: Mapping[str, str] = field(default_factory=dict)
     """What is left out because the step failed with it, each with the reason: see `recovery`."""
+    starts: Mapping[str, int] = field(default_factory=dict)
+    """Where each partition's range begins, and (`logs`) in which log: of a first entry that no checkpoint's positions precede."""
+    logs: Mapping[str, str] = field(default_factory=dict)
 
     def leaving_out(self, units: Mapping[str, str]) -> Entry:
         """The same step without these, too."""
@@ -85,6 +88,12 @@ class Journal:
             if following <= before_step:
                 path.unlink()
 
+    def discard(self) -> None:
+        """Delete every entry: the log no longer has the records that they name."""
+        self.close()
+        for path in self._folder.glob("journal-*.jsonl"):
+            path.unlink()
+
     def trim_torn_tail(self) -> None:
         """Cut a torn last line, so that appending starts on a fresh one."""
         paths = sorted(self._folder.glob("journal-*.jsonl"))
@@ -105,13 +114,21 @@ def as_json(entry: Entry) -> dict[str, Any]:
     line: dict[str, Any] = {"step": entry.step, "now_ms": entry.now_ms, "ends": entry.ends, "learn": entry.learn}
     if entry.without:
         line["without"] = dict(entry.without)
+    if entry.starts:
+        line |= {"starts": dict(entry.starts), "logs": dict(entry.logs)}
     return line
 
 
 def of_json(raw: dict[str, Any]) -> Entry:
     """The entry of a journal's line."""
     return Entry(
-        step=raw["step"], now_ms=raw["now_ms"], ends=raw["ends"], learn=raw["learn"], without=raw.get("without", {})
+        step=raw["step"],
+        now_ms=raw["now_ms"],
+        ends=raw["ends"],
+        learn=raw["learn"],
+        without=raw.get("without", {}),
+        starts=raw.get("starts", {}),
+        logs=raw.get("logs", {}),
     )
 
 

@@ -8,16 +8,18 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from recsys import metrics
 from recsys.clock import Clock
 from recsys.config import Config
-from recsys.errors import Fenced, LogTruncated, StepFailed, Stopped
+from recsys.errors import Fenced, StepFailed, Stopped
 from recsys.events.dead_letters import letter as dead_letter
 from recsys.streams.base import EventLog
+from recsys.streams.positions import split
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.deaths import Deaths, Trials
-from recsys.training.intake import Intake, split
+from recsys.training.intake import CONSUMER, Intake
 from recsys.training.journal import Entry, Journal
 from recsys.training.old_towers import first_upserts
 from recsys.training.publish import Publisher
@@ -26,7 +28,6 @@ from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Record
 
 logger = logging.getLogger("recsys")
-CONSUMER = "trainer"
 
 OnStep = Callable[[StepReport, float], None]
 
@@ -60,6 +61,8 @@ class Runner:
         self.whole = False
         """The trainer's state is that of after a step: it may be published and checkpointed."""
         self._accept_gap = False
+        self._starting = False
+        """Whether the next step's entry says where it begins."""
         self._report: StepReport | None = None
         """Of the last attempt."""
         self._last = {"rows": 0.0, "dense": 0.0, "checkpoint": clock.monotonic_s()}
@@ -114,16 +117,22 @@ class Runner:
             self.trainer = self.checkpoints.trainer = Trainer(self.config, self.folder)
             self.publisher.follow(self.trainer)
         self._fresh = False
-        loaded = self.checkpoints.load()
-        self.intake.begin()
-        self._check_positions(loaded)
-        self._read_catalogue(loaded)
-        self.intake.passed(loaded)
+        saved, logs = self.checkpoints.load(), self.checkpoints.logs
+        first = next(self.journal.entries(self.trainer.steps + 1), None)
+        if first is not None:
+            saved, logs = {**saved, **first.starts}, {**logs, **first.logs}
+        if self.intake.begin(saved, logs, accept_gap=self._accept_gap) and first is not None:
+            logger.error("the steps since the checkpoint cannot be run again: what is left of them is read anew")
+            self.journal.discard()
+            first = None
+        self._accept_gap = False  # once
+        self._starting = first is None
+        self._read_catalogue(saved)
 
-    def _read_catalogue(self, loaded: dict[str, int]) -> None:
+    def _read_catalogue(self, saved: Mapping[str, int]) -> None:
         """The catalogue is not checkpointed: the `item` topic is compacted, and read again up to the saved position."""
-        for key, end in loaded.items():
-            topic, partition = split(key)
+        for key in self.intake.positions.keys() & saved.keys():
+            (topic, partition), end = split(key), self.intake.positions[key]
             if topic != "item":
                 continue
             records = list(self.intake.range(key, self._log.begin(topic, partition), end))
@@ -161,20 +170,6 @@ class Runner:
             ),
             default=0,
         )
-
-    def _check_positions(self, loaded: dict[str, int]) -> None:
-        for key in self.intake.positions if loaded else ():
-            name, partition = split(key)
-            offset, begin, end = loaded.get(key, 0), self._log.begin(name, partition), self._log.end(name, partition)
-            if name != "item" and not begin <= offset <= end:
-                if not self._accept_gap:
-                    raise LogTruncated(
-                        f"topic {name} partition {partition} holds offsets {begin} to {end}, the checkpoint stands at {offset}: restore the "
-                        "log, or restart with --accept-gap to go on from what is left"
-                    )
-                loaded[key] = min(max(offset, begin), end)
-            else:
-                loaded[key] = max(offset, begin)
 
     def _run(self, entry: Entry, records: Sequence[Record] | None = None) -> StepReport:
         """Run a journaled step, now or again: the same records, the same time. If it fails, then without what made it fail."""
@@ -261,10 +256,16 @@ class Runner:
         records, ends, watermark = self.intake.poll()
         now_ms = max(self.trainer.covers_ms, watermark)
         if not records and not self.trainer.joiner.due(now_ms):
+            self.intake.passed(ends)  # behind what is no record: nothing to run again
             return False
         # 1. Write down what this step will be; 2. run it; 3. report; dead letters may repeat after a crash, under the same key.
         entry = Entry(step=self.trainer.steps + 1, now_ms=now_ms, ends=ends, learn=learn)
+        if (
+            self._starting
+        ):  # the log that these positions are in may be another one than the checkpoint's, or there is none
+            entry = replace(entry, starts=dict(self.intake.positions), logs=self.intake.logs)
         self.journal.append(entry)
+        self._starting = False
         self._crash("journaled")
         started = time.perf_counter()
         report = self._run(entry, records)
@@ -317,7 +318,7 @@ class Runner:
         self._publish(force=True)
         self._log.flush()
         with metrics.CHECKPOINT_SECONDS.time():
-            taken = self.checkpoints.save(self.intake.positions, wait=wait)
+            taken = self.checkpoints.save(self.intake.positions, self.intake.logs, wait=wait)
         if taken:
             self._last["checkpoint"] = self._clock.monotonic_s()
             if wait:

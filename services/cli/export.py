@@ -98,9 +98,9 @@ class Export:
                     raise
                 offset = begin
                 continue
-            if records:
+            if records.next > offset:
                 deadline = time.monotonic() + _WAIT_S
-                offset = records[-1].offset + 1
+                offset = records.next
                 self._done += len(records)
                 self._progress(self._done)
                 yield from (record for record in records if record.offset < end)

@@ -22,6 +22,7 @@ from recsys.errors import (
     RecsysError,
     SchemaMismatch,
     SnapshotCorrupt,
+    masked,
 )
 
 DONE, MISSED, BAD = 0, 1, 2
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def fail(options: argparse.Namespace, message: str, code: int) -> int:
     """Say what went wrong, on stderr, and in JSON where it was asked for."""
+    message = masked(message)
     print(f"recsys: {message}", file=sys.stderr)
     if getattr(options, "json", False):
         print(json.dumps({"ok": False, "why": message}))
@@ -116,7 +118,7 @@ def _service_commands(commands: Any) -> None:
     )
     demo.add_argument("--seed", type=int, default=0, help="of the generated catalogue and users")
     demo.add_argument("--data-dir", type=Path, help="folder to use; default: a temporary one")
-    _command(
+    up = _command(
         commands,
         "up",
         _of("run_up"),
@@ -127,9 +129,12 @@ def _service_commands(commands: Any) -> None:
         commands, "serve", _serve, "run one service in the foreground", "recsys serve ranking --config my.toml"
     )
     serve.add_argument("service", choices=("ranking", "parameter", "trainer"))
-    serve.add_argument(
-        "--accept-gap", action="store_true", help="trainer: go on although the log lost records it needs"
-    )
+    for command in (up, serve):
+        command.add_argument(
+            "--accept-gap",
+            action="store_true",
+            help="go on although the log was made anew, or lost records that a saved position points at",
+        )
     show = commands.add_parser("config", help="show or check a configuration").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -320,14 +325,14 @@ def _serve(options: argparse.Namespace) -> int:
     loaded = config.load(options.config)
     setup_logging(options.service)
     stop = Stop().install(STOP_S)
-    extra = {"accept_gap": options.accept_gap} if options.service == "trainer" else {}
-    importlib.import_module(f"services.{options.service}.main").run(loaded, stop, **extra)
+    importlib.import_module(f"services.{options.service}.main").run(loaded, stop, accept_gap=options.accept_gap)
     return DONE
 
 
 def _config_show(options: argparse.Namespace) -> int:
-    loaded = config.load(options.config)
-    emit(options, loaded.model_dump(mode="json"))
+    shown = config.load(options.config).model_dump(mode="json")
+    shown["state"]["url"] = masked(shown["state"]["url"])
+    emit(options, shown)
     return DONE
 
 

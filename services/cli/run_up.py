@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     setup_logging("up")
     stop = Stop().install()
     arguments = ["--config", str(options.config)] if options.config else []
-    supervisor = Supervisor(loaded, arguments, stop)
+    supervisor = Supervisor(loaded, arguments, stop, accept_gap=options.accept_gap)
     try:
         supervisor.start()
         supervisor.wait_ready()

@@ -19,6 +19,7 @@ import httpx
 
 from recsys.config import Config
 from recsys.errors import ConfigError, RecsysError
+from recsys.streams.positions import REMEDY
 from services.cli.client import url_of
 from services.common.process import STOP_S, FolderLock, Stop, bind, logger
 
@@ -56,8 +57,10 @@ class Child:
 class Supervisor:
     """Starts the three services, restarts what died, stops all on SIGTERM."""
 
-    def __init__(self, config: Config, arguments: Sequence[str], stop: Stop) -> None:
+    def __init__(self, config: Config, arguments: Sequence[str], stop: Stop, *, accept_gap: bool = False) -> None:
         self.config, self._arguments, self._stop = config, list(arguments), stop
+        self._accepting = set(ORDER if accept_gap else ())
+        """Services that accept a gap at their next start: once, a later gap is for somebody to look at."""
         self._lock = FolderLock(config.data_dir, "up")
         self._children = {name: Child() for name in ORDER}
         self._log_file: Callable[[str], Path] = lambda name: config.data_dir / f"{name}.log"
@@ -82,11 +85,13 @@ class Supervisor:
                 bound.enter_context(bind(self.config.ranking.host, port, option))
 
     def _spawn(self, name: str) -> None:
+        accepting = ["--accept-gap"] if name in self._accepting else []
+        self._accepting.discard(name)
         child = self._children[name]
         with self._open_log(name) as out:
             child.log_start = out.tell() if out.seekable() else 0
             child.process = subprocess.Popen(
-                [sys.executable, "-m", "services.cli.main", "serve", name, *self._arguments],
+                [sys.executable, "-m", "services.cli.main", "serve", name, *self._arguments, *accepting],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -116,7 +121,7 @@ class Supervisor:
             now_s = time.monotonic()
             if timeout_s is not None and now_s - began_s > timeout_s:
                 raise RecsysError(f"{name} was not ready after {timeout_s:.0f} s ({why}): see {self._log_file(name)}")
-            if now_s - said_s > SAY_S:
+            if now_s - said_s > SAY_S or (REMEDY in why and said_s == began_s):  # a remedy is said at once
                 said_s = now_s
                 logger.warning("%s is not ready after %.0f s: %s", name, now_s - began_s, why)
             on_wait(name)

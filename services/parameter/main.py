@@ -21,6 +21,7 @@ from recsys.ranking.parameter_files import Place, Snapshots, load_checkpoint
 from recsys.ranking.parameters import ParameterStore
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
+from recsys.streams.positions import gap_of, resume
 from recsys.table.tables import placed
 from recsys.types import Record
 from services.common import grpc_parameters
@@ -28,6 +29,7 @@ from services.common.process import FolderLock, HealthServer, Stop, logger
 from services.common.tables import TableGauges
 
 TOPIC, CONSUMER = "parameters", "parameter"
+KEY = f"{TOPIC}/0"
 UNREAD_S = 10.0
 """A log that could not be read for so long makes the service not ready: half does so at each of a broker's elections."""
 SOME, IGNORED_S = 20, 5.0
@@ -46,6 +48,7 @@ class ParameterService:
         self._snapshots = Snapshots(config.data_dir / "parameter", self.schema.hash)
         self._reader = DeltaReader(self.store.max_delta_bytes())
         self._position = 0
+        self._gap = ""
         self._after_gap = False
         self._ignored = Ignored()
         self._saved = self._read_s = clock.monotonic_s()
@@ -56,26 +59,29 @@ class ParameterService:
         """Where the log ended when this began: once that was read, the service has caught up, whatever came since."""
         self.caught_up = False
 
-    def start(self) -> None:
-        """Load the newest snapshot that is whole and find where to go on; what is missing is said and read from elsewhere."""
+    def start(self, *, accept_gap: bool = False) -> None:
+        """Load the newest snapshot that is whole and find where to go on; what is missing is said and read from elsewhere.
+
+        Deltas that are missing and that the trainer's checkpoint does not make up for are a gap: unless it is accepted, the rows
+        of the snapshot are served, nothing is read, and this service is not ready.
+        """
         place: Place | None = None
         try:
             place = self._snapshots.load(self.store)
         except SchemaMismatch as error:
             logger.error("snapshot not used: %s", error)
-        begin, end = self._log.begin(TOPIC, 0), self._log.end(TOPIC, 0)
-        self._goal, self._read_s = end, self._clock.monotonic_s()
-        if place is not None and begin <= place.position <= end:
-            self._position = place.position
-            return
-        if place is not None:
-            logger.error("snapshot position %d is not in the log (%d to %d)", place.position, begin, end)
-        self._position = begin
-        if place is not None or begin > 0:
-            self._bridge_gap()
+        saved = {} if place is None else {KEY: place.position}
+        logs = {KEY: place.log} if place is not None and place.log else {}
+        resumed = resume(self._log, CONSUMER, (TOPIC,), saved, logs, accept_gap=True)
+        self._position = resumed.positions[KEY]
+        missing = resumed.gaps or (place is None and self._position > 0)
+        if missing and not self._bridge_gap() and resumed.gaps and not accept_gap:
+            self._gap = str(gap_of(CONSUMER, resumed.gaps))
+            logger.error("%s", self._gap)
+        self._goal, self._read_s = self._log.end(TOPIC, 0), self._clock.monotonic_s()
 
-    def _bridge_gap(self) -> None:
-        """Deltas are missing: what the trainer's newest checkpoint holds, then what the log still has."""
+    def _bridge_gap(self) -> bool:
+        """Deltas are missing: what the trainer's newest checkpoint holds, then what the log still has. False without one."""
         self._after_gap = True
         folder = self._config.data_dir / "trainer"
         step = load_checkpoint(self.store, folder, self.schema.hash)
@@ -87,29 +93,35 @@ class ParameterService:
                 self._position,
                 folder,
             )
-            return
+            return False
         self._snapshots.begin_anew(self.store)
         logger.error(
             "deltas before offset %d are gone: rows are from the trainer's checkpoint, step %d", self._position, step
         )
+        return True
 
     def turn(self) -> int:
         """Apply what is new; returns how many messages were read."""
+        if self._gap:
+            return 0
         try:
             records = self._log.read(TOPIC, 0, self._position, 200)
         except LogTruncated as error:
             logger.error("%s", error)
-            self._position = self._log.begin(TOPIC, 0)
+            try:
+                self._position = self._log.begin(TOPIC, 0)
+            except LogTruncated as gap:  # the log was made anew: the next start knows what to do
+                self._gap = str(gap)
+                return 0
             self._bridge_gap()
             return 0
         self._read_s = self._clock.monotonic_s()
         letters = [letter(record, reason) for record in records if (reason := self._take(record))]
-        if records:
-            self._position = records[-1].offset + 1
+        self._position = records.next
         if letters:
             self._bury(letters)
         if not self.caught_up:
-            self.caught_up = not records or self._position >= (self._goal or 0)
+            self.caught_up = self._position >= (self._goal or 0)
         return len(records)
 
     def _take(self, record: Record) -> str:
@@ -155,6 +167,8 @@ class ParameterService:
     def not_ready(self) -> str:
         """Why what is served is not what the trainer publishes; empty when it is."""
         now_s = self._clock.monotonic_s()
+        if self._gap:
+            return self._gap
         if self._goal is None:
             return "reading the snapshot"
         if now_s - self._read_s > UNREAD_S:
@@ -162,8 +176,10 @@ class ParameterService:
         return self._ignored.reason(now_s) or ("" if self.caught_up else "reading the log")
 
     def _save(self) -> None:
+        if self._gap:
+            return
         begins = self._reader.begins()
-        place = Place(self._position if begins is None else begins)
+        place = Place(self._position if begins is None else begins, self._log.identity(TOPIC, 0))
         if place.position == self._saved_at:
             return
         try:
@@ -207,15 +223,15 @@ class Ignored:
         return self._why if self._count >= SOME and now_s - self._since_s > IGNORED_S else ""
 
 
-def run(config: Config, stop: Stop) -> None:
-    """Serve until SIGTERM."""
+def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
+    """Serve until SIGTERM. `accept_gap`: go on although the log lost deltas that come after the snapshot."""
     with contextlib.ExitStack() as held:
         held.callback(FolderLock(config.data_dir, "parameter").release)
         log = open_log(config, SystemClock(), "parameter")
         held.callback(log.close)
         service = ParameterService(config, log, SystemClock())
         held.callback(HealthServer(config.ranking.host, config.parameter.metrics_port, service.not_ready).close)
-        while not _tried(service.start, stop):
+        while not _tried(lambda: service.start(accept_gap=accept_gap), stop):
             if stop:
                 return
         server = grpc_parameters.serve(service.store, config.parameter_address, service.schema.hash)

@@ -18,13 +18,13 @@ from services.ranking.connections import Guard, Limits, affordable
 from services.ranking.service import RankingService
 
 
-def run(config: Config, stop: Stop) -> None:
-    """Serve until SIGTERM."""
+def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
+    """Serve until SIGTERM. `accept_gap`: go on although the log lost records that positions point at."""
     torch.set_num_threads(1)
     lock = FolderLock(config.data_dir, "ranking")
     sock = bind(config.ranking.host, config.ranking.port, "ranking.port")
     log = open_log(config, SystemClock(), "ranking")
-    service = RankingService(config, log, SystemClock(), stop)
+    service = RankingService(config, log, SystemClock(), stop, accept_gap=accept_gap)
     app = create_app(service)
     guard = Guard(affordable(Limits()))
     settings = uvicorn.Config(

@@ -14,6 +14,7 @@ from recsys.config import Config
 from recsys.errors import (
     BadInput,
     LogError,
+    LogTruncated,
     LogUnavailable,
     ParametersUnavailable,
     RecsysError,
@@ -33,10 +34,12 @@ from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
 from recsys.ranking.state_consumer import StateConsumer
 from recsys.state.open import open_state
+from recsys.streams import positions
 from recsys.streams.base import EventLog
 from recsys.types import Feedback, Record, UserState
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import Stop, logger
+from services.common.trouble import Troubles
 from services.ranking.builder import Builder
 from services.ranking.intake import Intake
 from services.ranking.parse import Refused
@@ -55,9 +58,17 @@ class RankingService:
     """Everything behind the HTTP routes. Methods are thread-safe."""
 
     def __init__(
-        self, config: Config, log: EventLog, clock: Clock, stop: Stop, parameters: Parameters | None = None
+        self,
+        config: Config,
+        log: EventLog,
+        clock: Clock,
+        stop: Stop,
+        parameters: Parameters | None = None,
+        *,
+        accept_gap: bool = False,
     ) -> None:
         self.config, self.log, self.clock, self._stop = config, log, clock, stop
+        self._accept_gap = accept_gap
         self.schema = Schema.of(config)
         self.store = open_state(config)
         self._channel: GrpcParameters | None = None
@@ -80,28 +91,34 @@ class RankingService:
         )
         self.consumer = StateConsumer(config, log, clock, self.store, self.sources, self._on_bad)
         self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
+        self._item_ends: dict[int, int] = {}
+        """Of what there was at the start: once it is read, the catalogue is ready."""
         self._catalogue_saved: dict[int, int] = {}
         self._catalogue_saved_s = 0.0
         self.intake = Intake(config, log, clock, self.sources, lambda: self.catalogue_ready and self.state_ready)
         self.patching = threading.Lock()
         """Held from reading items to appending their changes, so that two patches of one item both count."""
-        self._trouble: dict[str, str] = {}
+        self._trouble = Troubles()
         self._threads: list[threading.Thread] = []
         self.catalogue_ready = False
         self.state_ready = False
 
     def start(self) -> None:
         """Read the catalogue, restore the counters, then follow everything in threads."""
-        self._load_catalogue()
-        self._run("items", self._follow_items, POLL_S)
-        while not self.catalogue_ready:
-            if self._stop.wait(POLL_S):
-                return
-        self._load_counters()
-        self._run("state", self._follow_state, POLL_S)
+        try:
+            self._load_catalogue()
+            self._run("items", self._follow_items, POLL_S)
+            while not self.catalogue_ready:
+                if self._stop.wait(POLL_S):
+                    return
+            self._load_counters()
+            self._run("state", self._follow_state, POLL_S)
+            self._run("snapshot", self.save, SNAPSHOT_S)
+        except LogTruncated as gap:  # answers go on from what is there; nothing is read or saved until somebody decides
+            logger.error("%s", gap)
+            self._trouble.note("start", gap)
         self._run("dense", self._follow_dense, 0.2)
         self._run("generations", self._build_generation, 0.1)
-        self._run("snapshot", self.save, SNAPSHOT_S)
         if not self._stop.wait(COMPILE_AFTER_S):
             try:
                 fused.warm_up()
@@ -124,10 +141,16 @@ class RankingService:
 
     def _load_counters(self) -> None:
         snapshot.load(self._folder, self.sources, self.consumer, self.schema, self.clock.now_ms())
+        self.consumer.resume(accept_gap=self._accept_gap)
         if self.bandit is not None:
             self.bandit.recent.extend(recent_users.load(self._folder, self.schema))
 
     def _load_catalogue(self) -> None:
+        saved, logs = catalogue_file.saved_positions(self._folder)
+        resumed = positions.resume(self.log, "catalogue", ("item",), saved, logs, accept_gap=self._accept_gap)
+        if resumed.gaps:
+            logger.error("the catalogue is what the log holds now: send the other items again (`recsys import items`)")
+            return
         now_ms, bounds = self.clock.now_ms(), {}
         for partition in self._item_positions:
             bounds[partition] = self.log.begin("item", partition), self.log.end("item", partition)
@@ -139,12 +162,13 @@ class RankingService:
 
     def _save_catalogue(self) -> None:
         """When a hundredth of it changed, or anything did and the file is old: writing a million items takes a second of one core."""
-        positions, now_s = dict(self._item_positions), self.clock.monotonic_s()
-        changes = sum(positions.values()) - sum(self._catalogue_saved.get(p, 0) for p in positions)
+        read, now_s = dict(self._item_positions), self.clock.monotonic_s()
+        changes = sum(read.values()) - sum(self._catalogue_saved.get(p, 0) for p in read)
         many = changes > self.sources.catalogue.num_alive / 100
         if self.catalogue_ready and changes and (many or now_s - self._catalogue_saved_s > CATALOGUE_S):
-            catalogue_file.save(self._folder, self.sources, self.schema, positions, self.clock.now_ms())
-            self._catalogue_saved, self._catalogue_saved_s = positions, now_s
+            logs = positions.identities(self.log, (f"item/{partition}" for partition in read))
+            catalogue_file.save(self._folder, self.sources, self.schema, read, logs, self.clock.now_ms())
+            self._catalogue_saved, self._catalogue_saved_s = read, now_s
 
     def _run(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
         thread = threading.Thread(target=self._loop, args=(name, turn, pause_s), name=name, daemon=True)
@@ -155,11 +179,12 @@ class RankingService:
         while not self._stop:
             try:
                 worked = turn()
-                self._trouble.pop(name, None)
+                self._trouble.clear(name)
             except (RecsysError, OSError) as error:
                 again = isinstance(error, LogError | StateUnavailable | ParametersUnavailable)
+                again &= not isinstance(error, LogTruncated)
                 logger.log(logging.WARNING if again else logging.ERROR, "%s", error)
-                self._trouble[name] = str(error)
+                self._trouble.note(name, error)
                 worked = False
                 self._stop.wait(0.5 if again else 5.0)
             if not worked:
@@ -167,9 +192,11 @@ class RankingService:
 
     def not_ready(self) -> str:
         """Why this process cannot answer well yet; empty when it can."""
+        if lasting := self._trouble.lasting(("start", "items", "state")):
+            return lasting
         if not self.catalogue_ready:
-            return self._trouble.get("items", "reading the catalogue")
-        return "" if self.state_ready else self._trouble.get("state", "reading the state log")
+            return self._trouble.of("items") or "reading the catalogue"
+        return "" if self.state_ready else self._trouble.of("state") or "reading the state log"
 
     def recommend(self, request: Request) -> tuple[Answer, dict[str, AsOf]]:
         """The answer, logged, and what its user state, counters and parameters contain at least."""
@@ -228,23 +255,24 @@ class RankingService:
     def _follow_items(self) -> bool:
         worked = False
         for partition, position in self._item_positions.items():
+            if not self.catalogue_ready and partition not in self._item_ends:
+                self._item_ends[partition] = self.log.end("item", partition)
             records = self.log.read("item", partition, position, 5000)
             for record in records:
                 try:
                     self.generations.changed(self.sources.item(messages.parse_item(record.value, key=record.key)))
                 except BadInput as error:
                     self._on_bad(record, str(error))
-            if records:
-                self._item_positions[partition] = records[-1].offset + 1
-                worked = True
+            self._item_positions[partition] = records.next
+            worked |= records.next > position
         self.sources.free_rows()
         metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
-        self.catalogue_ready |= not worked
+        self.catalogue_ready |= all(self._item_positions[p] >= end for p, end in self._item_ends.items())
         return worked
 
     def _follow_state(self) -> bool:
         count = self.consumer.turn()
-        if not count and not self.state_ready:
+        if self.consumer.caught_up and not self.state_ready:
             self.state_ready = True
         return count > 0
 

@@ -13,14 +13,15 @@ import torch
 from recsys import metrics
 from recsys.clock import SystemClock
 from recsys.config import Config
-from recsys.errors import LogFull, LogUnavailable, Stopped
+from recsys.errors import LogFull, LogTruncated, LogUnavailable, Stopped
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
 from recsys.model import fused
 from recsys.model.home import Reading
 from recsys.model.layouts import sizes
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
-from recsys.training.runner import CONSUMER, Runner
+from recsys.training.intake import CONSUMER
+from recsys.training.runner import Runner
 from recsys.training.trainer import StepReport
 from services.common.process import FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.tables import TableGauges
@@ -121,6 +122,12 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
                 loop.start(accept_gap=accept_gap)
         except Interrupted:
             return  # nothing was changed: the next start restores the same
+        except LogTruncated as gap:  # not ready, with the reason, until somebody decides
+            logger.error("%s", gap)
+            reason[0] = str(gap)
+            while not stop.wait(1.0):
+                pass
+            raise
         threading.Thread(target=fused.warm_up, name="compile", daemon=True).start()
         reason[0] = ""
         metrics.READY.set(1)

@@ -13,21 +13,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 
 from recsys.clock import ManualClock, SystemClock
 from recsys.config import Config, LogConfig
-from recsys.errors import LogError, LogFull, LogTruncated, LogUnavailable
+from recsys.errors import LogError, LogFull, LogTruncated, LogUnavailable, RecordTooLarge
 from recsys.streams.base import EventLog
 from recsys.streams.kafka import KafkaLog
 from recsys.streams.memory import MemoryLog
 from recsys.streams.open import open_log
+from recsys.streams.positions import identities, keys_of, resume, split
+from recsys.streams.ranges import read_range
 from recsys.streams.sqlite import SqliteLog
 from recsys.testing.servers import Server, free_port, kafka_server
-from recsys.types import Record
+from recsys.types import Batch, Record
 
 ROOT = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
@@ -60,6 +63,20 @@ class Place:
         self._opened.append(log)
         return log
 
+    def replace(self, topic: str) -> None:
+        """Delete a topic, as an operator would, and let it be made anew."""
+        if self.kind == "memory":
+            self._opened.clear()
+        elif self.server is None:
+            for path in (self.folder / "log").glob(f"{topic}.db*"):
+                path.unlink()
+        else:
+            admin = KafkaAdminClient(bootstrap_servers=f"127.0.0.1:{self.server.port}")
+            (before,) = admin.describe_topics([self.prefix + topic])
+            admin.delete_topics([self.prefix + topic])
+            wait_until(lambda: admin.describe_topics([self.prefix + topic])[0]["topic_id"] != before["topic_id"])
+            admin.close()
+
     def close(self) -> None:
         for log in self._opened:
             log.close()
@@ -79,7 +96,7 @@ def read_all(log: EventLog, topic: str, partition: int = 0, limit: int = 1000) -
         records = log.read(topic, partition, offset, limit)
         assert len(records) <= limit
         found += records
-        offset = records[-1].offset + 1 if records else offset
+        offset = records.next
     return found
 
 
@@ -142,6 +159,102 @@ def test_positions_outside_the_log_are_errors(place: Place) -> None:
         with pytest.raises(LogTruncated, match="accept-gap"):
             log.read("parameters", 0, wrong)
     assert len(log.read("parameters", 0, log.begin("parameters", 0))) == 3
+
+
+def test_a_log_has_an_identity_that_only_a_new_log_changes(place: Place) -> None:
+    log = place.open()
+    first = {topic: log.identity(topic, 0) for topic in ("item", "feedback")}
+    assert all(first.values())
+    log.append("feedback", messages(3))
+    log.flush()
+    other = place.open("two")
+    assert {topic: other.identity(topic, 0) for topic in first} == first
+    place.replace("feedback")
+    again = place.open("three")
+    assert again.identity("feedback", 0) != first["feedback"]
+    assert again.identity("item", 0) == first["item"] or place.kind == "memory"
+
+
+def test_a_position_in_another_log_is_a_gap_however_far_that_has_grown(place: Place) -> None:
+    log = place.open()
+    log.append("feedback", messages(5))
+    log.flush()
+    keys = keys_of(log, ["feedback"])
+    saved, logs = {key: log.end("feedback", split(key)[1]) for key in keys}, identities(log, keys)
+    assert resume(log, "test", ["feedback"], saved, logs, accept_gap=False) == (saved, [])
+    assert resume(log, "test", ["feedback"], saved, {}, accept_gap=False) == (saved, []), "an old folder names no log"
+    place.replace("feedback")
+    again = place.open("two")
+    again.append("feedback", messages(70))
+    again.flush()
+    with pytest.raises(LogTruncated, match=r"feedback/0 is another log .*recsys up --accept-gap"):
+        resume(again, "test", ["feedback"], saved, logs, accept_gap=False)
+    found = resume(again, "test", ["feedback"], saved, logs, accept_gap=True)
+    assert found.positions == dict.fromkeys(keys, 0) and len(found.gaps) == len(keys)
+
+
+def test_a_process_notices_a_log_made_anew_under_it(durable: Place) -> None:
+    log = durable.open()
+    log.append("feedback", messages(5))
+    log.flush()
+    assert log.read("feedback", 0, 0) or durable.kind == "kafka"
+    durable.replace("feedback")
+
+    def noticed() -> bool:
+        try:
+            log.read("feedback", 0, 0)
+        except LogTruncated as error:
+            return "made anew" in str(error)
+        except LogUnavailable:
+            pass
+        return False
+
+    wait_until(noticed)
+    log.append("feedback", messages(1))  # what comes now is for the new log's readers
+    log.flush()
+    other = durable.open("two")
+    wait_until(lambda: sum(len(read_all(other, "feedback", p)) for p in range(other.partitions("feedback"))) == 1)
+
+
+def test_a_range_is_read_whole_although_reads_find_nothing(place: Place) -> None:
+    log = place.open()
+    log.append("parameters", messages(50))
+    log.flush()
+    stalling = Stalling(log)
+    found = [r for batch in read_range(stalling, "parameters/0", 3, 45, limit=7) for r in batch]
+    assert [r.offset for r in found] == list(range(3, 45))
+    assert stalling.empty > 5
+    with pytest.raises(LogUnavailable, match=r"parameters/0: nothing came from offset 50"):
+        list(read_range(Stalling(log, end=60), "parameters/0", 0, 60, patience_s=0.05))
+    with pytest.raises(LogTruncated, match="parameters/0 ends at 50, records up to 60"):
+        list(read_range(log, "parameters/0", 0, 60, patience_s=5.0))
+
+
+class Stalling:
+    """A log whose every second read finds nothing, as when a broker is slow; it may promise more than it has."""
+
+    def __init__(self, log: EventLog, end: int | None = None) -> None:
+        self._log, self._end, self._turn, self.empty = log, end, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    def end(self, topic: str, partition: int) -> int:
+        return self._log.end(topic, partition) if self._end is None else self._end
+
+    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
+        self._turn += 1
+        if self._turn % 2:
+            self.empty += 1
+            return Batch([], offset)
+        return self._log.read(topic, partition, offset, limit)
+
+
+def test_a_record_that_is_too_large_is_refused_whole(place: Place) -> None:
+    log = place.open()
+    with pytest.raises(RecordTooLarge, match="1048577 bytes, more than 1048576: split it"):
+        log.append("parameters", [("k", b"x"), ("k", bytes(2**20 + 1))])
+    assert log.end("parameters", 0) == 0
 
 
 def test_concurrent_appends_keep_each_threads_order_and_lose_nothing(place: Place) -> None:
@@ -336,6 +449,8 @@ import resource, sys
 from pathlib import Path
 from recsys.clock import SystemClock
 from recsys.errors import LogFull
+from recsys.streams.positions import identities, keys_of, resume, split
+from recsys.streams.ranges import read_range
 from recsys.streams.sqlite import SqliteLog
 log = SqliteLog(Path(sys.argv[1]), clock=SystemClock())
 log.append("feedback", [("a", b"1")])
@@ -367,6 +482,29 @@ def test_append_after_close_is_an_error(durable: Place) -> None:
 
 
 # Kafka alone.
+
+
+@pytest.mark.system
+def test_markers_and_records_taken_back_are_invisible(tmp_path: Path, kafka: Server) -> None:
+    address = f"127.0.0.1:{kafka.port}"
+    config = LogConfig(kind="kafka", bootstrap_servers=address, topic_prefix="tx-")
+    log = KafkaLog(config, tmp_path, clock=SystemClock())
+    log.append("item", [("plain", b"1")])
+    log.flush()
+    producer = KafkaProducer(bootstrap_servers=address, transactional_id="tx", acks="all")
+    producer.init_transactions()
+    for name in ("kept", "taken back"):
+        producer.begin_transaction()
+        producer.send("tx-item", key=name.encode(), value=b"2")
+        producer.flush()
+        assert log.end("item", 0) == (1 if name == "kept" else 3), "what is not committed is not there yet"
+        producer.commit_transaction() if name == "kept" else producer.abort_transaction()
+        wait_until(lambda end=3 if name == "kept" else 5: log.end("item", 0) == end)
+    producer.close()
+    assert [r.key for r in read_all(log, "item")] == ["plain", "kept"]
+    assert [r.key for batch in read_range(log, "item/0", 2, 5) for r in batch] == []
+    assert log.read("item", 0, 4).next == 5
+    log.close()
 
 
 @pytest.mark.system

@@ -211,6 +211,16 @@ def test_positions_are_kept_per_partition(open_new: Open) -> None:
     assert store.positions() == {"feedback/0": 5, "impression/1": 2**40}
 
 
+def test_positions_name_the_log_they_are_in(open_new: Open) -> None:
+    store = open_new()
+    store.apply([], {"feedback/0": 7})
+    assert store.logs() == {}
+    store.move({"feedback/0": 0, "impression/0": 3}, {"feedback/0": "log-2", "impression/0": "log-1"})
+    store.apply([click("u", 1)], {"feedback/0": 1})
+    assert store.positions() == {"feedback/0": 1, "impression/0": 3}
+    assert store.logs() == {"feedback/0": "log-2", "impression/0": "log-1"}
+
+
 def test_an_observer_never_sees_updates_without_their_position(open_new: Open) -> None:
     store = open_new()
     writer = threading.Thread(target=lambda: [store.apply([click("u", i)], {"feedback/0": i}) for i in range(1, 301)])

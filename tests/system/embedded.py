@@ -85,11 +85,16 @@ class Embedded:
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.ports[name]}"
 
-    def start(self) -> Embedded:
+    def start(self, *options: str) -> Embedded:
         """Start and wait until it says that it is ready."""
         with self.output.open("w") as out:
             self.process = subprocess.Popen(
-                command(["up", "--config", self.config]), cwd=ROOT, env=environment(), stdout=out, stderr=out, text=True
+                command(["up", "--config", self.config, *options]),
+                cwd=ROOT,
+                env=environment(),
+                stdout=out,
+                stderr=out,
+                text=True,
             )
         wait_for(lambda: "ready" in self.output.read_text() or self.process.poll() is not None, "ready", START_S)
         assert self.process.poll() is None, self.output.read_text()

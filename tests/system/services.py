@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.streams.open import open_log
+from recsys.streams.ranges import read_range
 from recsys.testing.servers import Server
 from recsys.types import Record
 from tests.system.embedded import ROOT, START_S, Embedded, command, environment, wait_for
@@ -100,9 +101,8 @@ class Services(Embedded):
         try:
             for partition in range(log.partitions(topic)):
                 offset, end = log.begin(topic, partition), log.end(topic, partition)
-                while offset < end and (batch := log.read(topic, partition, offset)):
+                for batch in read_range(log, f"{topic}/{partition}", offset, end):
                     found += batch
-                    offset = batch[-1].offset + 1
         finally:
             log.close()
         return found

@@ -44,8 +44,8 @@ def restored(folder: Path, now_ms: int = NOW_MS, bounds: dict[int, tuple[int, in
 
 def test_restored_catalogue_answers_as_the_one_that_read_the_log(tmp_path: Path) -> None:
     first = filled()
-    catalogue_file.save(tmp_path, first, SCHEMA, {0: 400}, NOW_MS)
-    catalogue_file.save(tmp_path, first, SCHEMA, {0: 400}, NOW_MS + 1)
+    catalogue_file.save(tmp_path, first, SCHEMA, {0: 400}, {}, NOW_MS)
+    catalogue_file.save(tmp_path, first, SCHEMA, {0: 400}, {}, NOW_MS + 1)
     second = restored(tmp_path)
     assert second is not None and len(list(tmp_path.iterdir())) == 4
     for sources in (first, second):  # and it goes on
@@ -72,7 +72,7 @@ def test_restored_catalogue_answers_as_the_one_that_read_the_log(tmp_path: Path)
 
 def test_a_file_that_cannot_be_trusted_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert restored(tmp_path) is None and not caplog.records
-    catalogue_file.save(tmp_path, filled(), SCHEMA, {0: 400}, NOW_MS)
+    catalogue_file.save(tmp_path, filled(), SCHEMA, {0: 400}, {}, NOW_MS)
     day_ms = 86_400_000
     assert restored(tmp_path, now_ms=NOW_MS + day_ms) is None
     assert restored(tmp_path, now_ms=NOW_MS + day_ms, bounds={0: (0, 400)}) is not None
@@ -92,6 +92,6 @@ def test_a_file_that_cannot_be_trusted_is_not_used(tmp_path: Path, caplog: pytes
 
 
 def test_an_empty_catalogue_is_kept_too(tmp_path: Path) -> None:
-    catalogue_file.save(tmp_path, Sources(CONFIG, SCHEMA, Catalogue(SCHEMA)), SCHEMA, {0: 400}, NOW_MS)
+    catalogue_file.save(tmp_path, Sources(CONFIG, SCHEMA, Catalogue(SCHEMA)), SCHEMA, {0: 400}, {}, NOW_MS)
     second = restored(tmp_path)
     assert second is not None and second.item(Item(item_id="a")) == 0

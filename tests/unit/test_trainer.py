@@ -32,7 +32,7 @@ from recsys.testing.world import World
 from recsys.training.runner import Runner
 from recsys.training.spill import Place
 from recsys.training.trainer import StepReport, Trainer
-from recsys.types import Feedback, Impression
+from recsys.types import Batch, Feedback, Impression
 
 GAPS = (
     "journaled",
@@ -178,8 +178,9 @@ class Slowly:
     def append(self, topic: str, messages: list[tuple[str, bytes]]) -> None:
         self.published.append(topic, messages)
 
-    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> list[object]:
-        return [r for r in self._log.read(topic, partition, offset, limit) if r.time_ms <= self._clock.now_ms()]
+    def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
+        found = [r for r in self._log.read(topic, partition, offset, limit) if r.time_ms <= self._clock.now_ms()]
+        return Batch(found, found[-1].offset + 1 if found else offset)
 
 
 END = 1_000_000 + 75_000

@@ -1,0 +1,103 @@
+"""Reading one partition of Kafka."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import IllegalStateError, KafkaError, LogTruncationError, OffsetOutOfRangeError
+
+from recsys.errors import LogTruncated, LogUnavailable
+from recsys.streams.kafka_clients import MAX_BATCH_BYTES, abandon, opened
+from recsys.streams.kafka_cluster import Cluster
+from recsys.types import Batch, Record
+
+_POLL_MS = 5
+_FETCH_MS = 1000
+"""Wait for records that are known to be there."""
+
+
+class Reader:
+    """One partition: a consumer that stands where the last read ended."""
+
+    def __init__(self, cluster: Cluster, topic: str, partition: int) -> None:
+        self.lock = threading.Lock()
+        self._cluster = cluster
+        self._topic = topic
+        self._partition = TopicPartition(cluster.prefix + topic, partition)
+        self._consumer: Any = None
+        self._next = -1
+        self.known_end = 0
+        """What was last heard of the end of what is committed."""
+
+    def read(self, offset: int, limit: int) -> Batch:
+        if offset != self._next:
+            self._seek(offset)
+        self._next = -1  # what fails on the way is read again from `offset`
+        until_s = time.monotonic() + _FETCH_MS / 1000
+        try:
+            while True:
+                found = self._consumer.poll(timeout_ms=_POLL_MS, max_records=limit).get(self._partition, [])
+                # The consumer's own position: it passes the markers of transactions, and records that were taken back.
+                after = self._consumer.position(self._partition, timeout_ms=_FETCH_MS) or offset
+                if after > offset or offset >= self.known_end or time.monotonic() > until_s:
+                    break
+        except (OffsetOutOfRangeError, LogTruncationError):
+            self._seek(offset)  # names the bounds
+            raise LogTruncated(
+                f"{self._topic}/{self._partition.partition}: the broker lost records at {offset}: `--accept-gap`"
+            ) from None
+        self._next = after
+        records = (
+            Record(
+                topic=self._topic,
+                partition=raw.partition,
+                offset=raw.offset,
+                key=(raw.key or b"").decode("utf-8", "replace"),
+                value=raw.value or b"",
+                time_ms=raw.timestamp,
+            )
+            for raw in found
+        )
+        return Batch(records, after)
+
+    def _seek(self, offset: int) -> None:
+        begin, end = self._cluster.bounds(self._partition)
+        if not begin <= offset <= end:
+            raise LogTruncated(
+                f"{self._topic}/{self._partition.partition}: offset {offset} is outside {begin}..{end}: "
+                "restore the topic, or go on behind the gap with `--accept-gap`"
+            )
+        if self._consumer is None:
+            self._consumer = opened(
+                KafkaConsumer,
+                bootstrap_servers=self._cluster.servers,
+                group_id=None,
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+                isolation_level="read_committed",
+                fetch_max_wait_ms=100,
+                max_partition_fetch_bytes=MAX_BATCH_BYTES,
+                allow_auto_create_topics=False,
+                metrics_enabled=False,
+            )
+            self._consumer.assign([self._partition])
+        self._consumer.seek(self._partition, offset)
+        self._next, self.known_end = offset, end
+
+    def close(self) -> None:
+        with self.lock:
+            if self._consumer is not None:
+                abandon(self._consumer)
+
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    try:
+        yield
+    except (KafkaError, IllegalStateError, OSError) as error:
+        raise LogUnavailable(f"Kafka cannot be read ({error!r}): check `log.bootstrap_servers`") from error
