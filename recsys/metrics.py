@@ -74,7 +74,7 @@ FEEDBACK = _counter(
 )
 FEEDBACK_NOTES = _counter(
     "recsys_feedback_notes_total",
-    "Feedback events over HTTP that were accepted though something, or all, will not use them, by note: too_late, unknown_type, no_request, "
+    "Feedback, over HTTP or read from the log, that something, or all, will not use, by note: too_late, unknown_type, no_request, "
     "unknown_item, unknown_request, clamped_time. See docs/events.md.",
     ("note",),
 )

@@ -271,8 +271,9 @@ class Config(Section):
     @property
     def types_alone(self) -> frozenset[str]:
         """Feedback types that something uses whether or not they name a request."""
-        features = self.features
-        return frozenset(("view", *features.history_types, *features.elsewhere_types, *self.retrieval.count_types))
+        used = (self.features.history_types, self.features.elsewhere_types, self.retrieval.count_types)
+        said = (self.feedback.negative, self.feedback.hide)
+        return frozenset(("view", *(kind for kinds in (*used, *said) for kind in kinds)))
 
     @property
     def types_joined(self) -> frozenset[str]:

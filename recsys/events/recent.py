@@ -70,7 +70,10 @@ class Recent:
         return self._has(identity if isinstance(identity, int) else digest_of(identity))
 
     def _has(self, digest: int) -> bool:
-        return any(digest in generation.digests for generation in self._generations)
+        for generation in self._generations:  # noqa: SIM110 - a generator costs more than all the look-ups
+            if digest in generation.digests:
+                return True
+        return False
 
     def _current(self, now_ms: int) -> set[int]:
         """The newest generation; where log time went back it takes what comes, which is then kept longer than need be."""

@@ -9,7 +9,7 @@ from recsys.clock import Clock, bounded_ms
 from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
-from recsys.events.recent import Recent, recent_limit
+from recsys.events.recent import Recent, digest_of, recent_limit
 from recsys.ranking.meaning import Meaning
 from recsys.ranking.request import AsOf
 from recsys.ranking.sources import Sources
@@ -60,6 +60,8 @@ class StateConsumer:
         self._reread = self._nothing_read()
         """Events that are read again for a store that lost them."""
         self._stored: dict[str, int] = {}
+        self.on_feedback: Callable[[Feedback, int, int], None] = lambda feedback, digest, now_ms: None
+        """Called with each feedback that is no copy, its id's digest and log time, after it is counted."""
         self.user_state = AsOf()
         self.counters = AsOf()
 
@@ -148,9 +150,11 @@ class StateConsumer:
             self._forget(feedback.user_id, record.offset, batch)
             return
         messages.check_milliseconds(feedback.time_ms, now_ms)
-        late = self._sources.too_late(feedback.time_ms, now_ms)
-        if late or self._first(feedback.event_id, now_ms, record.offset, batch):
+        late, digest = self._sources.too_late(feedback.time_ms, now_ms), digest_of(feedback.event_id)
+        if late or self._first(digest, now_ms, record.offset, batch):
             self._feedback(feedback, now_ms, record, batch, late)
+            if record.offset >= batch.count_from:
+                batch.counts.append(lambda: self.on_feedback(feedback, digest, now_ms))
 
     def _impression(self, impression: Impression, now_ms: int, offset: int, batch: _Batch) -> None:
         if offset >= batch.count_from:
@@ -165,17 +169,17 @@ class StateConsumer:
         if offset >= batch.count_from:
             batch.counts.append(lambda: self._sources.forget(user_id))
 
-    def _first(self, event_id: str, now_ms: int, offset: int, batch: _Batch) -> bool:
+    def _first(self, digest: int, now_ms: int, offset: int, batch: _Batch) -> bool:
         """Whether no copy of it was read before, within the horizon."""
         again = offset < batch.count_from
-        if event_id in batch.event_ids:
+        if digest in batch.events:
             return False
         # What is read again for the store alone the sources know already: it is told from what was read again.
-        if self._reread.contains(event_id) if again else self._sources.knows(event_id):
+        if self._reread.contains(digest) if again else self._sources.knows(digest):
             return False
-        batch.event_ids.add(event_id)
+        batch.events.add(digest)
         if again:
-            batch.counts.append(lambda: self._reread.add(event_id, now_ms))
+            batch.counts.append(lambda: self._reread.add(digest, now_ms))
         return True
 
     def _feedback(self, feedback: Feedback, now_ms: int, record: Record, batch: _Batch, late: bool) -> None:
@@ -203,7 +207,7 @@ class StateConsumer:
 class _Batch:
     """What one turn's records of one partition mean: for the store, by offset; for the counters, in order."""
 
-    __slots__ = ("count_from", "counts", "event_ids", "histories", "updates")
+    __slots__ = ("count_from", "counts", "events", "histories", "updates")
 
     def __init__(self, count_from: int) -> None:
         self.count_from = count_from
@@ -211,7 +215,8 @@ class _Batch:
         self.counts: list[Callable[[], object]] = []
         self.histories: Histories = {}
         """What users have when the store has what came before."""
-        self.event_ids: set[str] = set()
+        self.events: set[int] = set()
+        """Digests of their ids."""
 
 
 def _in_order(read: Sequence[_Read], most: int) -> Iterator[_Read]:

@@ -97,9 +97,14 @@ class Intake:
         _wait(copies - {appended})
         for outcome in outcomes:
             metrics.FEEDBACK.labels(outcome["status"]).inc()
-            for note in filter(None, outcome.get("note", "").split(",")):
-                metrics.FEEDBACK_NOTES.labels(note).inc()
+            _count(outcome["note"].split(",") if "note" in outcome else ())
         return outcomes
+
+    def heard(self, event: Feedback, digest: int, now_ms: int) -> None:
+        """Feedback was read from the log: if it came in by another way than `take`, its notes are counted and said here."""
+        mine = event.event_id in self._on_the_way or self._accepted.contains(digest) or self._late.contains(digest)
+        if not mine:
+            _count(self.notes(event, now_ms))
 
     def _known(self, digest: int) -> bool:
         """Whether a copy was accepted here, or read from the log wherever it came from."""
@@ -116,9 +121,9 @@ class Intake:
             raise
         with self._lock:
             for event, digest, late in fresh:
-                del self._on_the_way[event.event_id]
                 # Apart, so that an import of old events drives no new one's id out.
                 (self._late if late else self._accepted).add(digest, now_ms)
+                del self._on_the_way[event.event_id]  # last: it is always known by one of the two
         appended.set_result(None)
 
     def _accepted_with(self, notes: Sequence[str]) -> dict[str, str]:
@@ -166,6 +171,11 @@ class Intake:
             note,
             NOTES[note],
         )
+
+
+def _count(notes: Iterable[str]) -> None:
+    for note in notes:
+        metrics.FEEDBACK_NOTES.labels(note).inc()
 
 
 def _wait(copies: Iterable[Future[None]]) -> None:

@@ -15,7 +15,7 @@ from recsys.events.fields import MAX_NAME_CHARS
 from recsys.ranking.filters import parse_boosts, parse_filters, parse_pins
 from recsys.ranking.request import Request
 from recsys.types import Feedback, Item
-from services.ranking import rows
+from services.ranking import salvage
 
 MAX_N = 100
 MAX_EVENTS = 10_000
@@ -170,14 +170,14 @@ def _rows(body: Body, name: str, *, may_be_one: bool = True) -> list[Any]:
 
 def _each_alone(body: Body, name: str, may_be_one: bool) -> list[Any] | None:
     """The rows of a body that is no JSON as a whole; None where it cannot be told what its rows are."""
-    if (found := rows.split(body, name, MAX_EVENTS)) is not None or not may_be_one:
+    if (found := salvage.split(body, name, MAX_EVENTS)) is not None or not may_be_one:
         return found
     try:
-        one = rows.loads(body)
+        one = salvage.loads(body)
     except BadInput:
         return None
     return [one] if isinstance(one, dict) and name not in one else None
 
 
 def _without_mark(body: Body) -> Body:
-    return body[len(rows.BOM) :] if body.startswith(rows.BOM) else body
+    return body[len(salvage.BOM) :] if body.startswith(salvage.BOM) else body

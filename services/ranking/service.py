@@ -96,6 +96,7 @@ class RankingService:
         self._catalogue_saved: dict[int, int] = {}
         self._catalogue_saved_s = 0.0
         self.intake = Intake(config, log, clock, self.sources, lambda: self.catalogue_ready and self.state_ready)
+        self.consumer.on_feedback = self.intake.heard
         self.patching = threading.Lock()
         """Held from reading items to appending their changes, so that two patches of one item both count."""
         self._trouble = Troubles()

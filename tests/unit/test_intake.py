@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from recsys import metrics
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import LogFull
-from recsys.events.recent import HORIZON_MS
+from recsys.events.recent import HORIZON_MS, digest_of
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking.sources import Sources
@@ -135,6 +136,8 @@ def test_within_the_horizon_a_copy_without_a_time_of_its_own_is_refused() -> Non
     [
         ({}, ""),
         ({"type": "view"}, ""),
+        ({"type": "dislike"}, ""),
+        ({"type": "hide"}, ""),
         ({"type": "Click"}, "unknown_type"),
         ({"type": "Click", "item_id": "x", "request_id": "r"}, "unknown_type"),
         ({"item_id": "x"}, "unknown_item"),
@@ -156,6 +159,16 @@ def test_a_note_says_what_will_not_use_an_event(fields: dict[str, object], note:
     door.intake.put(["put"])
     door.intake.answered("made")
     assert door.take(event(**fields)) == [f"accepted {note}".strip()]
+
+
+def test_what_came_by_the_log_is_noted_once_and_what_came_here_is_not_noted_again() -> None:
+    door, noted = Door(), metrics.FEEDBACK_NOTES.labels("unknown_type")
+    before = noted._value.get()
+    mine = event("mine", type="odd")
+    assert door.take(mine) == ["accepted unknown_type"]
+    for one in (mine, event("theirs", type="odd"), event("good")):
+        door.intake.heard(one, digest_of(one.event_id), NOW_MS)
+    assert noted._value.get() == before + 2
 
 
 def test_a_wrong_producer_is_said_once_a_minute_and_type(caplog: pytest.LogCaptureFixture) -> None:
