@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import orjson
+from recsys.files import seal, write_file
+from recsys.training import journal_lines
 
-from recsys.errors import SnapshotCorrupt
+logger = logging.getLogger("recsys")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class Journal:
             self.begin(entry.step)
         assert self._io is not None
         size = self._io.tell()
-        data = orjson.dumps(as_json(entry)) + b"\n"
+        data = seal(as_json(entry)) + b"\n"
         try:
             if self._io.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._io.name)
@@ -60,30 +62,62 @@ class Journal:
             raise
 
     def entries(self, from_step: int) -> Iterator[Entry]:
-        """Entries from `from_step` on; of several for one step the last. A torn last line is a step that never ran; a gap is
-        SnapshotCorrupt."""
+        """Entries from `from_step` on; of several for one step the last. A torn last line is a step that never ran.
+
+        Where steps are missing or a line cannot be known, the journal ends, loudly: the records of the steps after it are in the
+        log, and are learned in new steps.
+        """
         found: dict[int, Entry] = {}
-        expected = from_step
-        for path in sorted(self._folder.glob("journal-*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                where = f"{path.name} line {number}"
-                entry = _parsed(line, where)
-                if entry.step > expected:
-                    raise SnapshotCorrupt(
-                        f"{where} is step {entry.step}, expected {expected}: a journal file is missing"
-                    )
-                if entry.step >= from_step:
-                    found[entry.step] = entry
-                    expected = max(expected, entry.step + 1)
+        expected, unknown = from_step, None
+        for path in self._needed(from_step):
+            for line in journal_lines.read(path):
+                entry = _entry(line)
+                if entry is None:
+                    unknown = unknown or (path, line.offset)
+                elif entry.step > expected:
+                    self._end_at(*(unknown or (path, line.offset)), expected)
+                    yield from found.values()
+                    return
+                else:
+                    unknown = None
+                    if entry.step >= from_step:
+                        found[entry.step] = entry
+                        expected = max(expected, entry.step + 1)
+        if unknown is not None:
+            self._end_at(*unknown, expected)
         yield from found.values()
+
+    def _needed(self, from_step: int) -> list[Path]:
+        """Files that may hold steps from `from_step` on."""
+        paths = self._files()
+        first = max((n for n, (start, _) in enumerate(paths) if start <= from_step), default=0)
+        return [path for _, path in paths[first:]]
+
+    def _files(self) -> list[tuple[int, Path]]:
+        return sorted((int(p.stem.removeprefix("journal-")), p) for p in self._folder.glob("journal-*.jsonl"))
+
+    def _end_at(self, path: Path, offset: int, step: int) -> None:
+        """What cannot be run again is set aside: what is written from now on follows what can."""
+        logger.error(
+            "the journal is torn or flipped at byte %d of %s: steps from %d on are learned anew, in other steps; what it held is kept in "
+            "files *.bad",
+            offset,
+            path,
+            step,
+        )
+        for _, later in self._files():
+            if later.name > path.name:
+                later.replace(later.with_suffix(".bad"))
+        write_file(path.with_suffix(".bad"), path.read_bytes())
+        os.truncate(path, offset)
 
     def begins_at_first_step(self) -> bool:
         """Whether the steps can be run from the trainer's beginning."""
-        return any(int(p.stem.removeprefix("journal-")) <= 1 for p in self._folder.glob("journal-*.jsonl"))
+        return any(start <= 1 for start, _ in self._files())
 
     def cut(self, before_step: int) -> None:
         """Delete files that hold only steps before `before_step`."""
-        starts = sorted((int(p.stem.removeprefix("journal-")), p) for p in self._folder.glob("journal-*.jsonl"))
+        starts = self._files()
         for (_, path), (following, _) in zip(starts, starts[1:], strict=False):
             if following <= before_step:
                 path.unlink()
@@ -120,11 +154,11 @@ def as_json(entry: Entry) -> dict[str, Any]:
 
 
 def of_json(raw: dict[str, Any]) -> Entry:
-    """The entry of a journal's line."""
+    """The entry of a journal's line. KeyError, TypeError, ValueError when it is none."""
     return Entry(
-        step=raw["step"],
-        now_ms=raw["now_ms"],
-        ends=raw["ends"],
+        step=int(raw["step"]),
+        now_ms=int(raw["now_ms"]),
+        ends=dict(raw["ends"]),
         learn=raw["learn"],
         without=raw.get("without", {}),
         starts=raw.get("starts", {}),
@@ -132,8 +166,8 @@ def of_json(raw: dict[str, Any]) -> Entry:
     )
 
 
-def _parsed(line: bytes, where: str) -> Entry:
+def _entry(line: journal_lines.Line) -> Entry | None:
     try:
-        return of_json(orjson.loads(line))
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise SnapshotCorrupt(f"{where} is not a journal entry: restore it, or delete it and all later ones") from None
+        return None if line.fields is None else of_json(line.fields)
+    except (KeyError, TypeError, ValueError):
+        return None
