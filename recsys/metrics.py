@@ -221,6 +221,14 @@ COMPILE_SECONDS = _gauge(
     "Time to compile the fused operations at start, or to read them from the cache; 0 while they run op by op.",
 )
 JOURNAL_STEPS = _counter("recsys_journal_steps_total", "Steps written to the journal and run.")
+TIME_AHEAD = _counter(
+    "recsys_time_ahead_total",
+    "Records whose log time led the trainer's clock by more than 60 s, and counted as of now.",
+)
+TIME_SET_BACK = _counter(
+    "recsys_time_set_back_total",
+    "Times that the trainer's log time was more than 60 s ahead of its clock, and went on from now.",
+)
 STEP_FAILURES = _counter(
     "recsys_step_failures_total",
     "Trainer steps that raised, and were run again without the records that made them fail.",

@@ -147,6 +147,17 @@ class BanditLearner:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
+    def set_back(self, now_ms: int) -> None:
+        """Log time was ahead: what was opened ahead of `now_ms`, and the edges' sums, are as of then."""
+        for opened in self._open.values():
+            opened.time_ms = min(opened.time_ms, now_ms)
+        for request_id, events in self._early.items():
+            self._early[request_id] = [(min(at_ms, now_ms), key, kind) for at_ms, key, kind in events]
+        self._now_ms = min(self._now_ms, now_ms)
+        if self._decay is not None:
+            self._decay.restore(self._decay.state(), latest_ms=now_ms)
+            self.moved = True
+
     def drop_due(self) -> None:
         """Forget what would be added to edges in the next step."""
         self._due = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from recsys.clock import Clock
+from recsys.clock import Clock, bounded_ms
 from recsys.streams.base import EventLog
 from recsys.streams.positions import identities, resume, split
 from recsys.streams.ranges import read_range
+from recsys.training.journal import log_ms
 from recsys.types import Record
 
 CONSUMER = "trainer"
@@ -18,6 +20,15 @@ READ_LIMIT = 1000
 MARK_MS = 100
 """The log's ends are asked for this often, to know what time everything was read up to: half asks twice as much, double holds
 labels back for longer."""
+
+
+class Polled(NamedTuple):
+    """What one step may be made of; `all_read_ms` 0: it is not known yet."""
+
+    records: list[Record]
+    ends: dict[str, int]
+    all_read_ms: int
+    wall_ms: int
 
 
 class Intake:
@@ -45,7 +56,7 @@ class Intake:
         """Records up to these ends were taken."""
         self.positions |= {key: max(end, self.positions.get(key, 0)) for key, end in ends.items()}
 
-    def poll(self) -> tuple[list[Record], dict[str, int], int]:
+    def poll(self) -> Polled:
         """New records, the partitions' new ends, and log time: no impression or feedback before it is still unread.
 
         A read that found nothing does not say so: Kafka's client answers before the broker did. Items go first: as long as there may be
@@ -53,30 +64,34 @@ class Intake:
         """
         records: list[Record] = []
         ends: dict[str, int] = {}
-        self._mark()
+        wall_ms = self._clock.now_ms()
+        self._mark(wall_ms)
         for key in _ordered(self.positions):
             batch = self._log.read(*split(key), self.positions[key], READ_LIMIT)
             if batch.next > self.positions[key]:
                 ends[key] = batch.next
             if batch:
                 records += batch
-                self._read_ms[key] = max(self._read_ms.get(key, 0), batch[-1].time_ms)
+                self._read_ms[key] = max(self._read_ms.get(key, 0), log_ms(batch[-1], wall_ms))
             if len(batch) >= READ_LIMIT and key.startswith("item/"):
                 break
         for key, end in self._marks.items():
             if ends.get(key, self.positions[key]) >= end:
                 self._read_ms[key] = max(self._read_ms.get(key, 0), self._marked_ms)
-        return records, ends, self._all_read_ms()
+        return Polled(records, ends, self._all_read_ms(), wall_ms)
 
     def _all_read_ms(self) -> int:
         return min((self._read_ms.get(key, 0) for key in self._marks), default=0)
 
-    def _mark(self) -> None:
-        """Ask for the ends again, once those of the last time were read."""
-        now_ms = self._clock.now_ms()
-        if self._all_read_ms() >= self._marked_ms and (not self._marks or now_ms - self._marked_ms >= MARK_MS):
+    def _mark(self, wall_ms: int) -> None:
+        """Ask for the ends again, once those of the last time were read, or the clock was set back."""
+        latest_ms = bounded_ms(2**62, wall_ms)
+        if self._marked_ms > latest_ms:
+            self._marked_ms, self._marks = 0, {}
+        self._read_ms = {key: min(time_ms, latest_ms) for key, time_ms in self._read_ms.items()}
+        if self._all_read_ms() >= self._marked_ms and (not self._marks or not 0 <= wall_ms - self._marked_ms < MARK_MS):
             timed = [key for key in self.positions if not key.startswith("item/")]
-            self._marked_ms, self._marks = now_ms, {key: self._log.end(*split(key)) for key in timed}
+            self._marked_ms, self._marks = wall_ms, {key: self._log.end(*split(key)) for key in timed}
 
     def again(self, ends: Mapping[str, int]) -> list[Record]:
         """The records from here to these ends, in the order in which `poll` gave them."""

@@ -163,6 +163,15 @@ class Joiner:
             for queue, end in zip(self._queues, self._ends_ms, strict=True)
         )
 
+    def set_back(self, now_ms: int) -> None:
+        """Log time was ahead: what was opened ahead of `now_ms` is as of then, so that its windows close in time."""
+        for impression in self._open.values():
+            impression.time_ms = min(impression.time_ms, now_ms)
+        self._waiting = OrderedDict(
+            (request_id, [(min(at_ms, now_ms), f) for at_ms, f in held]) for request_id, held in self._waiting.items()
+        )
+        self._spill.set_back()
+
     def due_requests(self, now_ms: int) -> list[str]:
         """The requests of which `close` would emit something."""
         ended = (

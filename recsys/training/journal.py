@@ -11,8 +11,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from recsys.clock import bounded_ms
 from recsys.files import seal, write_file
 from recsys.training import journal_lines
+from recsys.types import Record
 
 logger = logging.getLogger("recsys")
 
@@ -30,10 +32,21 @@ class Entry:
     starts: Mapping[str, int] = field(default_factory=dict)
     """Where each partition's range begins, and (`logs`) in which log: of a first entry that no checkpoint's positions precede."""
     logs: Mapping[str, str] = field(default_factory=dict)
+    wall_ms: int | None = None
+    """What the wall clock said: by it, records' times are bounded. None: an earlier version, which did not bound them."""
 
     def leaving_out(self, units: Mapping[str, str]) -> Entry:
         """The same step without these, too."""
         return replace(self, without={**self.without, **units})
+
+
+def log_ms(record: Record, wall_ms: int | None) -> int:
+    """The log time of a record as a step sees it. One that leads the wall clock by more than the bound is as of now: so log time goes
+    on, and does not jump ahead of what else is open."""
+    if wall_ms is None:
+        return record.time_ms
+    bounded = bounded_ms(record.time_ms, wall_ms)
+    return bounded if bounded >= record.time_ms else wall_ms
 
 
 class Journal:
@@ -150,6 +163,8 @@ def as_json(entry: Entry) -> dict[str, Any]:
         line["without"] = dict(entry.without)
     if entry.starts:
         line |= {"starts": dict(entry.starts), "logs": dict(entry.logs)}
+    if entry.wall_ms is not None:
+        line["wall_ms"] = entry.wall_ms
     return line
 
 
@@ -163,6 +178,7 @@ def of_json(raw: dict[str, Any]) -> Entry:
         without=raw.get("without", {}),
         starts=raw.get("starts", {}),
         logs=raw.get("logs", {}),
+        wall_ms=raw.get("wall_ms"),
     )
 
 

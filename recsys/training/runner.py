@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from recsys import metrics
-from recsys.clock import Clock
+from recsys.clock import Clock, bounded_ms
 from recsys.config import Config
 from recsys.errors import Fenced, StepFailed, Stopped
 from recsys.events.dead_letters import letter as dead_letter
@@ -19,8 +19,8 @@ from recsys.streams.base import EventLog
 from recsys.streams.positions import split
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.deaths import Deaths, Trials
-from recsys.training.intake import CONSUMER, Intake
-from recsys.training.journal import Entry, Journal
+from recsys.training.intake import CONSUMER, Intake, Polled
+from recsys.training.journal import Entry, Journal, log_ms
 from recsys.training.old_towers import first_upserts
 from recsys.training.publish import Publisher
 from recsys.training.recovery import without_culprits
@@ -138,7 +138,7 @@ class Runner:
             records = list(self.intake.range(key, self._log.begin(topic, partition), end))
             for record in records:
                 self._leave_off()
-                self.trainer.take(record, StepReport())
+                self.trainer.take(record, StepReport(), 0)
             towers = self.trainer.towers
             if towers is not None and towers.numbered is not None:
                 towers.number(first_upserts(records) if self._log.partitions(topic) == 1 else None)
@@ -253,13 +253,13 @@ class Runner:
 
     def _step(self, *, learn: bool) -> bool:
         self._send_letters()
-        records, ends, watermark = self.intake.poll()
-        now_ms = max(self.trainer.covers_ms, watermark)
-        if not records and not self.trainer.joiner.due(now_ms):
-            self.intake.passed(ends)  # behind what is no record: nothing to run again
+        polled = self.intake.poll()
+        now_ms = self._log_time(polled)
+        if not polled.records and now_ms >= self.trainer.covers_ms and not self.trainer.joiner.due(now_ms):
+            self.intake.passed(polled.ends)  # behind what is no record: nothing to run again
             return False
         # 1. Write down what this step will be; 2. run it; 3. report; dead letters may repeat after a crash, under the same key.
-        entry = Entry(step=self.trainer.steps + 1, now_ms=now_ms, ends=ends, learn=learn)
+        entry = Entry(step=self.trainer.steps + 1, now_ms=now_ms, ends=polled.ends, learn=learn, wall_ms=polled.wall_ms)
         if (
             self._starting
         ):  # the log that these positions are in may be another one than the checkpoint's, or there is none
@@ -268,11 +268,24 @@ class Runner:
         self._starting = False
         self._crash("journaled")
         started = time.perf_counter()
-        report = self._run(entry, records)
+        report = self._run(entry, polled.records)
         self._crash("stepped")
         self._on_step(report, time.perf_counter() - started)
         self._bury(report)
         return True
+
+    def _log_time(self, polled: Polled) -> int:
+        """It never goes back, but from more than the bound ahead of the wall clock: that was once wrong, or is."""
+        before_ms, latest_ms = self.trainer.covers_ms, bounded_ms(2**62, polled.wall_ms)
+        if before_ms <= latest_ms:
+            return max(before_ms, polled.all_read_ms)
+        metrics.TIME_SET_BACK.inc()
+        logger.error(
+            "log time was %.0f s ahead of this machine's clock, by a clock that was ahead: it goes on from now",
+            (before_ms - polled.wall_ms) / 1000,
+        )
+        times = [log_ms(record, polled.wall_ms) for record in polled.records]
+        return polled.all_read_ms or min(times, default=polled.wall_ms)
 
     def _bury(self, report: StepReport) -> None:
         for letter in report.dead_letters:

@@ -28,9 +28,11 @@ class Spill:
         self._files: dict[int, BinaryIO] = {}
         self._sizes: dict[int, int] = {}
         self._open: Counter[int] = Counter()
+        self._begun: int | None = None
+        """The minute of log time in which the newest file was begun; its name may be later."""
 
     def append(self, now_ms: int, data: bytes) -> Place:
-        minute = max(now_ms // 60_000, max(self._sizes, default=0))
+        minute = self._minute(now_ms // 60_000)
         file = self._file(minute)
         offset = self._sizes.setdefault(minute, 0)
         file.seek(offset)
@@ -38,6 +40,20 @@ class Spill:
         self._sizes[minute] = offset + len(data)
         self._open[minute] += 1
         return Place(minute, offset, len(data))
+
+    def _minute(self, now: int) -> int:
+        """The file to append to: the newest, or one behind it where that is of an earlier minute."""
+        newest = max(self._sizes, default=None)
+        if newest is None or now > (newest if self._begun is None else self._begun):
+            self._begun = now
+            return now if newest is None else max(now, newest + 1)
+        if self._begun is None:
+            self._begun = now
+        return newest
+
+    def set_back(self) -> None:
+        """Log time went back: a new minute of it begins a new file, though files of later names are there."""
+        self._begun = None
 
     def read(self, place: Place) -> bytes:
         file = self._file(place.minute)

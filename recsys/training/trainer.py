@@ -25,7 +25,7 @@ from recsys.model.layouts import layouts
 from recsys.table.tables import Tables
 from recsys.training.bandit import BanditLearner
 from recsys.training.joiner import Emission, Joiner
-from recsys.training.journal import Entry
+from recsys.training.journal import Entry, log_ms
 from recsys.training.learner import Batch, Learner
 from recsys.training.towers import TowerLearner
 from recsys.types import FORGET, Feedback, Impression, Item, Record
@@ -52,6 +52,8 @@ class StepReport:
     rewards: list[str] = field(default_factory=list)
     """What became of each reward of the bandit."""
     expired: int = 0
+    ahead: int = 0
+    """Records whose times led the wall clock by more than the bound."""
     retried: bool = False
     """The step failed before, with what is left out now."""
 
@@ -117,6 +119,8 @@ class Trainer:
         StepFailed: the state is neither that of before nor that of after; throw it away.
         """
         report = StepReport()
+        if entry.now_ms < self.covers_ms:
+            self._set_back(entry.now_ms)
         for unit, reason in entry.without.items():
             self._leave_out(unit, reason, report)
         self._take_all(records, entry, report)
@@ -148,8 +152,10 @@ class Trainer:
             if entry.without and (reason := entry.without.get(place_of(record))) is not None:
                 report.dead_letters.append(DeadLetter(record=record, reason=reason, kind="failed"))
                 continue
+            time_ms = log_ms(record, entry.wall_ms)
+            report.ahead += time_ms < record.time_ms
             try:
-                self.take(record, report)
+                self.take(record, report, time_ms)
             except (OSError, LogError):
                 raise
             except Exception as error:  # noqa: BLE001 - raised below, when all are known with which it happens
@@ -179,15 +185,22 @@ class Trainer:
             with _blaming(list):
                 report.expired = self.tables.expire(now_ms)
 
-    def take(self, record: Record, report: StepReport) -> None:
-        """Take one record of `item`, `impression` or `feedback`; what cannot be used becomes a dead letter."""
+    def _set_back(self, now_ms: int) -> None:
+        """Log time was ahead of the clock by more than the bound: bring back what was opened ahead."""
+        self.covers_ms = now_ms
+        self.joiner.set_back(now_ms)
+        if self.bandit:
+            self.bandit.set_back(now_ms)
+
+    def take(self, record: Record, report: StepReport, time_ms: int) -> None:
+        """Take one record of `item`, `impression` or `feedback` at a log time; what cannot be used becomes a dead letter."""
         try:
             if record.topic == "item":
                 self.item(messages.parse_item(record.value, key=record.key))
             elif record.topic == "impression":
-                self.impression(messages.parse_impression(record.value), record.time_ms, report)
+                self.impression(messages.parse_impression(record.value), time_ms, report)
             else:
-                self.feedback(messages.parse_feedback(record.value, internal=True), record.time_ms, report)
+                self.feedback(messages.parse_feedback(record.value, internal=True), time_ms, report)
         except BadInput as error:
             report.dead_letters.append(DeadLetter(record=record, reason=str(error)))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from recsys import metrics
-from recsys.clock import SystemClock
+from recsys.clock import MAX_LEAD_MS, SystemClock
 from recsys.config import Config
 from recsys.errors import LogFull, LogTruncated, LogUnavailable, Stopped
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
@@ -28,6 +28,9 @@ from services.common.tables import TableGauges
 
 WINDOW = 5000
 """Examples behind the progressive gauges: half is noisier, double hides a change for longer."""
+
+AHEAD_EVERY_S = 60.0
+"""That records lead the clock is said this often."""
 
 
 class Progressive:
@@ -74,6 +77,7 @@ def observe(report: StepReport, seconds: float) -> None:
     for outcome in report.rewards:
         metrics.BANDIT_REWARDS.labels(outcome).inc()
     metrics.TABLE_EXPIRED_ROWS.inc(report.expired)
+    metrics.TIME_AHEAD.inc(report.ahead)
 
 
 def show_reading(reading: Reading) -> None:
@@ -143,7 +147,7 @@ class Loop:
         self._runner = Runner(config, log, SystemClock(), self._on_step, stopped=lambda: bool(stop))
         self._published = [0, 0]
         self._tables = TableGauges()
-        self._shown_s = 0.0
+        self._shown_s, self._ahead_s = 0.0, -AHEAD_EVERY_S
         self._was_open = False
 
     def start(self, *, accept_gap: bool) -> None:
@@ -211,4 +215,11 @@ class Loop:
 
     def _on_step(self, report: StepReport, seconds: float) -> None:
         observe(report, seconds)
+        if report.ahead and time.monotonic() - self._ahead_s > AHEAD_EVERY_S:
+            self._ahead_s = time.monotonic()
+            logger.warning(
+                "%d records lead this machine's clock by more than %d s and count as of now: compare the clocks",
+                report.ahead,
+                MAX_LEAD_MS // 1000,
+            )
         self._progressive.add(report)

@@ -1,5 +1,6 @@
 """The trainer: a restart at any gap gives what running straight through gives, bit for bit."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ from recsys.state.memory import MemoryState
 from recsys.streams.memory import MemoryLog
 from recsys.testing.crash import Abort, AbortAt
 from recsys.testing.world import World
+from recsys.training.journal import Entry
 from recsys.training.runner import Runner
 from recsys.training.spill import Place
 from recsys.training.trainer import StepReport, Trainer
@@ -368,3 +370,25 @@ def test_an_open_impression_that_cannot_be_learned_is_buried_and_the_rest_is_lea
     assert opened[2][0] not in learned and left - {opened[2][0]} <= learned
     (letter,) = [json.loads(r.value) for r in view.published.read("dead_letter", 0, 0) if r.key == "impression/0/-1"]
     assert letter["key"] == opened[2][0] and "features" in letter["reason"]
+
+
+def test_records_of_every_time_are_learned_and_leave_finite_state(tmp_path: Path) -> None:
+    config = configuration(tmp_path, EVERYTHING)
+    log, trainer = answered(config), Trainer(config, tmp_path)
+    times = itertools.cycle((0, 1_000_000, -1, 4_102_444_800_000, 2**62, -(2**63), 1_059_000))
+    emitted: set[str] = set()
+    for number, start in enumerate(range(0, 240, 40)):
+        records = [
+            replace(record, time_ms=next(times))
+            for topic in ("item", "impression", "feedback")
+            for record in log.read(topic, 0, 0)[start : start + 40]
+        ]
+        wall_ms = 1_000_000 + 10_000 * number
+        entry = Entry(step=number + 1, now_ms=wall_ms, ends={}, wall_ms=wall_ms)
+        emitted |= {emission.request_id for emission in trainer.step(records, entry).emissions}
+    last = trainer.step([], Entry(step=7, now_ms=1_200_000, ends={}, wall_ms=1_200_000))
+    emitted |= {emission.request_id for emission in last.emissions}
+    assert emitted == {f"r{n}" for n in range(60)} and not len(trainer.joiner)
+    for name, table in trainer.tables.items():
+        touched = table.touched("test")
+        assert np.isfinite(table.export(touched.slots, touched.keys).values).all(), name
