@@ -309,8 +309,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def services(settings: str = "", environment: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """`recsys up`, just started (not yet ready), with these settings (TOML tables) and additional environment."""
+def services(settings: str = "", environment: Mapping[str, str] | None = None, root: Path = ROOT) -> Iterator[Running]:
+    """`recsys up`, just started (not yet ready), with these settings (TOML tables) and additional environment; `root`: of which
+    checkout."""
     ports = {service: free_port() for service in SERVICES}
     with tempfile.TemporaryDirectory(prefix="recsys-load-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -323,8 +324,8 @@ def services(settings: str = "", environment: Mapping[str, str] | None = None) -
         with (folder / "up.txt").open("wb") as output:
             process = subprocess.Popen(
                 command,
-                cwd=ROOT,
-                env=psutil.Process().environ() | dict(environment or {}),
+                cwd=root,
+                env=psutil.Process().environ() | {"PYTHONPATH": str(root)} | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

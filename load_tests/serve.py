@@ -4,7 +4,8 @@ Latency is taken from the instant a request was due; p50 and p99 are the median 
 percentile (`…_run`: over the whole run, as measured). Freshness is over all probes of the run: from the instant feedback was
 answered (trained rows: from the instant the label was final) to the first answer whose `as_of` covers it. `request_cpu` is what
 one request adds to the CPU time of all processes, its training included: the run against the same feedback and probes without
-requests. `stage_…` is the time that stages took, probes' included, per request. The label windows are one second.
+requests. `event_cpu` is what one event adds to that of an idle system, in batches of 50. `stage_…` is the time that stages took,
+probes' included, per request. The label windows are one second.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
 from load_tests.client import Client, Sample, open_loop, poisson
-from load_tests.common import Report, Running, percentile, run, say, services, windowed
+from load_tests.common import ROOT, Report, Running, percentile, run, say, services, windowed
 
 USERS, KINDS, TAGS = 2000, 200, 500
 HISTORY = 20
@@ -32,7 +34,7 @@ WINDOW_S = 1.0
 RECENT_S = 0.5
 """Lists shown at most this long ago are clicked: the label's window, 1 s, is still open when the click arrives."""
 PROBES_A_SECOND, POLL_S, GIVE_UP_MS = 3, 0.005, 10_000
-QUIET_S = 10.0
+QUIET_S, EVENTS_S = 10.0, 20.0
 WARM_S = 5.0
 COVERED = ("user_state", "counters")
 STAGES = "recsys_stage_seconds_sum"
@@ -55,10 +57,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="requests per second")
     parser.add_argument("--events", type=float, default=200.0, help="feedback events per second, in POSTs of 50")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout whose services are run (default: this one)")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
-    with services(SETTINGS) as running:
+    with services(SETTINGS, root=options.root) as running:
         running.wait_ready()
         asyncio.run(Serve(options, report, running).run())
 
@@ -107,6 +110,8 @@ class Serve:
         before = self._running.cpu_s()
         await self._load(0, QUIET_S, 3)
         quiet = cpu_since(before, self._running)
+        if options.events:
+            report.add("event_cpu", await self._event_cpu_ms(), "ms")
         self._client.close()
         self._latency(samples, seen)
         self._freshness(seen)
@@ -121,6 +126,18 @@ class Serve:
             report.add(f"request_cpu_{name}", added_ms[name], "ms")
             report.add(f"cores_{name}", used[name] / options.seconds, "cores")
             report.add(f"memory_{name}", memory[name], "bytes")
+
+    async def _event_cpu_ms(self) -> float:
+        """What one event adds to the CPU time of all processes: feedback alone against nothing at all."""
+        say(f"feedback alone: {EVENTS_S:.0f} s, then nothing: {QUIET_S:.0f} s")
+        self._seen, before = Seen(), self._running.cpu_s()
+        rate = self._options.events / POST
+        await open_loop(poisson(rate, EVENTS_S, self._options.seed + 20), self._feedback)
+        used, sent = sum(cpu_since(before, self._running).values()), self._seen.events
+        before = self._running.cpu_s()
+        await asyncio.sleep(QUIET_S)
+        idle = sum(cpu_since(before, self._running).values())
+        return (used - idle * EVENTS_S / QUIET_S) * 1000 / max(1, sent)
 
     def _latency(self, samples: list[Sample], seen: Seen) -> None:
         report, good = self._report, [s for s in samples if s.ok]
