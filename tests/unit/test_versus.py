@@ -24,7 +24,7 @@ def test_figure_is_the_geometric_mean_of_the_turns_with_an_interval(
     costs = {versus.ROOT: 2.0, tmp_path.resolve(): 1.0}
 
     def serve(options: argparse.Namespace, root: Path, turn: int) -> dict[str, float]:
-        return {figure: costs[root] * (1.1 if turn else 1.0) for figure in versus.FIGURES}
+        return dict.fromkeys(versus.FIGURES, costs[root] * (1.1 if turn else 1.0))
 
     monkeypatch.setattr(versus, "serve", serve)
     report = Report("versus", {})
