@@ -166,7 +166,7 @@ class System:
             "trainer_small": len(small),
             "bandit": _nbytes(trainer.bandit.state()) if trainer.bandit else 0,
             "towers": _nbytes(trainer.towers.arrays()) if trainer.towers else 0,
-            "trainer_catalogue": _nbytes(trainer.catalogue.state()),
+            "trainer_catalogue": sum(getattr(trainer.catalogue, name).nbytes for name in ("keys", "mask", "alive")),
             "catalogue": _nbytes(sources.catalogue.state()),
         }
         return found | {f"counters_{part}": _nbytes(arrays) for part, arrays in sources.state().items()}
