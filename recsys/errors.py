@@ -61,6 +61,10 @@ class RecordTooLarge(BadInput):
     """A record is larger than a log takes."""
 
 
+class CatalogueFull(BadInput):
+    """There is no room for another item: delete some, or raise `capacity.memory_bytes`. Items that are there can be changed."""
+
+
 class LogError(RecsysError):
     """The event log failed."""
 

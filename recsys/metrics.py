@@ -124,6 +124,12 @@ LOOKUP_SECONDS = _histogram(
 )
 LOOKUP_KEYS = _counter("recsys_lookup_keys_total", "Keys asked of the parameter service.")
 CATALOGUE_ITEMS = _gauge("recsys_catalogue_items", "Items that can be shown.")
+CATALOGUE_FULL = _gauge(
+    "recsys_catalogue_full_ratio", "Share of the bytes for items; at 1 new ones are refused, others change."
+)
+CATALOGUE_REFUSED = _counter(
+    "recsys_catalogue_refused_total", "New items of topic item that are not in the catalogue because it was full."
+)
 GENERATION_ITEMS = _gauge("recsys_generation_items", "Items in the retrieval index in use.")
 GENERATION_RECALL = _gauge(
     "recsys_generation_recall_ratio", "Recall@100 of the retrieval index in use, measured when it was built."
@@ -167,14 +173,15 @@ TABLE_EXPIRED_ROWS = _counter(
 EXAMPLES = _counter("recsys_examples_total", "Labels trained, by task and label (0 or 1).", ("task", "label"))
 JOINED = _counter(
     "recsys_joined_total",
-    "Records at the joiner, by outcome. Feedback: joined, duplicate, too_late, unknown_item, no_request, no_impression, forget; "
-    "impressions: impression_opened, impression_duplicate, impression_no_features.",
+    "Records at the joiner, by outcome. Feedback: joined, duplicate, too_late, unknown_item, no_request, no_impression, not_opened (its "
+    "impression had no features or found no room), not_held (given up where too much came ahead of its impression), forget; impressions: "
+    "impression_opened, impression_duplicate, impression_no_features, impression_no_room.",
     ("outcome",),
 )
 BANDIT_REWARDS = _counter(
     "recsys_bandit_rewards_total",
     "Feedback of a rewarded type that names a request, by outcome: rewarded, duplicate, no_edge (the bandit had no edge to the item), "
-    "too_late, no_impression.",
+    "too_late, no_impression, no_room.",
     ("outcome",),
 )
 BANDIT_CLUSTERS = _gauge(
@@ -182,6 +189,17 @@ BANDIT_CLUSTERS = _gauge(
     "Clusters that the bandit tells users apart by; its edges are the rows of the table `edge`.",
 )
 OPEN_IMPRESSIONS = _gauge("recsys_open_impressions", "Impressions whose label windows are still open.")
+OPEN_IMPRESSIONS_FULL = _gauge(
+    "recsys_open_impressions_full_ratio", "Share of the bytes for open impressions; at 1 new ones are not learned from."
+)
+HELD_FEEDBACK_FULL = _gauge(
+    "recsys_held_feedback_full_ratio",
+    "Share of the bytes for feedback ahead of its impression; at 1 what waited longest is given up.",
+)
+TOWER_USERS_FULL = _gauge(
+    "recsys_tower_users_full_ratio",
+    "Share of the users that the towers may know the past of; at 1 those least recently active leave.",
+)
 PROGRESSIVE_LOG_LOSS = _gauge(
     "recsys_progressive_log_loss",
     "Mean log loss (nats) of the predictions as served, over the last examples, by task.",

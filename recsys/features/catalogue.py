@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from recsys.errors import CatalogueFull
 from recsys.features.filters import Changes, Columns, Filters, Masks, passing
 from recsys.features.labels import Labels, used_keys
 from recsys.features.numeric import between, bucket_of, number_of, time_ms_of
@@ -22,8 +23,12 @@ from recsys.features.vacancies import Readers, Vacancies
 from recsys.keys import key_of
 from recsys.types import Bool, Int32, Int64, Item
 
+ROW_BYTES = 350
+"""Of an item beside its keys, numbers and texts: vectors of the index in use and the next, what sources count, the index of ids."""
 KEPT = 0.25
 """Deleted items that are still found, as a share of those alive: half knows less of what histories name, double takes a fifth more memory."""
+KEPT_BELOW = 0.8
+"""Of the bound: where there is less room than that, deleted items make it."""
 _TEXTS = ("ids", "titles", "documents")
 _ARRAYS = ("keys", "mask", "born", "alive")
 """Who reads two of them reads the later first: they grow in this order."""
@@ -37,8 +42,12 @@ class Catalogue:
     A row means an item only within `reading`. What is kept by row says so to `on_free`; what is kept for longer names keys.
     """
 
-    def __init__(self, schema: Schema, capacity: int = 1024, keep: float = KEPT, *, texts: bool = True) -> None:
-        """`keep`: deleted items that are still found, as a share of those alive. Without `texts` items have columns only."""
+    def __init__(
+        self, schema: Schema, limit_bytes: int = 2**62, capacity: int = 1024, keep: float = KEPT, *, texts: bool = True
+    ) -> None:
+        """`limit_bytes`: beyond it new items are refused. `keep`: deleted items that are still found, as a share of those alive. Without
+        `texts` items have columns only."""
+        self._limit = limit_bytes
         self.readers = Readers()
         self.on_free: list[Callable[[Int32], None]] = []
         """Called by the writer with rows that will be other items': nothing may be kept by them when it returns."""
@@ -56,6 +65,7 @@ class Catalogue:
         self.mask: Bool = np.zeros((capacity, width), np.bool_)
         self.alive: Bool = np.zeros(capacity, np.bool_)
         self._rows = RowIndex(self.keys)
+        self._row_bytes = ROW_BYTES + 9 * width + 8 * len(schema.declared)
         self._columns = schema.item_columns
         self._attributes = [name for name, _ in schema.item_fields[1:]]
         self._edges = schema.edges
@@ -74,6 +84,34 @@ class Catalogue:
     def __len__(self) -> int:
         """How many rows there are, of items and between them."""
         return self._size
+
+    @property
+    def num_bytes(self) -> int:
+        """What the items take, about, with what is kept of them elsewhere."""
+        rows = (self._size - self._vacancies.num_without) * self._row_bytes
+        texts = self.ids.num_bytes + self.titles.num_bytes + self.documents.num_bytes
+        return rows + texts + self.overflow.num_bytes + self.labels.num_bytes
+
+    @property
+    def full_ratio(self) -> float:
+        """How full it is; at 1 new items are refused."""
+        return self.num_bytes / self._limit
+
+    def room_for(self, item: Item, share: float = 1.0, more: int = 0) -> int:
+        """What an item takes, 0 for one that is known; CatalogueFull when that, and `more` bytes, goes beyond this share of the bound."""
+        if item.deleted or self.row(item.item_id) is not None:
+            return 0
+        cost = self._row_bytes + len(item.item_id) + len(item.title) + len(orjson.dumps(dict(item.attributes)))
+        if self.num_bytes + more + cost > share * self._limit:
+            raise self._full(item)
+        return cost
+
+    def _full(self, item: Item) -> CatalogueFull:
+        return CatalogueFull(
+            f"item_id = {item.item_id[:64]!r}: the catalogue is full ({self.num_alive} items, {self.num_bytes / 1e6:.1f} of "
+            f"{self._limit / 1e6:.1f} MB): delete items, or raise capacity.memory_bytes; items that are in it can be changed",
+            field="item_id",
+        )
 
     @property
     def reading(self) -> Callable[[], AbstractContextManager[None]]:
@@ -133,7 +171,7 @@ class Catalogue:
 
     def newest(self, count: int, allowed: Bool | None = None) -> Int32:
         """The `count` alive (allowed) items that came last, newest first."""
-        rows = np.flatnonzero(self.alive if allowed is None else allowed)
+        rows = set_rows(self.alive if allowed is None else allowed)
         if len(rows) > count:
             rows = rows[np.argpartition(self.born[rows], len(rows) - count)[-count:]] if count else rows[:0]
         return rows[np.argsort(-self.born[rows], kind="stable")].astype(np.int32)
@@ -141,18 +179,17 @@ class Catalogue:
     def page(self, after: int | None, limit: int) -> list[Item]:
         """Up to `limit` alive items in the order of their keys, from behind the key `after` on."""
         with self.reading():
-            chosen = self.alive.copy()
-            if after is not None:
-                chosen &= self.keys[: len(chosen), 0] > after
-            rows = np.flatnonzero(chosen)
+            rows = set_rows(self.alive)
             keys = self.keys[rows, 0]
+            if after is not None:
+                rows, keys = rows[keys > after], keys[keys > after]
             if len(rows) > limit:
                 least = np.argpartition(keys, limit - 1)[:limit]
                 rows, keys = rows[least], keys[least]
             return [self.item(row) for row in rows[np.argsort(keys)].tolist()]
 
     def apply(self, item: Item) -> int:
-        """Upsert or delete; returns the row, -1 for the deletion of an item that is not known."""
+        """Upsert or delete; returns the row, -1 for the deletion of an item that is not known. CatalogueFull: nothing was changed."""
         row = self.row(item.item_id)
         if item.deleted:
             return -1 if row is None else self._delete(row)
@@ -176,6 +213,8 @@ class Catalogue:
         return row
 
     def _insert(self, item: Item) -> int:
+        if self.num_bytes + self._row_bytes > self._limit:
+            raise self._full(item)
         row = self._vacancies.take()
         if row is None:
             row = self._size
@@ -208,9 +247,10 @@ class Catalogue:
     def free_rows(self) -> None:
         """Give up the rows of items deleted longest ago, beyond what is kept of them, and let new items have those that nobody holds any
         more. The writer calls it, after changes; it takes as many at once as are worth telling everybody."""
-        batch, spare = max(1, len(self) // 100), self._vacancies.num_left - int(self._keep * self.num_alive)
-        if spare >= batch or (spare > 0 and not self._keep):
-            rows = self._vacancies.give_up(int(self._keep * self.num_alive))
+        keep = int(self._keep * self.num_alive) if self.full_ratio < KEPT_BELOW else 0
+        batch, spare = max(1, len(self) // 100), self._vacancies.num_left - keep
+        if spare >= batch or (spare > 0 and not keep):
+            rows = self._vacancies.give_up(keep)
             if len(rows):
                 self._rows.remove(rows)
                 self.found[rows] = False
@@ -238,7 +278,7 @@ class Catalogue:
     def state(self) -> dict[str, Any]:
         """All items as arrays, without the rows between them. A row that is written meanwhile may be either version of it, or torn."""
         size = self._size
-        rows: Any = np.flatnonzero(self.found[:size])
+        rows: Any = set_rows(self.found[:size])
         if len(rows) == size:
             rows = slice(0, size)  # views: a million items are not copied
         arrays: dict[str, Any] = {name: getattr(self, name)[:size][rows] for name in _ARRAYS}
@@ -315,6 +355,12 @@ class Catalogue:
             self.numbers[name] = np.full(len(self.alive), np.nan)
         if name in self.numbers:
             self.numbers[name][row] = number
+
+
+def set_rows(mask: Bool) -> Int64:
+    """The rows that are set in a mask which its writer changes meanwhile: numpy counts them first and fills in afterwards, and would
+    return rubbish where there were fewer by then."""
+    return np.flatnonzero(mask.copy())
 
 
 def _grown(array: Any, size: int) -> Any:

@@ -19,10 +19,13 @@ class Overflow:
 
     def __init__(self) -> None:
         self._keys: dict[str, dict[int, Int64]] = {}
+        self.num_bytes = 0
 
     def set(self, attribute: str, row: int, keys: Iterable[int]) -> None:
         """Replace a row's further values, distinct; none of them is in its columns."""
         further = np.array(list(keys), np.int64)
+        before = self._keys.get(attribute, {}).get(row)
+        self.num_bytes += _bytes_of(further) - _bytes_of(before)
         if len(further):
             self._keys.setdefault(attribute, {})[row] = further
         elif rows := self._keys.get(attribute):
@@ -56,3 +59,8 @@ class Overflow:
             rows, starts = np.unique(arrays[name], return_index=True)
             parts = np.split(np.array(arrays[f"more.{attribute}.keys"], np.int64), starts[1:])
             self._keys[attribute] = dict(zip(rows.tolist(), parts, strict=True))
+            self.num_bytes += sum(map(_bytes_of, parts))
+
+
+def _bytes_of(keys: Int64 | None) -> int:
+    return 0 if keys is None or not len(keys) else 200 + keys.nbytes

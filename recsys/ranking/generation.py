@@ -13,7 +13,7 @@ import numpy as np
 from recsys import metrics
 from recsys.config import Config
 from recsys.features.build import UserFeatures
-from recsys.features.catalogue import Catalogue
+from recsys.features.catalogue import Catalogue, set_rows
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.bandit import Bandit
 from recsys.ranking.scorer import Scorer
@@ -154,7 +154,7 @@ class Generations:
             self._count += 1
         arrivals, size = self._catalogue.arrivals, len(self._catalogue)
         with self._catalogue.reading():
-            rows = np.flatnonzero(self._catalogue.alive[:size]).astype(np.int32)
+            rows = set_rows(self._catalogue.alive[:size]).astype(np.int32)
             every = slice(0, size) if len(rows) == size else rows
             keys, mask = self._catalogue.keys[every], self._catalogue.mask[every]
         return Job(

@@ -19,13 +19,15 @@ import numpy.typing as npt
 
 from recsys.bandit.clusters import Clusters, Drop, Split
 from recsys.bandit.served import Served, UInt64, decode
+from recsys.capacity import bound_bytes
 from recsys.config import Config
 from recsys.decay import ForwardDecay
 from recsys.errors import BadInput
-from recsys.events.recent import Recent
+from recsys.events.recent import Recent, recent_limit
 from recsys.keys import joined, key_of, split
 from recsys.table.base import Rows, Table
 from recsys.table.fit import restore_within
+from recsys.training.held import Early
 from recsys.types import Feedback, Float32, Impression, Int32, Int64, UInt8
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -60,10 +62,10 @@ class BanditLearner:
         self.clusters = Clusters(self._dim, bandit.clusters)
         self._decay = ForwardDecay(bandit.half_life_s, MAX_EXPONENT) if bandit.half_life_s else None
         self._rewards, self._window_ms = set(bandit.reward_types), int(bandit.reward_window_s * 1000)
-        self._requests = Recent()
+        memory_bytes = config.capacity.memory_bytes
+        self._requests = Recent(limit=recent_limit(memory_bytes))
         self._open: OrderedDict[str, _Open] = OrderedDict()
-        self._early: OrderedDict[str, list[tuple[int, int, str]]] = OrderedDict()
-        """Feedback ahead of its impression: (log time, item key, type) by request."""
+        self._open_limit, self._open_bytes = bound_bytes(memory_bytes, "open") // 4, 0
         self._due: list[tuple[_Open, Int64, int]] = []
         """Items (by number) of an impression that count as shown, or as rewarded, since the last step."""
         self._outcomes: list[str] = []
@@ -84,8 +86,9 @@ class BanditLearner:
             )
         return served
 
-    def impression(self, message: Impression, served: Served, now_ms: int) -> None:
-        """Learn the user's vector; count edges shown, and open them for rewards. A duplicate does nothing."""
+    def impression(self, message: Impression, served: Served, now_ms: int, early: Sequence[Early] = ()) -> None:
+        """Learn the user's vector; count edges shown, and open them for rewards, those of `early` feedback among them. A duplicate
+        does nothing; where there is no room edges do not count as shown either: they could not be rewarded."""
         if not self._requests.add(message.request_id, now_ms):
             return
         self.clusters.add(served.vector, served.generation, served.clusters)
@@ -98,15 +101,21 @@ class BanditLearner:
             edges=served.edges[with_edge],
             became=np.zeros(len(with_edge), np.uint8),
         )
+        num_bytes = _bytes_of(message.request_id, opened)
+        if self._open_bytes + num_bytes > self._open_limit:
+            for _, feedback in early:
+                self._settle(feedback.type, "no_room")
+            return
         self._open[message.request_id] = opened
+        self._open_bytes += num_bytes
         if message.activation != "deferred":
             opened.became[:] = SHOWN
             self._due.append((opened, np.arange(len(with_edge)), SHOWN))
-        for at_ms, key, kind in self._early.pop(message.request_id, ()):
-            self._happened(opened, key, kind, max(at_ms, now_ms))
+        for at_ms, feedback in early:
+            self.feedback(feedback, max(at_ms, now_ms))
 
     def feedback(self, message: Feedback, now_ms: int) -> None:
-        """Reward an item, or count it as shown (`view`, where that was deferred)."""
+        """Reward an item, or count it as shown (`view`, where that was deferred). Who calls holds what comes ahead of its impression."""
         if message.request_id is None or not (message.type in self._rewards or message.type == _VIEW):
             return
         opened, key = self._open.get(message.request_id), key_of(message.item_id)
@@ -115,7 +124,7 @@ class BanditLearner:
         elif self._requests.contains(message.request_id):
             self._settle(message.type, "too_late")
         else:
-            self._early.setdefault(message.request_id, []).append((now_ms, key, message.type))
+            self._settle(message.type, "no_impression")
 
     def _happened(self, opened: _Open, key: int, kind: str, now_ms: int) -> None:
         at = np.flatnonzero(opened.keys == key)
@@ -138,6 +147,15 @@ class BanditLearner:
             if ready & SHOWN and ready & bit and not (before & SHOWN and before & bit):
                 self._due.append((opened, at, bit))
 
+    def never(self, feedback: Feedback) -> None:
+        """It waited for its impression in vain."""
+        self._settle(feedback.type, "no_impression")
+
+    @property
+    def full_ratio(self) -> float:
+        """How full the room for open impressions is."""
+        return self._open_bytes / self._open_limit
+
     def _settle(self, kind: str, outcome: str) -> None:
         if kind in self._rewards:
             self._outcomes.append(outcome)
@@ -151,8 +169,6 @@ class BanditLearner:
         """Log time was ahead: what was opened ahead of `now_ms`, and the edges' sums, are as of then."""
         for opened in self._open.values():
             opened.time_ms = min(opened.time_ms, now_ms)
-        for request_id, events in self._early.items():
-            self._early[request_id] = [(min(at_ms, now_ms), key, kind) for at_ms, key, kind in events]
         self._now_ms = min(self._now_ms, now_ms)
         if self._decay is not None:
             self._decay.restore(self._decay.state(), latest_ms=now_ms)
@@ -172,11 +188,7 @@ class BanditLearner:
             self._add(due, now_ms)
         oldest = now_ms - self._window_ms
         while self._open and next(iter(self._open.values())).time_ms < oldest:
-            self._open.popitem(last=False)
-        while self._early and next(iter(self._early.values()))[0][0] < oldest:
-            _, never = self._early.popitem(last=False)
-            for _, _, kind in never:
-                self._settle(kind, "no_impression")
+            self._open_bytes -= _bytes_of(*self._open.popitem(last=False))
         for change in self.clusters.step():
             self._follow(change)
 
@@ -219,8 +231,8 @@ class BanditLearner:
             self._table.remove(rows.slots, rows.keys)
             return
         rows = replace(rows, values=rows.values * np.float32(0.5))
-        restore_within(self._table, rows)
-        restore_within(self._table, replace(rows, slots=np.full_like(rows.slots, change.child)))
+        restore_within(self._table, rows, change.parent)
+        restore_within(self._table, replace(rows, slots=np.full_like(rows.slots, change.child)), change.child)
 
     def _rows(self, place: int | None = None) -> Rows:
         """All edges, or those of one place."""
@@ -254,7 +266,6 @@ class BanditLearner:
     def state(self) -> Arrays:
         """Everything but the edges, as arrays."""
         opened = list(self._open.values())
-        early = [(r, *event) for r, events in self._early.items() for event in events]
         return {
             **{f"clusters.{name}": array for name, array in self.clusters.state().items()},
             **{f"requests.{name}": array for name, array in self._requests.state().items()},
@@ -267,13 +278,10 @@ class BanditLearner:
             "open.keys": _flat([o.keys for o in opened], np.int64),
             "open.edges": _flat([o.edges.view(np.int64) for o in opened], np.int64),
             "open.became": _flat([o.became for o in opened], np.uint8),
-            "early.ids": joined(r for r, _, _, _ in early),
-            "early.types": joined(kind for _, _, _, kind in early),
-            "early.events": np.array([(t, k) for _, t, k, _ in early], np.int64).reshape(-1, 2),
         }
 
     def restore(self, state: Arrays) -> None:
-        """Load what `state` returned."""
+        """Load what `state` returned. Early feedback that older releases kept here, too, the joiner has."""
         self.clusters.restore(_part(state, "clusters."))
         self._requests.restore(_part(state, "requests."))
         self._restore_sums(state["decay"].tolist(), state.get("half_life_s"))
@@ -283,10 +291,7 @@ class BanditLearner:
         of_items = [np.split(opened[name], items_end[:-1]) for name in ("keys", "edges", "became")]
         rows = zip(split(opened["ids"]), opened["times"].tolist(), *of_clusters, *of_items, strict=False)
         self._open = OrderedDict((r, _Open(t, c, w, k, e.view(np.uint64), b.copy())) for r, t, c, w, k, e, b in rows)
-        for r, (t, key), kind in zip(
-            split(state["early.ids"]), state["early.events"].tolist(), split(state["early.types"]), strict=True
-        ):
-            self._early.setdefault(r, []).append((t, key, kind))
+        self._open_bytes = sum(_bytes_of(*one) for one in self._open.items())
 
     def _restore_sums(self, clock: list[int], half_life_s: npt.NDArray[np.float64] | None) -> None:
         """Take over the edges, which the table holds already, in the units that they were saved in: another half-life keeps what they are
@@ -310,6 +315,11 @@ class BanditLearner:
             self._table.remove(rows.slots[~usable], rows.keys[~usable])
         if factor != 1.0:
             self._rescale(factor)
+
+
+def _bytes_of(request_id: str, opened: _Open) -> int:
+    """In memory, about."""
+    return 1000 + len(request_id) + 12 * len(opened.clusters) + 17 * len(opened.keys)
 
 
 def _flat(parts: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:

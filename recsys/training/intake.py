@@ -21,6 +21,10 @@ MARK_MS = 100
 """The log's ends are asked for this often, to know what time everything was read up to: half asks twice as much, double holds
 labels back for longer."""
 
+ITEMS_FIRST = 1000
+"""Every so many batches of nothing but items the rest is read, too: a million items are read within a minute, an endless stream of
+them must not hold learning back for ever."""
+
 
 class Polled(NamedTuple):
     """What one step may be made of; `all_read_ms` 0: it is not known yet."""
@@ -42,6 +46,8 @@ class Intake:
         self._marked_ms, self._marks = 0, dict[str, int]()
         """The partitions' ends at one log time; once they are read, nothing before it is still unread."""
         self._read_ms: dict[str, int] = {}
+        self._only_items = 0
+        """Full batches of items in a row."""
 
     def begin(self, saved: Mapping[str, int], logs: Mapping[str, str], *, accept_gap: bool = False) -> list[str]:
         """Stand at the saved positions, and at the beginning of every other partition; returns the gaps that were accepted.
@@ -73,8 +79,10 @@ class Intake:
             if batch:
                 records += batch
                 self._read_ms[key] = max(self._read_ms.get(key, 0), log_ms(batch[-1], wall_ms))
-            if len(batch) >= READ_LIMIT and key.startswith("item/"):
-                break
+            if key.startswith("item/"):
+                self._only_items = self._only_items + 1 if len(batch) >= READ_LIMIT else 0
+                if self._only_items % ITEMS_FIRST > 0:
+                    break
         for key, end in self._marks.items():
             if ends.get(key, self.positions[key]) >= end:
                 self._read_ms[key] = max(self._read_ms.get(key, 0), self._marked_ms)

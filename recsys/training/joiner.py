@@ -7,7 +7,7 @@ labels became final. Legend: K items of an impression, T tasks.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import orjson
 
+from recsys.capacity import bound_bytes
 from recsys.config import TaskConfig
 from recsys.events import messages
-from recsys.events.recent import Recent
+from recsys.events.recent import Recent, recent_limit
 from recsys.training.delayed import WAITS, helpers
+from recsys.training.held import Early, Held
 from recsys.training.spill import Place, Spill
 from recsys.types import Bool, Feedback, Float32, Impression, Record
 
@@ -45,6 +47,10 @@ class Emission:
     """[K] the item's first emission: only it counts for admission, frequencies and batch statistics."""
 
 
+OPEN_BYTES, ITEM_BYTES = 1500, 150
+"""In memory, of an open impression and of each of its items beside the item's id; its features count a quarter, being on disk."""
+
+
 @dataclass(slots=True)
 class _Open:
     time_ms: int
@@ -59,12 +65,15 @@ class _Open:
     place: Place
     closed: int = 0
     """Ends that have passed."""
+    num_bytes: int = 0
+    """What it takes of the bound."""
 
 
 class Joiner:
     """Pure: everything is decided by the records and the log times passed in. Not thread-safe."""
 
-    def __init__(self, tasks: Sequence[TaskConfig], folder: Path) -> None:
+    def __init__(self, tasks: Sequence[TaskConfig], folder: Path, memory_bytes: int = 0) -> None:
+        """`memory_bytes`: the whole budget, of which open impressions and held feedback have their shares."""
         self._tasks = tuple(tasks)
         self._windows_ms = np.array([int(task.window_s * 1000) for task in tasks])
         waits = [int(task.wait_s * 1000) for task in tasks]
@@ -83,12 +92,15 @@ class Joiner:
                 self._types.setdefault(kind, []).append(index)
         self._open: dict[str, _Open] = {}
         self._queues: list[deque[str]] = [deque() for _ in self._ends_ms]
-        self._waiting: OrderedDict[str, list[tuple[int, Feedback]]] = OrderedDict()
-        """Feedback ahead of its impression, with its log times."""
+        self._open_limit, self._open_bytes = bound_bytes(memory_bytes, "open"), 0
+        self._waiting = Held(bound_bytes(memory_bytes, "held"))
+        self.early: list[Early] = []
+        """Feedback that was read before the last impression."""
         self._positives: list[tuple[str, int, int]] = []
         """(request, item, task) of positives to emit without waiting."""
         self._settled: list[str] = []
-        self._requests = Recent()
+        self._never: list[Feedback] = []
+        self._requests = Recent(limit=recent_limit(memory_bytes))
         self._spill = Spill(folder)
         self.closing = ""
         """The request whose labels are being emitted."""
@@ -97,11 +109,20 @@ class Joiner:
         return len(self._open)
 
     def impression(self, message: Impression, now_ms: int) -> str:
-        """Open an impression at log time `now_ms`; returns what became of it: `opened`, `duplicate` or `no_features`."""
-        if not message.features:
-            return "no_features"
+        """Open an impression at log time `now_ms`; returns what became of it: `opened`, `duplicate`, `no_features` or `no_room`.
+
+        Where there is no room it is the new one that is not learned from: those that are open would be closed with labels that are
+        not known yet. `early` has the feedback that was read before it.
+        """
+        self.early = []
         if not self._requests.add(message.request_id, now_ms):
             return "duplicate"
+        self.early = self._waiting.pop(message.request_id)
+        num_bytes = _bytes_of(message)
+        if not message.features or self._open_bytes + num_bytes > self._open_limit:
+            self._requests.add(_unopened(message.request_id), now_ms)
+            self._settled += ["not_opened"] * len(self.early)
+            return "no_room" if message.features else "no_features"
         names = [task.name for task in self._tasks]
         predictions = [[item.predictions.get(name, np.nan) for name in names] for item in message.items]
         self._open[message.request_id] = _Open(
@@ -113,15 +134,16 @@ class Joiner:
             shown=np.full(len(message.items), message.activation != "deferred"),
             predictions=np.array(predictions, np.float32),
             place=self._spill.append(now_ms, message.features),
+            num_bytes=num_bytes,
         )
+        self._open_bytes += num_bytes
         for queue in self._queues:
             queue.append(message.request_id)
-        early = self._waiting.pop(message.request_id, ())
-        self._settled += [self.feedback(feedback, max(at_ms, now_ms)) for at_ms, feedback in early]
+        self._settled += [self.feedback(feedback, max(at_ms, now_ms)) for at_ms, feedback in self.early]
         return "opened"
 
     def feedback(self, message: Feedback, now_ms: int) -> str:
-        """Label an open impression; returns `joined`, `duplicate`, `too_late`, `early`, `unknown_item` or `no_request`."""
+        """Label an open impression; returns `joined`, `duplicate`, `too_late`, `early`, `not_opened`, `unknown_item` or `no_request`."""
         if message.request_id is None:
             return "no_request"
         impression = self._open.get(message.request_id)
@@ -152,9 +174,13 @@ class Joiner:
         """Feedback ahead of its impression waits for one window; after the impression closed it is too late."""
         request_id = message.request_id or ""
         if self._requests.contains(request_id):
-            return "too_late"
-        self._waiting.setdefault(request_id, []).append((now_ms, message))
+            return "not_opened" if self._requests.contains(_unopened(request_id)) else "too_late"
+        self._give_up(self._waiting.add(request_id, now_ms, message), "not_held")
         return "early"
+
+    def _give_up(self, early: Sequence[Early], outcome: str) -> None:
+        self._settled += [outcome] * len(early)
+        self._never += [feedback for _, feedback in early]
 
     def due(self, now_ms: int) -> bool:
         """Whether `close` would emit something."""
@@ -167,9 +193,7 @@ class Joiner:
         """Log time was ahead: what was opened ahead of `now_ms` is as of then, so that its windows close in time."""
         for impression in self._open.values():
             impression.time_ms = min(impression.time_ms, now_ms)
-        self._waiting = OrderedDict(
-            (request_id, [(min(at_ms, now_ms), f) for at_ms, f in held]) for request_id, held in self._waiting.items()
-        )
+        self._waiting.set_back(now_ms)
         self._spill.set_back()
 
     def due_requests(self, now_ms: int) -> list[str]:
@@ -193,6 +217,7 @@ class Joiner:
         for queue in self._queues[impression.closed :]:
             queue.remove(request_id)
         self._positives = [positive for positive in self._positives if positive[0] != request_id]
+        self._open_bytes -= impression.num_bytes
         self._spill.release(impression.place)
         value = orjson.dumps({"request_id": request_id, "items": list(impression.items)})
         return _known("impression", request_id, value, impression.time_ms)
@@ -203,7 +228,7 @@ class Joiner:
 
     def let_go(self, request_id: str) -> list[Record]:
         """Forget the feedback that waits for an impression; it, as records."""
-        held = self._waiting.pop(request_id, [])
+        held = self._waiting.pop(request_id)
         return [_known("feedback", f.user_id, messages.dump_feedback(f), at_ms) for at_ms, f in held]
 
     def close(self, now_ms: int) -> Iterator[Emission]:
@@ -224,10 +249,7 @@ class Joiner:
                 break
             _, index = min(due)
             yield self._close(self._queues[index].popleft(), index)
-        waited = self._ends_ms[-1]
-        while self._waiting and next(iter(self._waiting.values()))[0][0] + waited < now_ms:
-            _, never = self._waiting.popitem(last=False)
-            self._settled += ["no_impression"] * len(never)
+        self._give_up(self._waiting.expired(now_ms - self._ends_ms[-1]), "no_impression")
         self._spill.drop_closed()
 
     def _ended(self, request_id: str, task: int) -> bool:
@@ -251,6 +273,7 @@ class Joiner:
         impression.closed += 1
         if impression.closed == len(self._ends_ms):
             del self._open[request_id]
+            self._open_bytes -= impression.num_bytes
             self._spill.release(impression.place)
         return emission
 
@@ -290,6 +313,16 @@ class Joiner:
         settled, self._settled = self._settled, []
         return settled
 
+    def take_never(self) -> list[Feedback]:
+        """Feedback, since the last call, that waited for its impression in vain."""
+        never, self._never = self._never, []
+        return never
+
+    @property
+    def full_ratios(self) -> tuple[float, float]:
+        """How full the room for open impressions is, and that for feedback ahead of its impression."""
+        return self._open_bytes / self._open_limit, self._waiting.full_ratio
+
     def sweep_spill(self, kept: Collection[str]) -> None:
         """Delete spilled features of minutes that no checkpoint needs (`kept`), nor any open impression."""
         self._spill.sweep(kept)
@@ -310,10 +343,11 @@ class Joiner:
                     entry.predictions.astype(np.float64).ravel().tolist(),
                     list(entry.place),
                     entry.closed,
+                    entry.num_bytes,
                 ]
                 for request_id, entry in self._open.items()
             ],
-            "early": [[r, [(at, _feedback_state(f)) for at, f in early]] for r, early in self._waiting.items()],
+            "early": self._waiting.state(),
             "requests": {name: array.tolist() for name, array in self._requests.state().items()},
             "spill": self._spill.sizes(),
         }
@@ -321,7 +355,7 @@ class Joiner:
     def restore(self, state: dict[str, Any]) -> None:
         """Load `state`, and cut the spill files back to what they held then."""
         tasks = len(self._tasks)
-        for request_id, time_ms, items, packed, predictions, place, closed in state["open"]:
+        for request_id, time_ms, items, packed, predictions, place, closed, *rest in state["open"]:
             size = len(items)
             shapes = ((size, tasks), (size, tasks), (size,), (size,))
             labels, observed, shown, counted = map(_unpacked, packed, shapes)
@@ -337,10 +371,12 @@ class Joiner:
                 ),
                 place=Place(*place),
                 closed=closed,
+                num_bytes=rest[0] if rest else OPEN_BYTES + ITEM_BYTES * size + place[2] // 4,
             )
+            self._open_bytes += self._open[request_id].num_bytes
             for queue in self._queues[closed:]:
                 queue.append(request_id)
-        self._waiting = OrderedDict((r, [(at, Feedback(**f)) for at, f in early]) for r, early in state["early"])
+        self._waiting.restore(state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
         self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
 
@@ -354,5 +390,11 @@ def _unpacked(packed: list[int], shape: tuple[int, ...]) -> Bool:
     return np.unpackbits(np.array(packed, np.uint8), count=int(np.prod(shape))).astype(np.bool_).reshape(shape)
 
 
-def _feedback_state(feedback: Feedback) -> dict[str, Any]:
-    return {name: getattr(feedback, name) for name in Feedback.__dataclass_fields__ if name != "context"}
+def _unopened(request_id: str) -> str:
+    """By what an impression is remembered that was not opened: no id has a control character."""
+    return request_id + "\n"
+
+
+def _bytes_of(message: Impression) -> int:
+    ids = sum(len(item.item_id) for item in message.items)
+    return OPEN_BYTES + ITEM_BYTES * len(message.items) + ids + len(message.features) // 4

@@ -5,10 +5,13 @@ Partitions are not read in step, so an impression may be older than the one befo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+MAX_FILES = 16
+"""Open at once: a window of a day has 1,440 of them. Minutes are written and closed in order, so that few are used at a time."""
 
 
 class Place(NamedTuple):
@@ -25,7 +28,8 @@ class Spill:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._files: dict[int, BinaryIO] = {}
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        """Open ones, the one used last at the end."""
         self._sizes: dict[int, int] = {}
         self._open: Counter[int] = Counter()
         self._begun: int | None = None
@@ -92,12 +96,16 @@ class Spill:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        self._files = {}
+        self._files = OrderedDict()
 
     def _file(self, minute: int) -> BinaryIO:
-        if minute not in self._files:
-            path = self._path(minute)
-            self._files[minute] = path.open("r+b" if path.exists() and minute in self._sizes else "w+b")
+        if minute in self._files:
+            self._files.move_to_end(minute)
+            return self._files[minute]
+        if len(self._files) == MAX_FILES:
+            self._files.popitem(last=False)[1].close()
+        path = self._path(minute)
+        self._files[minute] = path.open("r+b" if path.exists() and minute in self._sizes else "w+b")
         return self._files[minute]
 
     def _path(self, minute: int) -> Path:

@@ -63,6 +63,11 @@ class TowerUsers:
     def __len__(self) -> int:
         return len(self._users)
 
+    @property
+    def full_ratio(self) -> float:
+        """How full it is; at 1 users leave."""
+        return len(self._users) / self._limit
+
     def of(self, key: int) -> TowerUser:
         """The user, who is now the most recently active one."""
         user = self._users.get(key)

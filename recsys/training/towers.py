@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from recsys.capacity import entries
 from recsys.config import Config
-from recsys.events.recent import Recent
+from recsys.events.recent import Recent, recent_limit
 from recsys.features.build import Index, history_columns, newest, shared_columns
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -24,13 +25,11 @@ from recsys.table.tables import Tables
 from recsys.training import old_towers
 from recsys.training.dense import DenseOptimizer
 from recsys.training.positives import Positive, positives_of, positives_state
-from recsys.training.tower_users import SHOWN, TowerUser, TowerUsers
+from recsys.training.tower_users import SHOWN, USER_BYTES, TowerUser, TowerUsers
 from recsys.types import Bool, Feedback, Impression, Int64
 
 BATCH = 64
 """Positives of one step: in-batch negatives of half as many teach little, double waits longer for the first."""
-MAX_USERS = 200_000
-"""Users whose recent items are kept (least recently active leave): at most 260 MB."""
 
 
 class TowerLearner:
@@ -41,12 +40,13 @@ class TowerLearner:
         self._table = tables["tower"]
         self._types, self._past = set(config.retrieval.count_types), set(config.features.history_types)
         self._known = self._types | self._past
-        self._seen = Recent()
+        memory_bytes = config.capacity.memory_bytes
+        self._seen = Recent(limit=recent_limit(memory_bytes))
         self._length, self._hard = config.features.history_len, config.model.hard_negatives
         self.model = build.two_tower(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
         self.frequency = Frequency()
-        self._users = TowerUsers(self._past, MAX_USERS)
+        self._users = TowerUsers(self._past, entries(memory_bytes, "contexts", 2 * USER_BYTES))
         self._positives: list[Positive] = []
         self.steps = 0
         self.numbered: Mapping[str, Any] | None = None
@@ -98,6 +98,11 @@ class TowerLearner:
         return Positive(
             shared_keys, shared_mask, history_keys, history_mask, self._catalogue.keys[rows], self._catalogue.mask[rows]
         )
+
+    @property
+    def full_ratio(self) -> float:
+        """How many of the users that may be kept are."""
+        return self._users.full_ratio
 
     def forget(self, user_id: str) -> None:
         """Drop what is kept of a user."""

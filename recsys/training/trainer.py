@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from recsys.capacity import bound_bytes
 from recsys.config import Config
 from recsys.errors import BadInput, LogError, StepFailed
 from recsys.events import messages
@@ -97,10 +98,12 @@ class Trainer:
         self.config = config
         self.schema = Schema.of(config)
         # Deleted items are unknown at once: a restart that reads a compacted log does not know them either.
-        self.catalogue = Catalogue(self.schema, keep=0.0, texts=False)
+        self.catalogue = Catalogue(
+            self.schema, bound_bytes(config.capacity.memory_bytes, "catalogue"), keep=0.0, texts=False
+        )
         order = config.seed if order is None else order
         self.tables = Tables(layouts(config, self.schema, order), config.table.implementation)
-        self.joiner = Joiner(config.tasks, folder / "open")
+        self.joiner = Joiner(config.tasks, folder / "open", config.capacity.memory_bytes)
         self.learner = Learner(config, self.schema, self.tables)
         self.towers = (
             TowerLearner(config, self.schema, self.tables, self.catalogue) if config.training.two_tower else None
@@ -172,6 +175,9 @@ class Trainer:
             report.emissions = list(self.joiner.close(now_ms))
         for outcome in self.joiner.take_settled():
             report.count(outcome)
+        for feedback in self.joiner.take_never():
+            if self.bandit:
+                self.bandit.never(feedback)
         if learn:
             self._learn(report, now_ms)
             self._watch(report.emissions)
@@ -231,7 +237,10 @@ class Trainer:
         if self.towers and outcome != "duplicate":
             self.towers.impression(impression)
         if self.bandit and served:
-            self.bandit.impression(impression, served, now_ms)
+            self.bandit.impression(impression, served, now_ms, self.joiner.early)
+        elif self.bandit:
+            for _, feedback in self.joiner.early:
+                self.bandit.never(feedback)
 
     def explored(self, impression: Impression, now_ms: int) -> None:
         """Let the bandit alone learn from an impression."""
@@ -255,7 +264,7 @@ class Trainer:
                 learned = self.towers.feedback(feedback, now_ms)
             if not learned:
                 report.skipped("two_tower")
-        if self.bandit:
+        if self.bandit and outcome != "early":
             self.bandit.feedback(feedback, now_ms)
 
     def _learn(self, report: StepReport, now_ms: int) -> None:

@@ -18,7 +18,6 @@ from recsys import config, provenance
 from recsys.errors import (
     BadInput,
     ConfigError,
-    FolderLocked,
     LogTruncated,
     RecsysError,
     SchemaMismatch,
@@ -27,7 +26,7 @@ from recsys.errors import (
 )
 
 DONE, MISSED, BAD = 0, 1, 2
-_BAD_INPUT = (BadInput, ConfigError, FolderLocked, LogTruncated, SchemaMismatch, SnapshotCorrupt)
+_BAD_INPUT = (BadInput, ConfigError, LogTruncated, SchemaMismatch, SnapshotCorrupt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -326,10 +325,7 @@ def _serve(options: argparse.Namespace) -> int:
     loaded = config.load(options.config)
     setup_logging(options.service)
     stop = Stop().install(STOP_S)
-    try:
-        importlib.import_module(f"services.{options.service}.main").run(loaded, stop, accept_gap=options.accept_gap)
-    except FolderLocked as error:  # whoever holds it may be ending: no mistake, a supervisor tries again
-        return fail(options, str(error), MISSED)
+    importlib.import_module(f"services.{options.service}.main").run(loaded, stop, accept_gap=options.accept_gap)
     return DONE
 
 

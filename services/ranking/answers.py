@@ -14,6 +14,8 @@ from recsys.types import UserState
 from services.ranking.parse import Refused
 from services.ranking.problems import problem
 
+FULL_RETRY_S = "60"
+"""When to try again what there is no room for: somebody has to make some."""
 _ID = {"oneOf": [{"type": "string", "minLength": 1, "maxLength": 256}, {"type": "integer"}]}
 _VALUE = {"type": ["string", "number", "boolean"]}
 _VALUES = {"anyOf": [_VALUE, {"type": "array", "items": _VALUE, "minItems": 1, "maxItems": 1000}]}
@@ -94,6 +96,9 @@ def outcomes(found: Sequence[dict[str, str]], rows: Sequence[object]) -> Respons
     """One outcome a row; a problem that carries them when every row was refused."""
     first = next(iter(rows), None)
     if isinstance(first, Refused) and all(outcome["status"] == "rejected" for outcome in found):
+        if first.full:
+            headers = {"Retry-After": FULL_RETRY_S}
+            return problem(503, first.reason, field=first.field, headers=headers, extra={"outcomes": found})
         return problem(400, first.reason, field=first.field, extra={"outcomes": found})
     return json({"outcomes": found})
 

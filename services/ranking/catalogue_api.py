@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from recsys.errors import BadInput, LogError
+from recsys.errors import BadInput, CatalogueFull, LogError
 from recsys.events import messages
 from recsys.events.fields import parse_attributes
 from recsys.events.schemas import HTTP_ITEM
@@ -24,6 +24,8 @@ from services.ranking.service import RankingService
 Run = Callable[[Callable[[], Any]], Awaitable[Any]]
 Read = Callable[[Request], AbstractAsyncContextManager[parse.Body]]
 PAGE = 1000
+ROOM = 0.95
+"""New items are accepted up to this share of the catalogue's bound: what is accepted by one call is not counted yet in another's."""
 _CURSOR = re.compile("[0-9a-f]{16}")
 """The key of a page's last item, as a number from 0: the next page begins behind it, whatever came or went."""
 
@@ -81,7 +83,7 @@ def add_routes(app: FastAPI, service: RankingService, runs: Runs, read: Read) ->
 
 def write(service: RankingService, items: Sequence[Item | parse.Refused]) -> Response:
     """Append the good ones to topic `item`; one outcome an item, in order."""
-    rows = [_dumped(item) for item in items]
+    rows = [_dumped(item) for item in _with_room(service, items)]
     good = [row for row in rows if not isinstance(row, parse.Refused)]
     if good:
         service.log.append("item", good)
@@ -93,6 +95,18 @@ def write(service: RankingService, items: Sequence[Item | parse.Refused]) -> Res
         for row in rows
     ]
     return answers.outcomes(outcomes, rows)
+
+
+def _with_room(service: RankingService, items: Sequence[Item | parse.Refused]) -> list[Item | parse.Refused]:
+    """New items are refused a little before the catalogue is full: it would refuse what comes at once by several ways."""
+    taken, catalogue, more = list(items), service.sources.catalogue, 0
+    for index, item in enumerate(items):
+        if isinstance(item, Item):
+            try:
+                more += catalogue.room_for(item, ROOM, more)
+            except CatalogueFull as error:
+                taken[index] = parse.Refused(id=item.item_id, field=error.field, reason=str(error), full=True)
+    return taken
 
 
 def _dumped(item: Item | parse.Refused) -> tuple[str, bytes] | parse.Refused:

@@ -43,6 +43,8 @@ class Refused:
     id: str
     field: str
     reason: str
+    full: bool = False
+    """It would be taken if there were room."""
 
 
 def each(found: Iterable[Any], id_field: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T | Refused]:

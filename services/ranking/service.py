@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from recsys import metrics
+from recsys.capacity import bound_bytes
 from recsys.clock import Clock
 from recsys.config import Config
 from recsys.errors import (
     BadInput,
+    CatalogueFull,
     LogError,
     LogTruncated,
     LogUnavailable,
@@ -74,7 +76,9 @@ class RankingService:
         self._channel: GrpcParameters | None = None
         if parameters is None:
             parameters = self._channel = GrpcParameters(config.parameter_address, self.schema.hash)
-        self.sources = Sources(config, self.schema, Catalogue(self.schema))
+        self.sources = Sources(
+            config, self.schema, Catalogue(self.schema, bound_bytes(config.capacity.memory_bytes, "catalogue"))
+        )
         self.scorer = Scorer(config, self.schema, parameters)
         self.bandit = Bandit(config, self.sources.catalogue, self.scorer) if config.explores else None
         # A name tells the space of its vectors: no other process, nor this one after a restart, may give it again.
@@ -238,10 +242,6 @@ class RankingService:
         contains = self.consumer.user_state
         return self.store.get(user_id), contains
 
-    def identities(self) -> dict[str, str]:
-        """Which logs this system has, by topic: what was sent to another one is not here."""
-        return {topic: self.log.identity(topic, 0) for topic in ("item", "feedback")}
-
     def settle_items(self, timeout_s: float = 2.0) -> None:
         """Until the catalogue holds all that was written before this call. Raises LogError when it does not in time."""
         deadline = time.monotonic() + timeout_s
@@ -263,15 +263,22 @@ class RankingService:
             if not self.catalogue_ready and partition not in self._item_ends:
                 self._item_ends[partition] = self.log.end("item", partition)
             records = self.log.read("item", partition, position, 5000)
+            refused: list[str] = []
             for record in records:
                 try:
                     self.generations.changed(self.sources.item(messages.parse_item(record.value, key=record.key)))
+                except CatalogueFull as error:
+                    refused.append(str(error))
                 except BadInput as error:
                     self._on_bad(record, str(error))
+            if refused:
+                metrics.CATALOGUE_REFUSED.inc(len(refused))
+                logger.error("%d new items of topic item are not in the catalogue: %s", len(refused), refused[-1])
             self._item_positions[partition] = records.next
             worked |= records.next > position
         self.sources.free_rows()
         metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
+        metrics.CATALOGUE_FULL.set(self.sources.catalogue.full_ratio)
         self.catalogue_ready |= all(self._item_positions[p] >= end for p, end in self._item_ends.items())
         return worked
 

@@ -22,7 +22,7 @@ from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.training.intake import CONSUMER
 from recsys.training.runner import Runner
-from recsys.training.trainer import StepReport
+from recsys.training.trainer import StepReport, Trainer
 from services.common.process import FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.tables import TableGauges
 
@@ -90,6 +90,17 @@ def show_reading(reading: Reading) -> None:
         metrics.DEAD_UNITS.labels(reading.level, expert).set(dead)
 
 
+def show_fullness(trainer: Trainer) -> None:
+    """Set the gauges of what is bounded beside the tables."""
+    opened, held = trainer.joiner.full_ratios
+    explored = trainer.bandit.full_ratio if trainer.bandit else 0.0
+    metrics.OPEN_IMPRESSIONS.set(len(trainer.joiner))
+    metrics.OPEN_IMPRESSIONS_FULL.set(max(opened, explored))
+    metrics.HELD_FEEDBACK_FULL.set(held)
+    metrics.TOWER_USERS_FULL.set(trainer.towers.full_ratio if trainer.towers else 0.0)
+    metrics.CATALOGUE_FULL.set(trainer.catalogue.full_ratio)
+
+
 def gauges(runner: Runner, published: list[int]) -> None:
     """Set what is measured now and then; `published` holds (rows, tombstones) already counted."""
     for task in runner.trainer.schema.tasks:
@@ -98,7 +109,7 @@ def gauges(runner: Runner, published: list[int]) -> None:
         show_reading(reading)
     if runner.trainer.bandit:
         metrics.BANDIT_CLUSTERS.set(len(runner.trainer.bandit.clusters))
-    metrics.OPEN_IMPRESSIONS.set(len(runner.trainer.joiner))
+    show_fullness(runner.trainer)
     metrics.BREAKER_OPEN.set(runner.trainer.breaker_open)
     metrics.TRAINER_EPOCH.set(runner.epoch)
     metrics.CHECKPOINT_AGE_SECONDS.set(runner.checkpoint_age_s)

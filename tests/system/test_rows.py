@@ -42,12 +42,15 @@ def put(log: EventLog, items: Sequence[Item]) -> None:
     log.append("item", [(item.item_id, messages.dump_item(item)) for item in items])
 
 
-def day_of(day: int, title: str = "x" * 250) -> list[Item]:
-    return [Item(item_id=f"day{day}-{n}", title=title, attributes={"category": f"c{day}-{n % 20}"}) for n in range(DAY)]
+def day_of(day: int, title: str = "x" * 250, count: int = DAY) -> list[Item]:
+    return [
+        Item(item_id=f"day{day}-{n}", title=f"{day}-{n} {title}", attributes={"category": f"c{day}-{n % 20}"})
+        for n in range(count)
+    ]
 
 
-def gone(day: int) -> list[Item]:
-    return [Item(item_id=f"day{day}-{n}", deleted=True) for n in range(DAY)]
+def gone(day: int, count: int = DAY) -> list[Item]:
+    return [Item(item_id=f"day{day}-{n}", deleted=True) for n in range(count)]
 
 
 def visit(log: EventLog, users: Sequence[str], day: int) -> set[str]:
@@ -122,3 +125,46 @@ def test_towers_learn_the_same_items_after_compactions_and_restarts(tmp_path: Pa
                 with writing(system) as log:
                     put(log, [*gone(4), *day_of(4, "again")])
         assert {f"day3-{5 * n + 1}" for n in range(USERS)} <= tower_items(system, shown)
+
+
+def named(system: Services, day: int) -> list[str]:
+    """Items shown now, each under its own title."""
+    items = system.call("POST", "/v1/recommend", {"user_id": f"u{day}", "n": 20})["items"]
+    assert [item["title"].split()[0] for item in items] == [item["item_id"].removeprefix("day") for item in items]
+    return [item["item_id"] for item in items]
+
+
+def catalogue_bytes(system: Services) -> int:
+    return sum(path.stat().st_size for path in (system.data / "ranking").glob("catalogue-*"))
+
+
+def test_catalogue_of_ranking_follows_the_items_alive_and_no_row_shows_two_items(tmp_path: Path) -> None:
+    days, count = 30, 2000
+    with contextlib.closing(Services(tmp_path / "ranking", "capacity.memory_bytes = 100000000\n")) as system:
+        system.spawn("ranking")
+        system.wait_ready("ranking")
+        for day in range(days):
+            with writing(system) as log:
+                put(log, day_of(day, "", count))
+                put(log, gone(day - 1, count) if day else [])
+            named(system, day)
+        last = {f"day{days - 1}-{n}" for n in range(count)}
+        wait_for(lambda: set(named(system, days)) <= last and named(system, days), "the last day's items are shown")
+        assert system.metric("recsys_catalogue_items") == count
+        # Two days at once and what is kept of deleted items, of 10 MB; all that ever were would be beyond it.
+        assert 0.1 < system.metric("recsys_catalogue_full_ratio") < 0.4
+        system.processes["ranking"].terminate()
+        system.processes["ranking"].wait(30)
+        size = catalogue_bytes(system)
+        assert 0 < size < 2_000_000
+        system.spawn("ranking")
+        system.wait_ready("ranking")
+        assert set(named(system, days)) <= last and system.metric("recsys_catalogue_items") == count
+        assert system.metric("recsys_catalogue_full_ratio") < 0.4
+        with writing(system) as log:
+            put(log, gone(days - 1, count))
+            put(log, day_of(days, "", 10))
+        wait_for(lambda: len(named(system, days)) == 10, "only the ten items left are shown")
+        system.processes["ranking"].terminate()
+        system.processes["ranking"].wait(30)
+        assert 0 < catalogue_bytes(system) < size / 4

@@ -77,10 +77,13 @@ def shown(
     )
 
 
-def show(bandit: BanditLearner, impression: Impression, now_ms: int = T0) -> None:
+def show(
+    bandit: BanditLearner, impression: Impression, now_ms: int = T0, early: Sequence[tuple[int, Feedback]] = ()
+) -> None:
+    """`early`: feedback read before it, with its log times."""
     served = bandit.served(impression)
     assert served is not None
-    bandit.impression(impression, served, now_ms)
+    bandit.impression(impression, served, now_ms, early)
 
 
 def act(request: str | None, item: str, kind: str = "click") -> Feedback:
@@ -134,29 +137,23 @@ def test_each_item_of_a_request_is_rewarded_once_and_only_where_it_was_shown_in_
     assert sums(bandit, 0, "a") == [1, 1, 1] and sums(bandit, 0, "b") == [1, 1, 0]
     bandit.feedback(act("r", "b"), T0 + 60_004)
     bandit.step(T0 + 200_000, learn=True)
-    outcomes = ["rewarded", "duplicate", "no_edge", "too_late", "too_late", "no_impression"]
+    outcomes = ["rewarded", "duplicate", "no_edge", "too_late", "no_impression", "too_late"]
     assert bandit.take_outcomes() == outcomes
     assert sums(bandit, 0, "b") == [1, 1, 0]
 
 
 def test_a_reward_ahead_of_its_impression_waits_for_it(learner: Make) -> None:
     bandit = learner()
-    bandit.feedback(act("r", "a"), T0)
-    bandit.step(T0 + 1, learn=True)
-    show(bandit, shown("r", ["a"], [0], [1.0], [1]), T0 + 2)
+    show(bandit, shown("r", ["a"], [0], [1.0], [1]), T0 + 2, [(T0, act("r", "a"))])
     bandit.step(T0 + 3, learn=True)
     assert sums(bandit, 0, "a") == [1, 1, 1] and bandit.take_outcomes() == ["rewarded"]
 
 
 def test_a_reward_read_before_its_impression_is_late_by_its_own_time(learner: Make) -> None:
     bandit = learner()
-    bandit.feedback(act("r", "a"), T0 + 60_000)
-    bandit.feedback(act("r", "b"), T0 + 60_001)
-    again = learner()
-    again.restore(bandit.state())
-    for one in (bandit, again):
-        show(one, shown("r", ["a", "b"], [0], [1.0], [1, 1]), T0)
-        assert one.take_outcomes() == ["rewarded", "too_late"]
+    early = [(T0 + 60_000, act("r", "a")), (T0 + 60_001, act("r", "b"))]
+    show(bandit, shown("r", ["a", "b"], [0], [1.0], [1, 1]), T0, early)
+    assert bandit.take_outcomes() == ["rewarded", "too_late"]
 
 
 def test_deferred_items_count_once_viewed(learner: Make) -> None:
@@ -295,7 +292,6 @@ def test_a_restored_learner_goes_on_as_the_one_saved(learner: Make) -> None:
     show(bandit, shown("r", ["a", "b"], [0], [0.5], [1, 1]))
     show(bandit, shown("none", ["a"], [0], [0.5], [0]))
     bandit.feedback(act("r", "a"), T0)
-    bandit.feedback(act("early", "b"), T0)
     bandit.step(T0, learn=True)
     other = learner(half_life_s=100.0)
     other.restore(bandit.state())
@@ -303,7 +299,7 @@ def test_a_restored_learner_goes_on_as_the_one_saved(learner: Make) -> None:
     for one in (bandit, other):
         one.feedback(act("r", "a"), T0 + 1)
         one.feedback(act("r", "b"), T0 + 1)
-        show(one, shown("early", ["b"], [0], [0.25], [1]), T0 + 2)
+        show(one, shown("early", ["b"], [0], [0.25], [1]), T0 + 2, [(T0, act("early", "b"))])
         one.step(T0 + 3, learn=True)
     assert sums(bandit, 0, "b") == sums(other, 0, "b") and sums(bandit, 0, "b")[2] > 0.7
     for name, array in bandit.state().items():
@@ -377,3 +373,20 @@ def test_edges_that_hold_no_counts_begin_anew() -> None:
     loaded._table.restore(rows)
     loaded.restore(saved.state())
     assert sums(loaded, 0, "a") == [0, 0, 0] and sums(loaded, 0, "b") == [1, 1, 0]
+
+
+def test_where_there_is_no_room_for_open_impressions_new_ones_neither_count_as_shown_nor_are_rewarded(
+    learner: Make,
+) -> None:
+    bandit = learner()
+    show(bandit, shown("r", ["a"], [0], [1.0], [1]))
+    bandit._open_limit = bandit._open_bytes  # the room that this one takes
+    show(bandit, shown("s", ["b"], [0], [1.0], [1]), T0, [(T0, act("s", "b"))])
+    bandit.feedback(act("r", "a"), T0 + 1)
+    bandit.step(T0 + 2, learn=True)
+    assert sums(bandit, 0, "a") == [1, 1, 1] and sums(bandit, 0, "b") == [0, 0, 0]
+    assert bandit.take_outcomes() == ["no_room", "rewarded"] and bandit.full_ratio == 1
+    bandit.step(T0 + 200_000, learn=True)
+    show(bandit, shown("t", ["b"], [0], [1.0], [1]), T0 + 200_001)
+    bandit.step(T0 + 200_002, learn=True)
+    assert sums(bandit, 0, "b")[1] > 0

@@ -23,6 +23,10 @@ def test_texts_are_a_list(start: list[str], changes: list[tuple[int, str]]) -> N
             texts.append(text)
             expected.append(text)
     assert [texts[row] for row in range(len(texts))] == expected
+    chosen = np.arange(0, len(texts), 3)
+    part = Texts()
+    part.restore(*texts.state(len(texts), chosen))
+    assert [part[row] for row in range(len(part))] == expected[::3]
     copy = Texts(["something else"])
     copy.restore(*texts.state(len(texts)))
     copy.append("more")

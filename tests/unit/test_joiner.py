@@ -1,5 +1,6 @@
 """The joiner: each (impression, item, task) label exactly once, when its window closes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,70 @@ def run(joiner: Joiner, steps: list[tuple[str, int, int]], now_ms: int) -> list[
 def key(emission: Emission) -> tuple[object, ...]:
     arrays = emission.mask, emission.final, emission.labels & (emission.mask | emission.final), emission.first
     return emission.request_id, emission.features, *(array.tolist() for array in arrays)
+
+
+BUDGET = 500_000
+"""Bytes of memory for everything: 30 kB for open impressions, 10 kB for early feedback."""
+
+
+def test_feedback_that_names_invented_requests_is_held_in_bounded_memory_the_newest_of_it(tmp_path: Path) -> None:
+    joiner = Joiner(TASKS, tmp_path, BUDGET)
+    for n in range(2000):
+        assert joiner.feedback(feedback(f"r{n}", event_id=f"e{n}"), 1000 + n) == "early"
+    settled = joiner.take_settled()
+    assert set(settled) == {"not_held"} and 1980 < len(settled) < 2000 and len(joiner.take_never()) == len(settled)
+    assert 0.9 < joiner.full_ratios[1] <= 1
+    again = Joiner(TASKS, tmp_path / "again", BUDGET)
+    again.restore(orjson.loads(orjson.dumps(joiner.state())))
+    for one in (joiner, again):
+        one.impression(impression("r1999"), 3000)
+        one.impression(impression("r0"), 3000)
+        assert one.take_settled() == ["joined"] and [f.event_id for _, f in one.early] == []
+        assert len(list(one.close(10_000_000))) == 4
+        assert set(one.take_settled()) == {"no_impression"} and one.full_ratios == (0, 0)
+
+
+def test_one_invented_request_cannot_take_more_than_all_the_room(tmp_path: Path) -> None:
+    joiner = Joiner(TASKS, tmp_path, BUDGET)
+    for n in range(100):
+        joiner.feedback(feedback("r", event_id=f"e{n}", item=f"i{n}"), 1000)
+    assert joiner.full_ratios[1] <= 1 and set(joiner.take_settled()) == {"not_held"}
+
+
+def test_beyond_the_room_new_impressions_are_not_opened_and_what_is_open_keeps_its_labels(tmp_path: Path) -> None:
+    joiner = Joiner(TASKS, tmp_path, BUDGET)
+    outcomes = [joiner.impression(impression(f"r{n}"), 1000) for n in range(100)]
+    opened = outcomes.count("opened")
+    assert outcomes == ["opened"] * opened + ["no_room"] * (100 - opened) and 10 < opened < 30
+    assert joiner.feedback(feedback("r0"), 1500) == "joined" and joiner.feedback(feedback("r99"), 1500) == "not_opened"
+    again = Joiner(TASKS, tmp_path / "again", BUDGET)
+    again.restore(joiner.state())
+    assert again.full_ratios == joiner.full_ratios and joiner.full_ratios[0] > 0.9
+    assert sum(int(e.labels.sum()) for e in joiner.close(100_000)) == 2  # of one click, in two tasks' emissions
+    assert len(joiner) == 0 and joiner.impression(impression("later"), 100_001) == "opened"
+
+
+def test_feedback_of_an_impression_without_features_is_not_held(tmp_path: Path) -> None:
+    joiner = Joiner(TASKS, tmp_path, BUDGET)
+    assert joiner.feedback(feedback("r"), 900) == "early"
+    assert joiner.impression(replace(impression("r"), features=b""), 1000) == "no_features"
+    assert joiner.take_settled() == ["not_opened"] and [at for at, _ in joiner.early] == [900]
+    assert joiner.feedback(feedback("r"), 1100) == "not_opened" and joiner.full_ratios == (0, 0)
+
+
+def test_a_window_of_many_minutes_keeps_few_files_open(tmp_path: Path) -> None:
+    joiner = Joiner((TaskConfig(name="click", types=("click",), window_s=7200),), tmp_path)
+    for minute in range(100):
+        joiner.impression(impression(f"r{minute}"), 60_000 * minute)
+    assert len(joiner._spill._files) <= 16
+    assert [e.features for e in joiner.close(10**8)] == [f"r{minute}".encode() for minute in range(100)]
+
+
+def test_held_feedback_of_older_releases_is_read(tmp_path: Path) -> None:
+    old = Joiner(TASKS, tmp_path).state()
+    fields = {name: getattr(feedback("r"), name) for name in Feedback.__dataclass_fields__ if name != "context"}
+    old["early"] = [["r", [[500, fields]]]]
+    joiner = Joiner(TASKS, tmp_path)
+    joiner.restore(orjson.loads(orjson.dumps(old)))
+    joiner.impression(impression("r"), 600)
+    assert joiner.take_settled() == ["joined"]
