@@ -28,6 +28,11 @@ _PIECE = 4 * 2**20
 logger = logging.getLogger("recsys")
 
 
+def for_owner_alone() -> None:
+    """From here on every file and folder that this process and its children make is for its owner alone."""
+    os.umask(0o077)
+
+
 class Written(TypedDict):
     """How a manifest names a file: name in its folder, size, BLAKE2b-128 of all bytes, CRC-32 of each block of 1 MiB."""
 

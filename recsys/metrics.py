@@ -48,6 +48,21 @@ LOG_GAPS = _counter(
     "Saved positions that their log does not have any more (another log, or records lost), found at start: ServiceNotReady in the runbook.",
     ("consumer", "topic"),
 )
+DAMAGED_RECORDS = _counter(
+    "recsys_damaged_records_total",
+    "Records whose checksum did not hold when they were read, by where: they were skipped, what follows them was read.",
+    ("where",),
+)
+STUCK_WAITS = _counter(
+    "recsys_stuck_waits_total",
+    "Waits on Kafka's client that did not end by themselves: its connections were made anew.",
+)
+SPOOL_WAIT_SECONDS = _gauge(
+    "recsys_spool_wait_seconds",
+    "How long accepted bytes have waited for the broker without a step forward; 0 when none wait.",
+)
+SPOOL_FULL = _gauge("recsys_spool_full_ratio", "Bytes in the spool over `log.spool_bytes`.")
+DISK_FULL = _gauge("recsys_disk_full_ratio", "Used share of the disk that the data folder is on.")
 SPOOL_BYTES = _gauge("recsys_spool_bytes", "Bytes accepted that the broker has not acknowledged yet.")
 FRESHNESS_SECONDS = _histogram(
     "recsys_freshness_seconds",

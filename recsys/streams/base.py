@@ -41,6 +41,10 @@ class EventLog(Protocol):
         """Block until everything accepted so far is readable by every process; LogUnavailable when it is not in time."""
         ...
 
+    def trouble(self) -> str:
+        """Why what was accepted does not reach other processes, when it has not for a while; empty when it does."""
+        ...
+
     def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
         """Up to `limit` committed records from `offset` on, at once, and the offset to go on from.
 

@@ -7,24 +7,22 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kafka import KafkaProducer, TopicPartition
-from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka import TopicPartition
 
 from recsys.clock import Clock
 from recsys.config import LogConfig
 from recsys.errors import LogError, LogUnavailable
 from recsys.streams.base import check_sizes
-from recsys.streams.kafka_clients import MAX_BATCH_BYTES, opened
 from recsys.streams.kafka_cluster import WATCH_S, Cluster
 from recsys.streams.kafka_reader import Reader, mapped
-from recsys.streams.spool import Spool, Spooled
+from recsys.streams.kafka_sender import Sender
+from recsys.streams.spool import Spool
 from recsys.types import TOPICS, Batch
 
 _log = logging.getLogger(__name__)
-_CHUNK_BYTES = 2**20
-"""Sent and acknowledged at once: double repeats twice as much after a failure, half waits twice as often."""
+STUCK_S = 30.0
+"""Without a step forward for so long, what was accepted reaches nobody: half says so at each restart of a broker."""
 
 
 class KafkaLog:
@@ -51,12 +49,9 @@ class KafkaLog:
             self._cluster.close()
             raise
         self._spool = Spool(spool_folder, config.spool_bytes)
-        self._threads = [
-            threading.Thread(target=target, name=f"log-{target.__name__.strip('_')}", daemon=True)
-            for target in (self._send, self._watch)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._sender = Sender(self._spool, self._cluster)
+        self._watcher = threading.Thread(target=self._watch, name="log-watch", daemon=True)
+        self._watcher.start()
 
     def append(self, topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
         check_sizes(topic, messages)
@@ -64,16 +59,18 @@ class KafkaLog:
             raise LogError("the event log is closed: open it again")
         self._spool.append(topic, messages)
 
-    @property
-    def spool_bytes(self) -> int:
-        """Bytes accepted that the broker has not acknowledged."""
-        return self._spool.end - self._spool.sent
+    def trouble(self) -> str:
+        waits_s = self._spool.waits_s
+        if waits_s < STUCK_S:
+            return ""
+        why = self._sender.trouble or "the broker does not acknowledge them"
+        return f"{self._spool.end - self._spool.sent} bytes that were accepted reach nobody for {waits_s:.0f} s: {why}"
 
     def flush(self, timeout_s: float = 10.0) -> None:
         if not self._spool.wait_sent(self._spool.end, timeout_s):
             waiting = self._spool.end - self._spool.sent
             raise self._away or LogUnavailable(
-                f"{waiting} bytes of the spool were not sent in {timeout_s} s: check the broker"
+                f"{waiting} bytes of the spool were not sent in {timeout_s} s ({self._sender.trouble or 'no answer'}): check the broker"
             )
 
     def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
@@ -123,71 +120,12 @@ class KafkaLog:
             self._closing.set()
         self._spool.wait_sent(self._spool.end, 1.0 if self._away is None else 0.0)
         self._stopping.set()
-        for thread in self._threads:
-            thread.join()
+        self._sender.close()
+        self._watcher.join()
         for reader in readers:
             reader.close()
         self._spool.close()
         self._cluster.close()
-
-    def _send(self) -> None:
-        """Move the spool to the broker: a chunk is repeated until all of it is acknowledged."""
-        producer: Any = None
-        failing = False
-        while True:
-            position = self._spool.sent
-            if not self._spool.wait_appended(position, 0.1):
-                if self._stopping.is_set():
-                    break
-                continue
-            try:
-                chunk = self._spool.read(position, _CHUNK_BYTES)
-                for topic in {message.topic for message in chunk}:
-                    self._cluster.partitions(topic)
-                producer = producer or self._producer()
-                self._send_chunk(producer, chunk)
-                self._spool.acknowledge(chunk[-1].next)
-                failing = False
-            except (KafkaError, LogError, OSError) as error:
-                (_log.debug if failing else _log.warning)("the spool waits for the broker: %s", error)
-                failing = True
-                if self._stopping.wait(0.2):
-                    break
-        if producer is not None:
-            with contextlib.suppress(KafkaError):
-                producer.close(timeout=0 if failing else 5)
-
-    def _producer(self) -> Any:
-        return opened(
-            KafkaProducer,
-            bootstrap_servers=self._cluster.servers,
-            acks="all",
-            enable_idempotence=False,  # without an id of ours it waits for ever after a crash of the broker; consumers drop duplicates
-            max_in_flight_requests_per_connection=1,  # so that a repetition is never overtaken
-            linger_ms=5,  # flush ends it; without it the first records of a chunk go alone
-            batch_size=256 * 1024,
-            max_request_size=MAX_BATCH_BYTES,
-            max_block_ms=2000,
-            delivery_timeout_ms=15_000,
-            allow_auto_create_topics=False,
-            metrics_enabled=False,
-        )
-
-    def _send_chunk(self, producer: Any, chunk: list[Spooled]) -> None:
-        prefix = self._cluster.prefix
-        futures = []
-        try:
-            for message in chunk:
-                futures.append(producer.send(prefix + message.topic, key=message.key.encode(), value=message.value))
-        finally:
-            # Each is acknowledged or given up before any is repeated, so that a repetition is never overtaken.
-            flushed = False
-            while not flushed and not self._stopping.is_set():
-                with contextlib.suppress(KafkaTimeoutError):
-                    producer.flush(timeout=0.5)
-                    flushed = True
-        for future in futures:
-            future.get(timeout=0)
 
     def _watch(self) -> None:
         """Notice whether the broker answers, and tell it the committed positions."""
@@ -198,6 +136,10 @@ class KafkaLog:
                 self._away = None
             except LogError as error:
                 self._away = error
+                continue
+            except Exception as error:  # noqa: BLE001 - this thread must not end: nobody else notices that the broker is back
+                _log.error("the broker cannot be watched", exc_info=error)
+                self._away = LogUnavailable(f"Kafka cannot be asked ({error!r}): check `log.bootstrap_servers`")
                 continue
             with self._lock:
                 news = {name: offset for name, offset in self._positions.items() if told.get(name) != offset}

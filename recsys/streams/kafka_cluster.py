@@ -17,7 +17,7 @@ from kafka.structs import OffsetAndMetadata
 
 from recsys.config import LogConfig
 from recsys.errors import LogError, LogTruncated, LogUnavailable
-from recsys.streams.kafka_clients import MAX_BATCH_BYTES, abandon, opened
+from recsys.streams.kafka_clients import LONGEST_S, MAX_BATCH_BYTES, abandon, bounded, opened
 from recsys.types import TOPICS
 
 _log = logging.getLogger(__name__)
@@ -50,8 +50,10 @@ class Cluster:
             try:
                 if self._admin is None:
                     self._admin = opened(KafkaAdminClient, bootstrap_servers=self.servers)
-                return question(self._admin)
-            except (KafkaError, OSError) as error:
+                admin = self._admin
+                with bounded("the broker to answer a question", LONGEST_S, lambda: abandon(admin)):
+                    return question(admin)
+            except (KafkaError, OSError, RuntimeError) as error:
                 if self._admin is None:
                     self._retry_at = time.monotonic() + WATCH_S  # one thread tries, the others need not wait in line
                 self._drop()

@@ -12,7 +12,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import IllegalStateError, KafkaError, LogTruncationError, OffsetOutOfRangeError
 
 from recsys.errors import LogTruncated, LogUnavailable
-from recsys.streams.kafka_clients import MAX_BATCH_BYTES, abandon, opened
+from recsys.streams.kafka_clients import LONGEST_S, MAX_BATCH_BYTES, abandon, bounded, opened
 from recsys.streams.kafka_cluster import Cluster
 from recsys.types import Batch, Record
 
@@ -38,19 +38,16 @@ class Reader:
         if offset != self._next:
             self._seek(offset)
         self._next = -1  # what fails on the way is read again from `offset`
-        until_s = time.monotonic() + _FETCH_MS / 1000
         try:
-            while True:
-                found = self._consumer.poll(timeout_ms=_POLL_MS, max_records=limit).get(self._partition, [])
-                # The consumer's own position: it passes the markers of transactions, and records that were taken back.
-                after = self._consumer.position(self._partition, timeout_ms=_FETCH_MS) or offset
-                if after > offset or offset >= self.known_end or time.monotonic() > until_s:
-                    break
+            found, after = self._poll(offset, limit)
         except (OffsetOutOfRangeError, LogTruncationError):
             self._seek(offset)  # names the bounds
             raise LogTruncated(
                 f"{self._topic}/{self._partition.partition}: the broker lost records at {offset}: `--accept-gap`"
             ) from None
+        except (KafkaError, OSError, RuntimeError):
+            self._drop()
+            raise
         self._next = after
         records = (
             Record(
@@ -64,6 +61,16 @@ class Reader:
             for raw in found
         )
         return Batch(records, after)
+
+    def _poll(self, offset: int, limit: int) -> tuple[list[Any], int]:
+        consumer, until_s = self._consumer, time.monotonic() + _FETCH_MS / 1000
+        with bounded("records of a broker", LONGEST_S, lambda: abandon(consumer)):
+            while True:
+                found = consumer.poll(timeout_ms=_POLL_MS, max_records=limit).get(self._partition, [])
+                # The consumer's own position: it passes the markers of transactions, and records that were taken back.
+                after = consumer.position(self._partition, timeout_ms=_FETCH_MS) or offset
+                if after > offset or offset >= self.known_end or time.monotonic() > until_s:
+                    return found, after
 
     def _seek(self, offset: int) -> None:
         begin, end = self._cluster.bounds(self._partition)
@@ -91,13 +98,17 @@ class Reader:
 
     def close(self) -> None:
         with self.lock:
-            if self._consumer is not None:
-                abandon(self._consumer)
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._consumer is not None:
+            abandon(self._consumer)
+            self._consumer = None
 
 
 @contextlib.contextmanager
 def mapped() -> Iterator[None]:
     try:
         yield
-    except (KafkaError, IllegalStateError, OSError) as error:
+    except (KafkaError, IllegalStateError, OSError, RuntimeError) as error:
         raise LogUnavailable(f"Kafka cannot be read ({error!r}): check `log.bootstrap_servers`") from error

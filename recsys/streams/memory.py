@@ -38,6 +38,9 @@ class MemoryLog:
     def flush(self, timeout_s: float = 10.0) -> None:
         return
 
+    def trouble(self) -> str:
+        return ""
+
     def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
         records = self._topics[topic]
         if not 0 <= offset <= len(records):

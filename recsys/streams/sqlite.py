@@ -293,6 +293,9 @@ class SqliteLog:
     def flush(self, timeout_s: float = 10.0) -> None:
         return  # an append returns after its commit, which every process sees
 
+    def trouble(self) -> str:
+        return ""
+
     def read(self, topic: str, partition: int, offset: int, limit: int = 1000) -> Batch:
         file = self._known(topic)
         with file.lock, _mapped(file.path):

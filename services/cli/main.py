@@ -24,6 +24,7 @@ from recsys.errors import (
     SnapshotCorrupt,
     masked,
 )
+from recsys.files import for_owner_alone
 
 DONE, MISSED, BAD = 0, 1, 2
 _BAD_INPUT = (BadInput, ConfigError, LogTruncated, SchemaMismatch, SnapshotCorrupt)
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = parser().parse_args(arguments)
     config.one_thread_each()
+    for_owner_alone()
     try:
         return int(options.run(options))
     except _BAD_INPUT as error:

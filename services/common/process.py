@@ -7,7 +7,9 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -20,17 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from recsys import metrics
-from recsys.errors import ConfigError, FolderLocked
+from recsys.errors import ConfigError, FolderLocked, masked
 
 logger = logging.getLogger("recsys")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """What a disk says that may say otherwise later."""
 
 
+class _Lines(logging.Formatter):
+    """Lines and tracebacks without the passwords of URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
 def setup_logging(process: str, level: int = logging.INFO) -> None:
     """One line an event on stderr: time, process, level, message with fields."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {process} %(levelname)s %(message)s"))
+    handler.setFormatter(_Lines(f"%(asctime)s {process} %(levelname)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("kafka", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -106,6 +115,22 @@ def _signals() -> socket.socket:
     return reading
 
 
+def _close_to_others(folder: Path) -> None:
+    """What an earlier release made readable by all."""
+    found = folder.stat()
+    if found.st_mode & 0o077 and found.st_uid == os.getuid():
+        folder.chmod(0o700)
+        logger.info("data_dir %s was open to others (%o): it is its owner's alone now", folder, found.st_mode & 0o777)
+
+
+def _full_ratio(folder: Path) -> float:
+    try:
+        used = shutil.disk_usage(folder)
+    except OSError:
+        return math.nan
+    return used.used / max(1, used.used + used.free)  # what is kept for root alone counts as full
+
+
 class FolderLock:
     """Holds a folder for one process (flock: gone with the process, however it dies)."""
 
@@ -113,6 +138,7 @@ class FolderLock:
         path = folder / f"{name}.lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _close_to_others(folder)
             self._file: TextIOWrapper = path.open("a+")
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"data_dir {str(folder)!r} is not a folder: name one, or a path where none is") from None
@@ -129,6 +155,8 @@ class FolderLock:
             raise FolderLocked(
                 f"data_dir {str(folder)!r} is used by another running {name}: stop it, or set another data_dir"
             ) from None
+
+        metrics.DISK_FULL.set_function(lambda: _full_ratio(folder))
 
     def release(self) -> None:
         self._file.close()

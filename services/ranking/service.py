@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -197,7 +198,7 @@ class RankingService:
 
     def not_ready(self) -> str:
         """Why this process cannot answer well yet; empty when it can."""
-        if lasting := self._trouble.lasting(("start", "items", "state")):
+        if lasting := self._trouble.lasting(("start", "items", "state")) or self.log.trouble():
             return lasting
         if not self.catalogue_ready:
             return self._trouble.of("items") or "reading the catalogue"
@@ -292,16 +293,20 @@ class RankingService:
         metrics.READY.set(not self.not_ready())
         self.sources.tell()
         metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.full_ratio))
-        metrics.SPOOL_BYTES.set(getattr(self.log, "spool_bytes", 0))
         self.scorer.poll()
         if self.scorer.refresh():
             logger.info("dense weights %d in use", self.scorer.dense_version)
-        for place, offset in self.consumer.counter_positions.items():
-            topic, partition = place.rsplit("/", 1)
-            metrics.CONSUMER_LAG.labels(topic, partition, "state").set(
-                max(0, self.log.end(topic, int(partition)) - offset)
-            )
+        self._show_lag()
         return False
+
+    def _show_lag(self) -> None:
+        for place, offset in self.consumer.counter_positions.items():
+            gauge = metrics.CONSUMER_LAG.labels(*place.rsplit("/", 1), "state")
+            try:
+                gauge.set(max(0, self.log.end(*positions.split(place)) - offset))
+            except LogError:
+                gauge.set(math.nan)  # not known: the last number would look as if all were well
+                raise
 
     def _build_generation(self) -> bool:
         generations, now_s = self.generations, self.clock.monotonic_s()

@@ -128,11 +128,17 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
     with contextlib.ExitStack() as held:
         held.callback(FolderLock(config.data_dir, "trainer").release)
         reason = ["restoring"]
-        held.callback(HealthServer(config.ranking.host, config.trainer.metrics_port, lambda: reason[0]).close)
+        logs: list[EventLog] = []
+
+        def not_ready() -> str:
+            return reason[0] or "".join(log.trouble() for log in logs)
+
+        held.callback(HealthServer(config.ranking.host, config.trainer.metrics_port, not_ready).close)
         try:
             with stop.interrupts():
                 log = open_log(config, SystemClock(), "trainer")
                 held.callback(log.close)
+                logs.append(log)
                 loop = Loop(config, log, stop)
                 loop.start(accept_gap=accept_gap)
         except Interrupted:

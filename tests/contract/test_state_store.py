@@ -221,6 +221,16 @@ def test_positions_name_the_log_they_are_in(open_new: Open) -> None:
     assert store.logs() == {"feedback/0": "log-2", "impression/0": "log-1"}
 
 
+def test_a_password_is_in_no_message() -> None:
+    store = RedisState(f"redis://:s3cr@t@127.0.0.1:{free_port()}/0", "p", HISTORY_LEN, SEEN_LEN)
+    with pytest.raises(StateUnavailable) as found:
+        store.get("u")
+    assert "cr@t" not in str(found.value) and "***@127.0.0.1" in str(found.value)
+    with pytest.raises(ConfigError) as wrong:
+        RedisState("http://u:s3cret@host?password=s3cret", "p", HISTORY_LEN, SEEN_LEN)
+    assert "s3cret" not in str(wrong.value)
+
+
 def test_an_observer_never_sees_updates_without_their_position(open_new: Open) -> None:
     store = open_new()
     writer = threading.Thread(target=lambda: [store.apply([click("u", i)], {"feedback/0": i}) for i in range(1, 301)])

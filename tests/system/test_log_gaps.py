@@ -39,6 +39,8 @@ def test_a_log_made_anew_is_said_by_every_service_and_accepted_once(tmp_path: Pa
         wait_for(lambda: system.metric("recsys_checkpoint_seconds_count", "trainer") > 0, "a checkpoint")
         wait_for(lambda: system.metric("recsys_snapshot_seconds_count", "parameter") > 0, "a snapshot")
         system.stop()
+        readable = [path for path in (system.data, *system.data.rglob("*")) if path.stat().st_mode & 0o077]
+        assert not readable, "what a service makes is for its owner alone"
         for path in (system.data / "log").iterdir():
             path.unlink()
 
