@@ -154,7 +154,7 @@ class ParameterStore:
                     slots=rows.slots, keys=rows.keys, values=rows.values, state=none, last_seen_ms=rows.last_seen_ms
                 )
                 # A copy that is smaller than the trainer's table keeps what was seen last.
-                restore_within(table, given, delta.version.step)
+                restore_within(table, given)
             if len(rows.default_slots):
                 table.restore_defaults(_defaults(rows.default_slots, rows.default_values))
         with self._lock:

@@ -196,23 +196,24 @@ class Pipeline:
 
     def _source(self, name: str, quota: int, work: Work) -> tuple[Int32, Float32]:
         """A source's best candidates among the allowed ones; with room for those that are forbidden."""
-        sources, now_ms, allowed = self._sources, work.now_ms, work.allowed
+        sources, now_ms = self._sources, work.now_ms
         if name == "nearest":
             return self._nearest(quota, work)
         if name == "bandit":
             return self._explore(quota, work)
-        quota += len(work.forbidden)
+        allowed = self._catalogue.alive if work.allowed is None else work.allowed
+        left_out = np.fromiter(work.forbidden, np.int32, len(work.forbidden))
         with sources.lock:
             if name == "following":
                 if sources.following is None or work.user is None:
                     return np.zeros(0, np.int32), np.zeros(0, np.float32)
                 shared = work.user.shared_keys, work.user.shared_mask
-                return sources.following.candidates(work.history_rows, shared, quota, allowed)
+                return sources.following.candidates(work.history_rows, shared, quota + len(left_out), allowed)
             if name == "trending":
-                return sources.trending.top(quota, now_ms, allowed)
+                return sources.trending.top(quota, now_ms, work.allowed, left_out)
             if name == "covisited":
-                return sources.covisits.candidates(work.history_rows, quota, now_ms, allowed)
-            return sources.followed.query(self._followed(work), quota, allowed)
+                return sources.covisits.candidates(work.history_rows, quota + len(left_out), now_ms, allowed)
+            return sources.followed.query(self._followed(work), quota, work.allowed, left_out)
 
     def _newest(self, count: int, taken: set[int], passing: Bool | None) -> tuple[Int32, Float32]:
         """The `count` items that came last into the catalogue, pass the filters and are not `taken`."""

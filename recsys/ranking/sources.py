@@ -68,6 +68,7 @@ class Sources:
                 retrieval.covisit_neighbours,
                 max_pairs=max(4 * retrieval.covisit_neighbours, entries(memory, "counters", 4 * PAIR_BYTES)),
             )
+            self.covisits.is_dead = lambda row: not self.catalogue.alive[row]
             self.counting = Counting(config, self._schema, self.catalogue)
             self.following = Following(config, self._schema, self.catalogue) if config.features.transitions else None
             self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
@@ -82,7 +83,9 @@ class Sources:
             if row >= 0:
                 if item.deleted:
                     self.followed.delete(row)
+                    self.trending.bury(np.array([row], np.int32))
                 else:
+                    self.trending.revive(row)
                     self.followed.upsert(row, self._attribute_keys(row))
                     self._release(item.item_id)
         return row
@@ -110,6 +113,10 @@ class Sources:
             catalogue.restore(arrays)
             size = len(catalogue)
             self.followed.load([self._filed(catalogue.columns(name), size) for name in self._attributes()])
+
+    def _dead_rows(self) -> Int32:
+        size = len(self.catalogue)
+        return np.flatnonzero(self.catalogue.found[:size] & ~self.catalogue.alive[:size]).astype(np.int32)
 
     def _filed(self, where: slice, size: int) -> tuple[Int32, Int64]:
         """Rows alive and their keys in some columns, one pair each."""
@@ -313,6 +320,7 @@ class Sources:
         times = {"saved_ms": saved_ms, "latest_ms": bounded_ms(2**62, now_ms)}
         with self.lock:
             self.trending.restore(state["trending"], row_map, **times)
+            self.trending.bury(self._dead_rows())
             self.covisits.restore(state["covisits"], row_map, **times)
             self._seen.restore(state["seen"])
             self.counting.restore(state, **times)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,8 @@ class CoVisits:
         self._discounts = discounts
         self._history_discount = history_discount
         self._max_pairs = max_pairs
+        self.is_dead: Callable[[int], bool] = lambda row: False
+        """Whether a row's item is deleted: of too many neighbours those go first."""
         self._items: OrderedDict[int, _Neighbours] = OrderedDict()
         self._num_pairs = 0
         self._forgotten = 0.0
@@ -120,9 +122,9 @@ class CoVisits:
         sums[target] = weight
         self._num_pairs += 1
         if len(sums) >= 2 * self._neighbours:
-            best = sorted(sums.items(), key=_best_first)
+            best = sorted(sums.items(), key=lambda pair: (self.is_dead(pair[0]), -pair[1], pair[0]))
             item.sums = dict(best[: self._neighbours])
-            item.lost += best[self._neighbours][1]
+            item.lost += max(total for _, total in best[self._neighbours :])
             self._num_pairs -= len(sums) - len(item.sums)
 
     def _rescale(self, factor: float) -> None:
@@ -232,7 +234,3 @@ class CoVisits:
             self._num_pairs = len(clocks)
             if factor != 1.0:
                 self._rescale(factor)
-
-
-def _best_first(pair: tuple[int, float]) -> tuple[float, int]:
-    return -pair[1], pair[0]

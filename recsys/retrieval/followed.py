@@ -25,19 +25,30 @@ _HALF_LIFE_NOTES = 100_000
 _SORTED_ANEW = 50
 """A value is sorted anew once a fiftieth of its items was noted: sorting after each note took a millisecond of each request."""
 
+_DEEP = 5000
+"""Of a value's items by popularity that are looked at where too few of those above may be shown: half starves narrow filters, double
+takes twice the time."""
+_DEEP_EVERY = 20_000
+"""Notes and changes after which these are found anew: it takes some milliseconds of a million items."""
+
 _Ranked: TypeAlias = tuple[Int32, npt.NDArray[np.float64]]
 
 
 class _Value:
     """One attribute value: its items by popularity (the last `_POPULAR` to `2 _POPULAR` noted) and by age, newest first."""
 
-    __slots__ = ("name", "newest", "noted", "number", "popular", "ranked", "size")
+    __slots__ = ("cut", "deep", "deep_at", "gone", "name", "newest", "noted", "number", "popular", "ranked", "size")
 
     def __init__(self, name: tuple[int, int], number: int) -> None:
         self.name, self.number = name, number
         self.popular: dict[int, None] = {}
         self.newest: deque[int] = deque(maxlen=_NEWEST)
         self.ranked: _Ranked | None = None
+        self.gone = 0
+        """Popular items that left since the last time that all items were looked at."""
+        self.cut = False
+        """Whether items of it are in neither list."""
+        self.deep, self.deep_at = np.zeros(0, np.int32), 0
         self.noted = 0
         """Notes since it was ranked."""
         self.size = 0
@@ -47,8 +58,8 @@ class Followed:
     """An inverted index from (attribute index, key) to rows. One writer beside many readers.
 
     A value knows its 200 most popular items exactly, and its 50 newest; their order may miss its latest notes, as many as a
-    fiftieth of its items. When one is deleted, an item that fell out earlier comes back only when it is noted again. A query looks
-    at no more than 450 rows a value.
+    fiftieth of its items. Where many of them were deleted, those that fell out earlier come back. A query looks at no more than 450 rows a
+    value, and at its 5,000 most popular where too few of these may be shown.
     """
 
     def __init__(self) -> None:
@@ -59,7 +70,7 @@ class Followed:
         """Numbers of each row's values, 4 bytes each; 0 after the last."""
         self._popularity = np.zeros(1024)
         self._decay = ForwardDecay(_HALF_LIFE_NOTES / 1000)  # its clock counts notes
-        self._notes = 0
+        self._notes = self._changes = 0
         self._lock = threading.Lock()
 
     def _value(self, name: tuple[int, int]) -> _Value:
@@ -92,11 +103,13 @@ class Followed:
     def upsert(self, row: int, keys: Sequence[Iterable[int]]) -> None:
         """File `row` under `keys[attribute index]`; what it was filed under before is replaced. Newness counts from the first time."""
         with self._lock:
+            self._changes += 1
             before = self._of(row)
             values = [self._value((a, key)) for a, ks in enumerate(keys) for key in dict.fromkeys(ks)]
             self._file(row, values)
             for value in values:
                 if value not in before:
+                    value.cut |= len(value.newest) == _NEWEST
                     value.newest.appendleft(row)
                     value.size += 1
                     value.ranked = None
@@ -127,11 +140,13 @@ class Followed:
             for value in self._values.values():
                 start, end = ends[value.number - 1], ends[value.number]
                 value.size = end - start
+                value.cut = value.size > _NEWEST
                 value.newest.extend(every[order[max(start, end - _NEWEST) : end]][::-1].tolist())
 
     def delete(self, row: int) -> None:
         """Take `row` out; unknown rows are ignored. Its popularity stays, for when it comes back."""
         with self._lock:
+            self._changes += 1
             values = self._of(row)
             if values:
                 self._filed[row] = 0
@@ -146,6 +161,7 @@ class Followed:
     def _leave(self, value: _Value, row: int) -> None:
         value.size -= 1
         value.ranked = None
+        value.gone += row in value.popular
         value.popular.pop(row, None)
         if row in value.newest:
             value.newest.remove(row)
@@ -153,6 +169,29 @@ class Followed:
             del self._values[value.name]
             self._numbered[value.number] = None
             self._free.append(value.number)
+        elif value.cut and (value.gone >= _POPULAR // 2 or len(value.newest) < min(value.size, _NEWEST // 2)):
+            self._refill(value)
+
+    def _refill(self, value: _Value) -> None:
+        """Both lists anew, from all of the value's items."""
+        rows = self._all_of(value, np.arange(len(self._filed), dtype=np.int32))
+        noted = rows[self._popular_first(rows)][:_POPULAR]
+        value.popular = dict.fromkeys(noted[self._popularity_of(noted) > 0].tolist())
+        value.newest = deque([*dict.fromkeys([*value.newest, *rows[::-1].tolist()])][:_NEWEST], maxlen=_NEWEST)
+        value.ranked, value.gone = None, 0
+        value.cut = value.size > len({*value.popular, *value.newest})
+
+    def _all_of(self, value: _Value, rows: Int32) -> Int32:
+        """Those of the rows that are filed under a value."""
+        rows = rows[rows < len(self._filed)]
+        return rows[(self._filed[rows] == value.number).any(1)]
+
+    def _popularity_of(self, rows: Int32) -> npt.NDArray[np.float64]:
+        known = rows < len(self._popularity)
+        return np.where(known, self._popularity[np.where(known, rows, 0)], 0.0)
+
+    def _popular_first(self, rows: Int32) -> npt.NDArray[np.intp]:
+        return largest(self._popularity_of(rows), _DEEP)
 
     def note(self, row: int, amount: float = 1.0) -> None:
         """Add to the popularity of `row`, whether it is filed yet or not."""
@@ -172,6 +211,7 @@ class Followed:
         value.popular[row] = None
         value.noted += 1
         if len(value.popular) > 2 * _POPULAR:
+            value.cut = True
             value.popular = dict.fromkeys(self._by_popularity(value)[:_POPULAR].tolist())
 
     def _by_popularity(self, value: _Value) -> Int32:
@@ -191,8 +231,24 @@ class Followed:
             value.ranked = rows, 1.0 / np.sqrt(1.0 + np.concatenate([places, new_places]))
         return value.ranked
 
+    def _deeper(self, value: _Value, allowed: Bool | None) -> _Ranked:
+        """Like `_ranked`, of what is allowed where that is little, else of the value's most popular."""
+        if allowed is not None and np.count_nonzero(allowed) <= _DEEP:
+            rows = self._all_of(value, np.flatnonzero(allowed).astype(np.int32))
+            rows = rows[self._popular_first(rows)]
+        else:
+            if self._notes + self._changes - value.deep_at >= _DEEP_EVERY or not len(value.deep):
+                rows = self._all_of(value, np.arange(len(self._filed), dtype=np.int32))
+                value.deep, value.deep_at = rows[self._popular_first(rows)], self._notes + self._changes
+            rows = self._all_of(value, value.deep)
+        return rows, 1.0 / np.sqrt(1.0 + np.arange(len(rows)))
+
     def query(
-        self, keys: Iterable[tuple[int, int, float]], k: int, allowed: Bool | None = None
+        self,
+        keys: Iterable[tuple[int, int, float]],
+        k: int,
+        allowed: Bool | None = None,
+        left_out: Int32 | None = None,
     ) -> tuple[Int32, Float32]:
         """The k best (allowed) rows for weighted values (attribute index, key, weight), best first, ties by row.
 
@@ -200,13 +256,23 @@ class Followed:
         several of them leads.
         """
         with self._lock:
-            found = [(*self._ranked(value), weight) for a, key, weight in keys if (value := self._values.get((a, key)))]
-        if not found:
-            return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        rows, where = np.unique(np.concatenate([rows for rows, _, _ in found]), return_inverse=True)
-        scores = np.bincount(where, np.concatenate([weight * worth for _, worth, weight in found]))
-        if allowed is not None:
-            kept = among(rows, allowed)
+            values = [(value, weight) for a, key, weight in keys if (value := self._values.get((a, key)))]
+            rows, scores = _blend([(*self._ranked(value), weight) for value, weight in values])
+            known, kept = len(rows), among(rows, allowed, left_out)
             rows, scores = rows[kept], scores[kept]
+            if len(rows) < min(k, known) and any(value.cut for value, _ in values):
+                more, theirs = _blend([(*self._deeper(value, allowed), weight) for value, weight in values])
+                new = among(np.where(np.isin(more, rows), -1, more), allowed, left_out)
+                rows, scores = np.concatenate([rows, more[new]]), np.concatenate([scores, theirs[new]])
         best = largest(scores, k)
-        return rows[best], scores[best].astype(np.float32)
+        return rows[best].astype(np.int32), scores[best].astype(np.float32)
+
+
+def _blend(found: Sequence[tuple[Int32, npt.NDArray[np.float64], float]]) -> _Ranked:
+    """The rows of some values, in order, and their worth in all of these together."""
+    if not found:
+        return np.zeros(0, np.int32), np.zeros(0)
+    rows, where = np.unique(np.concatenate([rows for rows, _, _ in found]), return_inverse=True)
+    return rows, np.bincount(where, np.concatenate([weight * w for _, w, weight in found])).astype(
+        np.float64, copy=False
+    )

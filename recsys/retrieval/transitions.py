@@ -20,6 +20,9 @@ _PLACES = 2048
 RANK_HALF_LIVES = (20.0, 200.0)
 """Transitions after which the weight of one halves: the first follows what breaks now, the second knows the usual."""
 
+_LONGEST_WALK = 8
+"""Lengths of a walk that skips targets which are not allowed: half starves sooner after a sale, double takes longer then."""
+_ALL: Bool = np.zeros(0, np.bool_)
 _LEAST = 0.05
 """Added to a weight before its logarithm: a twentieth of one transition."""
 
@@ -41,18 +44,22 @@ class Ring(NamedTuple):
 
 
 @compiled
-def _walk(ring: Any, count: Any, newest: Any, length: Any, context: Any, out: Any) -> Any:
-    """Walk a source's transitions, newest first: the table of targets, and their features in `out` [places, F]."""
+def _walk(ring: Any, count: Any, newest: Any, length: Any, context: Any, allowed: Any, out: Any) -> Any:
+    """Walk a source's transitions to allowed targets (an empty mask: to all), newest first: the table of targets, and their features in
+    `out` [places, F]."""
     links, targets, contexts = ring.links, ring.targets, ring.contexts
     halves = np.array(RANK_HALF_LIVES)
     table = np.full(_PLACES, -1, np.int64)
     at, rank = newest, 0
     decay = np.exp2(-1.0 / halves)
     weight = np.ones(len(halves))
-    while at >= 0 and at >= count - len(targets) and rank < length:
+    steps = _LONGEST_WALK * length
+    while at >= 0 and at >= count - len(targets) and rank < length and steps > 0:
         entry = at % len(targets)
         at = links[entry]
-        if targets[entry] < 0:
+        steps -= 1
+        target = targets[entry]
+        if target < 0 or (len(allowed) > 0 and not (target < len(allowed) and allowed[target])):
             continue
         place = _place(table, targets[entry])
         table[place] = targets[entry]
@@ -119,10 +126,10 @@ class Transitions:
             self._ring.targets[:size][np.isin(self._ring.targets[:size], rows)] = -1
             self._sources[:size][np.isin(self._sources[:size], rows)] = -1
 
-    def _sums(self, source: int, context: Int64) -> tuple[Int64, Any]:
+    def _sums(self, source: int, context: Int64, allowed: Bool = _ALL) -> tuple[Int64, Any]:
         out = np.zeros((_PLACES, self.num_features), np.float64)
         with self._lock:
-            table = _walk(self._ring, self._count, self._newest.get(source, -1), self._length, context, out)
+            table = _walk(self._ring, self._count, self._newest.get(source, -1), self._length, context, allowed, out)
         return table, out
 
     def score(self, source: int, context: Int64, rows: Int32) -> Float32:
@@ -134,7 +141,7 @@ class Transitions:
 
     def candidates(self, source: int, context: Int64, k: int, allowed: Bool | None = None) -> tuple[Int32, Float32]:
         """The k best (allowed) after `source` by the weight that counts shared context, best first, ties by row."""
-        table, sums = self._sums(source, context)
+        table, sums = self._sums(source, context, _ALL if allowed is None else allowed)
         places = among(table, allowed)
         rows, scores = table[places].astype(np.int32), sums[places, len(RANK_HALF_LIVES)]
         best = np.lexsort((rows, -scores))[:k]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +22,8 @@ class Trending:
     """Decayed counts by row, one writer beside many readers.
 
     Stored sums only grow, so an item enters the `top` largest only by its own `add`: it suffices to watch the rows at or
-    above the top-th largest sum as of some earlier instant, the bar. Memory is 8 bytes a catalogue row.
+    above the top-th largest sum as of some earlier instant, the bar. Memory is 9 bytes a catalogue row. Rows that are `buried` are not
+    among the largest, and keep their sums until they come back.
     """
 
     def __init__(self, half_life_s: float, top: int = 1000) -> None:
@@ -31,6 +32,9 @@ class Trending:
         self._decay = ForwardDecay(half_life_s)
         self._top = top
         self._lock = threading.Lock()
+        self._dead = bytearray(1024)
+        self._buried: dict[int, float] = {}
+        """Sums of rows that are dead, in place of those in `_sums`."""
         self._resize(np.zeros(1024))
 
     def _resize(self, sums: np.ndarray[Any, np.dtype[np.float64]]) -> None:
@@ -45,15 +49,57 @@ class Trending:
         """Count `row` once more (`weight` > 0). An older `now_ms` than before counts as what is left of it."""
         with self._lock:
             if (factor := self._decay.rescale(now_ms)) is not None:
+                self._buried = {r: kept for r, s in self._buried.items() if (kept := s * factor) >= _NOTHING}
                 self._resize(np.where(self._sums * factor < _NOTHING, 0.0, self._sums * factor))
             if row >= len(self._cells):
                 self._grow(row + 1)
-            before = self._cells[row]
-            after = self._cells[row] = before + weight * self._decay.weight(now_ms)
-            if before <= self._bar <= after and not self._is_above(before, row) and self._is_above(after, row):
-                insort(self._above, row)
-                if len(self._above) >= 2 * self._top:
-                    self._raise_bar()
+            weight *= self._decay.weight(now_ms)
+            if self._dead[row]:
+                self._buried[row] = self._buried.get(row, 0.0) + weight
+            else:
+                self._set(row, self._cells[row] + weight)
+
+    def _set(self, row: int, after: float) -> None:
+        before, self._cells[row] = self._cells[row], after
+        if before <= self._bar <= after and not self._is_above(before, row) and self._is_above(after, row):
+            insort(self._above, row)
+            if len(self._above) >= 2 * self._top:
+                self._raise_bar()
+
+    def bury(self, rows: Int32) -> None:
+        """These rows' items are deleted: others take their places."""
+        with self._lock:
+            if len(rows) and int(rows.max()) >= len(self._sums):
+                self._grow(int(rows.max()) + 1)
+            for row in rows.tolist():
+                self._dead[row] = 1
+                if total := self._cells[row]:
+                    self._buried[row] = total
+                    self._drop(row)
+            self._refill()
+
+    def _drop(self, row: int) -> None:
+        self._cells[row] = 0.0
+        place = bisect_left(self._above, row)
+        if place < len(self._above) and self._above[place] == row:
+            del self._above[place]
+
+    def _refill(self) -> None:
+        if len(self._above) <= self._top // 2 and not self._all_above:
+            self._resize(self._sums)  # others are among the largest now
+
+    @property
+    def _all_above(self) -> bool:
+        """Whether nothing that was counted is below the bar."""
+        return self._bar == _NOTHING and self._bar_row == 0
+
+    def revive(self, row: int) -> None:
+        """A row's item is there again."""
+        with self._lock:
+            if row < len(self._dead) and self._dead[row]:
+                self._dead[row] = 0
+                if total := self._buried.pop(row, 0.0):
+                    self._set(row, total)
 
     def _is_above(self, total: float, row: int) -> bool:
         return total > self._bar or (total == self._bar and row <= self._bar_row)
@@ -61,6 +107,7 @@ class Trending:
     def _grow(self, size: int) -> None:
         sums = np.zeros(max(size, 2 * len(self._sums)))
         sums[: len(self._sums)] = self._sums
+        self._dead.extend(bytes(len(sums) - len(self._sums)))
         self._sums, self._cells = sums, sums.data
 
     def _raise_bar(self) -> None:
@@ -73,25 +120,27 @@ class Trending:
         """These rows will be other items': what was counted of them is gone."""
         with self._lock:
             rows = rows[rows < len(self._sums)]
-            rows = rows[self._sums[rows] > 0]
-            if len(rows):
-                self._sums[rows] = 0.0
-                gone = np.isin(np.array(self._above, np.int32), rows)
-                self._above = array("i", np.array(self._above, np.int32)[~gone].tobytes())
-                if gone.any() and len(self._above) < self._top:
-                    self._resize(self._sums)  # others are among the largest now
+            for row in rows.tolist():
+                self._dead[row] = 0
+                self._buried.pop(row, None)
+                self._drop(row)
+            self._refill()
 
-    def top(self, k: int, now_ms: int, allowed: Bool | None = None) -> tuple[Int32, Float32]:
+    def top(
+        self, k: int, now_ms: int, allowed: Bool | None = None, left_out: Int32 | None = None
+    ) -> tuple[Int32, Float32]:
         """The k largest, best first, ties by row: rows [k] and their counts decayed to `now_ms`.
 
-        Without `allowed` they are at hand up to `top`; with it (or beyond) every row that ever was counted is looked at.
+        Those among the watched ones are at hand; where so many of these are not allowed, or left out, that fewer than k remain, every
+        row that ever was counted is looked at.
         """
         with self._lock:
-            if allowed is None and k <= self._top:
-                rows = np.array(self._above, np.int32)
-            else:
+            rows = np.array(self._above, np.int32)
+            if allowed is not None or left_out is not None:
+                rows = rows[among(rows, allowed, left_out)]
+            if len(rows) < k and not self._all_above:
                 every = np.flatnonzero(self._sums >= _NOTHING)
-                rows = every[among(every, allowed)].astype(np.int32)
+                rows = every[among(every, allowed, left_out)].astype(np.int32)
             sums = self._sums[rows]
             decay = self._decay.decay(now_ms)
         best = largest(sums, k)  # rows ascend: ties by row
@@ -113,19 +162,21 @@ class Trending:
         """Everything, as arrays."""
         with self._lock:
             rows = np.flatnonzero(self._sums).astype(np.int32)
+            buried = np.fromiter(self._buried, np.int32, len(self._buried))
             return {
                 "clock": np.array(self._decay.state(), np.int64),
                 "half_life_s": np.array([self._decay.half_life_ms / 1000]),
-                "rows": rows,
-                "sums": self._sums[rows],
+                "rows": np.concatenate([rows, buried]),
+                "sums": np.concatenate([self._sums[rows], np.fromiter(self._buried.values(), np.float64, len(buried))]),
             }
 
     def restore(self, state: Mapping[str, Any], row_map: Int32 | None = None, **times: int) -> None:
-        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone; `times`: see `ForwardDecay.restore`."""
+        """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone; `times`: see `ForwardDecay.restore`. No row is buried."""
         rows, kept = mapped(state["rows"], row_map)
         sums = np.zeros(max(1024, int(rows.max(initial=-1)) + 1))
         sums[rows] = counted(state["sums"], "trending")[kept]
         with self._lock:
+            self._dead, self._buried = bytearray(len(sums)), {}
             sums *= self._decay.restore(state["clock"].tolist(), half_life_of(state), **times)
             self._resize(np.where(sums < _NOTHING, 0.0, sums))
 
@@ -140,12 +191,14 @@ def largest(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
     return rows[np.argsort(-values[rows], kind="stable")[:k]]
 
 
-def among(rows: Int32 | Int64, allowed: Bool | None) -> npt.NDArray[np.intp]:
-    """Which places of `rows` hold an allowed one; below 0 or beyond the mask's end there is none."""
+def among(rows: Int32 | Int64, allowed: Bool | None, left_out: Int32 | None = None) -> npt.NDArray[np.intp]:
+    """Which places of `rows` hold an allowed one that is not left out; below 0 or beyond the mask's end there is none."""
     kept = rows >= 0
     if allowed is not None:
         kept &= rows < len(allowed)
         kept[kept] = allowed[rows[kept]]
+    if left_out is not None and len(left_out):
+        kept &= ~np.isin(rows, left_out)
     return np.flatnonzero(kept)
 
 

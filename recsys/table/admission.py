@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from recsys.table.filter import CountingFilter
 from recsys.table.index import group
 from recsys.table.pending import PendingCounts
 from recsys.table.rows import check_sketch
-from recsys.table.worth import draw_of
 from recsys.types import Int32, Int64
 
 
@@ -59,8 +59,7 @@ class Admission:
         unique, counts, is_due = counted
         late = np.isin(unique, refused) & (self._threshold[slots[unique]] > 1)
         wait, admitted = unique[~is_due | late], unique[is_due & ~late]
-        draw = draw_of(keys, now_ms)
-        self._pending.put(slots[wait], keys[wait], counts[~is_due | late], np.full(len(wait), now_ms, np.int64), draw)
+        self._pending.put(slots[wait], keys[wait], counts[~is_due | late], np.full(len(wait), now_ms, np.int64))
         self._pending.remove(slots[admitted], keys[admitted])
         return due, len(refused)
 
@@ -73,8 +72,10 @@ class Admission:
         self._pending.expire(cutoff_ms)
         self._filter.halve(now_ms)
 
-    def export(self) -> Pending:
-        return self._filter.add_to(self._pending.export())
+    def export(self, window: int) -> Pending:
+        """All counts, and where the next windows begin; that of rows is the table's."""
+        windows = np.array([window, self._pending.windows.at])
+        return replace(self._filter.add_to(self._pending.export()), windows=windows)
 
     def restore(self, pending: Pending, slots: Int32, keys: Int64) -> None:
         """Replace all counts. ValueError for a filter of another size."""
@@ -82,6 +83,7 @@ class Admission:
         self._filter.restore(pending)
         self._pending = PendingCounts(self._layout, self._place_of, self._slot_of)
         self._pending.put(slots, keys, pending.counts, pending.last_seen_ms)
+        self._pending.windows.at = int(pending.windows[1])
 
     def memory_bytes(self) -> int:
         return self._pending.memory_bytes() + int(self._filter.counters.nbytes)

@@ -139,6 +139,8 @@ class Pending:
     """The filter's counters [filter_counters, rounded up to a multiple of 4]; empty where counts are exact."""
     sketch_ms: int = 0
     """Log time from which its next halving is due, 0 before the first count."""
+    windows: Int64 = field(default_factory=lambda: np.zeros(2, np.int64))
+    """Where the next windows begin in which rows, and counts, make room [2]: `worth.Windows`."""
 
 
 class Table(Protocol):
@@ -167,12 +169,9 @@ class Table(Protocol):
         """
         ...
 
-    def make_room(self, rows: int, draw: int) -> int:
+    def make_room(self, rows: int) -> int:
         """Remove rows of least worth, so that `rows` more fit and, in steps, `spare` is kept; how many went. They are tombstones.
-
-        Looks at a part of the table, in proportion to what goes; which part follows from `draw`: give what differs from
-        call to call and is the same in a replay.
-        """
+        Looks at a part of the table, in proportion to what goes, and at the next part in the next call."""
         ...
 
     def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:

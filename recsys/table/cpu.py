@@ -81,6 +81,7 @@ class CpuTable:
         self._stamps = Stamps(self._index)
         self._admission = Admission(layout, self._place_of, self._slot_of)
         self._cursors = Cursors()
+        self._windows = worth.Windows()
         self._swept = 0
         self._turn = Turn()
         self._writer = threading.RLock()
@@ -145,25 +146,23 @@ class CpuTable:
         todo = self._admission.due(slots, keys, np.concatenate(new).astype(np.int32))[0]
         due = len(group(self._place_of, slots[todo], keys[todo])[1])
         count = worth.surplus(self.layout, len(self), due)
-        self._evict(count, worth.draw_of(keys, now_ms), np.concatenate(kept), self._stamps.of(now_ms))
+        self._evict(count, np.concatenate(kept), self._stamps.of(now_ms))
 
-    def make_room(self, rows: int, draw: int) -> int:
+    def make_room(self, rows: int) -> int:
         with self._writer:
             before = len(self)
             count = worth.surplus(self.layout, before, rows)
-            self._evict(count, draw)
+            self._evict(count)
             if len(self) + rows > self.layout.capacity:
-                self._evict(count, draw, everywhere=True)
+                self._evict(count, everywhere=True)
             return before - len(self)
 
-    def _evict(self, count: int, draw: int, kept: Int32 = _NONE, kept_stamp: int = 0, everywhere: bool = False) -> None:
+    def _evict(self, count: int, kept: Int32 = _NONE, kept_stamp: int = 0, everywhere: bool = False) -> None:
         """Remove `count` rows of least worth, but those at the positions `kept`, which are stamped `kept_stamp` or later."""
         if count <= 0 or not len(self):
             return
         looks = len(self) if everywhere else worth.looks_for(count)
-        places, keys = self._index.least(
-            count, worth.window(self._index.order, draw, len(self), looks), kept, kept_stamp
-        )
+        places, keys = self._index.least(count, self._windows.next(len(self), looks), kept, kept_stamp)
         slots = self._slot_of[places]
         for part in parts(len(keys)):
             self.remove(slots[part], keys[part])
@@ -296,12 +295,13 @@ class CpuTable:
 
     def pending(self) -> Pending:
         with self._writer:
-            return self._admission.export()
+            return self._admission.export(self._windows.at)
 
     def restore_pending(self, pending: Pending) -> None:
         slots, keys = self._pairs(pending.slots, pending.keys)
         with self._writer:
             self._admission.restore(pending, slots, keys)
+            self._windows.at = int(pending.windows[0])
 
     def defaults(self) -> Rows:
         none = np.zeros(len(self._slot_of), np.int64)

@@ -45,6 +45,7 @@ class CudaTable:
         self._known = np.zeros(65536, np.bool_)
         self._known[list(layout.slots)] = True
         self._cursors = Cursors()
+        self._windows = worth.Windows()
         self._swept = 0
         self._lock = threading.RLock()
 
@@ -57,38 +58,38 @@ class CudaTable:
         with self._lock:
             pairs = self._pairs(slots, keys)
             before = self.rows.index.find(*pairs)
-            room = self._make_room_for(pairs, before, worth.draw_of(keys, now_ms), now_ms) if admit else None
+            room = self._make_room_for(pairs, before, now_ms) if admit else None
             rows = self.rows.rows_train(*pairs, now_ms, self._cursors.now, admit, room)
             if admit and len(keys):
                 self.rows.count_uses(*pairs, before, now_ms)
             self.rows.see(rows, now_ms)
             return _fetched(self.rows.values.gather(rows))[0]
 
-    def _make_room_for(self, pairs: tuple[Tensor, Tensor], kept: Tensor, draw: int, now_ms: int) -> int | None:
+    def _make_room_for(self, pairs: tuple[Tensor, Tensor], kept: Tensor, now_ms: int) -> int | None:
         """Let rows go for those that a call will make, but the call's own; how many it may make, None: all."""
         count, layout = len(pairs[1]), self.layout
         if not layout.spare or not count or self.rows.index.most_rows + count <= worth.target(layout):
             return None
         due = self.rows.due(*pairs, now_ms)
-        self._evict(worth.surplus(layout, len(self), due), draw, kept)
+        self._evict(worth.surplus(layout, len(self), due), kept)
         room = layout.capacity - len(self)
         self.refused += max(due - room, 0)
         return room
 
-    def make_room(self, rows: int, draw: int) -> int:
+    def make_room(self, rows: int) -> int:
         with self._lock:
             before = len(self)
             count = worth.surplus(self.layout, before, rows)
-            self._evict(count, draw)
+            self._evict(count)
             if len(self) + rows > self.layout.capacity:
-                self._evict(count, draw, everywhere=True)
+                self._evict(count, everywhere=True)
             return before - len(self)
 
-    def _evict(self, count: int, draw: int, kept: Tensor | None = None, everywhere: bool = False) -> None:
+    def _evict(self, count: int, kept: Tensor | None = None, everywhere: bool = False) -> None:
         rows = len(self)
         if count <= 0 or not rows:
             return
-        of = worth.window(self._order, draw, rows, rows if everywhere else worth.looks_for(count))
+        of = self._windows.next(rows, rows if everywhere else worth.looks_for(count))
         gone = least_worth(self.rows.index, self._order, of, count, self.rows.worth, kept)
         self.rows.index.drop(*gone)
         self.evicted += self._tombstones(*gone[:2])
@@ -190,12 +191,13 @@ class CudaTable:
 
     def pending(self) -> Pending:
         with self._lock:
-            return self.rows.admission.export()
+            return self.rows.admission.export(self._windows.at)
 
     def restore_pending(self, pending: Pending) -> None:
         with self._lock:
             pairs = self._pairs(pending.slots, pending.keys, pending.counts, pending.last_seen_ms)
             self.rows.admission.restore(pending, *pairs)
+            self._windows.at = int(pending.windows[0])
 
     def defaults(self) -> Rows:
         with self._lock:

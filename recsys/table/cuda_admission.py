@@ -47,6 +47,7 @@ class DeviceAdmission:
         self._each = -(-layout.filter_counters // 4)
         self._order = secrets.randbits(63) if layout.order is None else layout.order
         self._first_slot = min(layout.slots)
+        self._windows = worth.Windows()
         self.clear()
 
     def clear(self) -> None:
@@ -107,7 +108,7 @@ class DeviceAdmission:
         if not len(keys):
             return
         if self._layout.spare and self.waiting.most_rows + len(keys) > self._layout.capacity:
-            slots = self._within(slots, keys, seen_ms)
+            slots = self._within(slots, keys)
         self.waiting.reserve(len(keys), lambda: len(keys), lambda held, more: table_full(self._layout, held, more))
         held = self.waiting.find(slots, keys)
         known = torch.where(held > 0, self.counts.gather(held.clamp(min=0))[:, SEEN_MS], seen_ms)
@@ -118,15 +119,14 @@ class DeviceAdmission:
         launch(settle, -(-len(keys) // BLOCK), *given, shape=shape)
         self.counts.scatter(claims[0], torch.stack([torch.maximum(seen_ms, known), counts], 1))
 
-    def _within(self, slots: Tensor, keys: Tensor, seen_ms: Tensor) -> Tensor:
+    def _within(self, slots: Tensor, keys: Tensor) -> Tensor:
         """Forget counts of least worth to make room for these; slots with -1 for what still has none. Waits for the device."""
         layout, wanted = self._layout, slots >= 0
         over = len(self.waiting) + int(wanted.sum()) - layout.capacity
         if over <= 0:
             return slots
         count = worth.with_slack(layout, over)
-        draw = worth.draw_of(keys.cpu().numpy(), int(seen_ms[0]))
-        of = worth.window(self._order, draw, len(self.waiting), worth.looks_for(count))
+        of = self._windows.next(len(self.waiting), worth.looks_for(count))
         self.waiting.drop(*least_worth(self.waiting, self._order, of, count, self._worth, None))
         new = wanted & (self.waiting.find(torch.where(wanted, slots, self._first_slot), keys) <= 0)
         return torch.where(new & (torch.cumsum(new, 0) > layout.capacity - len(self.waiting)), -1, slots)
@@ -149,8 +149,8 @@ class DeviceAdmission:
             self._sketch = self._sketch.clamp(max=255) >> min(times, 8)
             self._sketch_ms = torch.full_like(self._sketch_ms, begun + times * period)
 
-    def export(self) -> Pending:
-        """All counts. Waits for the device."""
+    def export(self, window: int) -> Pending:
+        """All counts, and where the next windows begin; that of rows is the table's. Waits for the device."""
         parts = [[np.zeros(0, np.int32), *[np.zeros(0, np.int64)] * 3]]
         for slots, keys, rows, _ in self.waiting.scan():
             counts = self.counts.gather(rows)
@@ -163,6 +163,7 @@ class DeviceAdmission:
             last_seen_ms=whole[3],
             sketch=self._sketch.clamp(max=255).to(torch.uint8).cpu().numpy(),
             sketch_ms=int(self._sketch_ms),
+            windows=np.array([window, self._windows.at]),
         )
 
     def restore(self, pending: Pending, slots: Tensor, keys: Tensor) -> None:
@@ -174,4 +175,5 @@ class DeviceAdmission:
         self.clear()
         self._sketch.copy_(torch.from_numpy(pending.sketch.astype(np.int32)))
         self._sketch_ms.fill_(pending.sketch_ms)
+        self._windows.at = int(pending.windows[1])
         self.put(slots, keys, counts, seen_ms)

@@ -15,9 +15,9 @@ _BURIED = 4096
 """Rows that are put back at a time, to be removed."""
 
 
-def restore_within(table: Table, rows: Rows, draw: int) -> int:
-    """Restore rows; where they do not fit, rows of least worth make room (`draw`: as for `make_room`), and of more than the table
-    can hold those of least worth are left out: how many."""
+def restore_within(table: Table, rows: Rows) -> int:
+    """Restore rows; where they do not fit, rows of least worth make room, and of more than the table can hold those of
+    least worth are left out: how many."""
     left_out = 0
     if len(rows.keys) > table.layout.capacity:
         left_out = len(rows.keys) - worth.target(table.layout)
@@ -26,7 +26,7 @@ def restore_within(table: Table, rows: Rows, draw: int) -> int:
     try:
         table.restore(rows)
     except TableFull:
-        table.make_room(len(rows.keys), draw)
+        table.make_room(len(rows.keys))
         table.restore(rows)
     return left_out
 
@@ -36,7 +36,7 @@ def bury(tables: Mapping[str, Table], gone: Mapping[str, Rows]) -> None:
     for name, rows in gone.items():
         table = tables[name]
         step = max(1, min(_BURIED, table.layout.capacity // 16))
-        table.make_room(step, 0)
+        table.make_room(step)
         for start in range(0, len(rows.keys), step):
             part = rows.take(slice(start, start + step))
             table.restore(part)

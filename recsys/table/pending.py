@@ -19,6 +19,7 @@ class PendingCounts:
 
     def __init__(self, layout: Layout, place_of: Int32, slot_of: Int32) -> None:
         self._layout, self._place_of, self._slot_of = layout, place_of, slot_of
+        self.windows = worth.Windows()
         self._resize_to(0)
 
     def __len__(self) -> int:
@@ -33,10 +34,10 @@ class PendingCounts:
         missing = at[1] < 0
         return np.where(missing, 0, self._counts[np.where(missing, 0, at[0])])
 
-    def put(self, slots: Int32, keys: Int64, counts: Int64, last_seen_ms: Int64, draw: int = 0) -> None:
-        """Set the counts of unique keys; last-seen never goes back. Which make room follows from `draw`."""
+    def put(self, slots: Int32, keys: Int64, counts: Int64, last_seen_ms: Int64) -> None:
+        """Set the counts of unique keys; last-seen never goes back."""
         if self._layout.spare:
-            kept = self._make_room(slots, keys, draw)
+            kept = self._make_room(slots, keys)
             slots, keys, counts, last_seen_ms = slots[kept], keys[kept], counts[kept], last_seen_ms[kept]
         room = len(self._counts) - 1
         if len(self) + len(keys) > room:
@@ -54,13 +55,13 @@ class PendingCounts:
         self._counts[rows] = counts
         self._last_seen_ms[rows] = np.where(known, np.maximum(self._last_seen_ms[rows], last_seen_ms), last_seen_ms)
 
-    def _make_room(self, slots: Int32, keys: Int64, draw: int) -> Int64:
+    def _make_room(self, slots: Int32, keys: Int64) -> Int64:
         """Forget what is worth least, so that these keys can be counted; which of them can [M], the first ones."""
         over = len(self) + len(keys) - self._layout.capacity
         if over <= 0:
             return np.arange(len(keys))
         count = worth.with_slack(self._layout, over)
-        positions, hashed = self._index.survey(worth.window(self._index.order, draw, len(self), worth.looks_for(count)))
+        positions, hashed = self._index.survey(self.windows.next(len(self), worth.looks_for(count)))
         places, waiting, rows, _, _ = self._index.read(positions)
         steps = last_seen(self._last_seen_ms[rows]) // LAST_SEEN_STEP_MS
         gone = worth.least(steps + worth.HALF_LIFE * worth.level_of(self._counts[rows]), hashed, count)

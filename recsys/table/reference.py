@@ -59,7 +59,6 @@ class ReferenceTable:
         self.layout = layout
         self.evicted = self.refused = 0
         self._order = secrets.randbits(63) if layout.order is None else layout.order
-        self._place_of = {slot: place for place, slot in enumerate(sorted(layout.slots))}
         self._fresh = initial_state(layout)
         self._rows: dict[Pair, _Row] = {}
         self._pending: dict[Pair, tuple[int, int]] = {}  # occurrences, last seen
@@ -70,6 +69,7 @@ class ReferenceTable:
         self._clock = 1
         self._removed: dict[Pair, int] = {}
         self._cursors: dict[str, tuple[int, int]] = {}  # rows and tombstones newer than these are due
+        self._windows, self._waiting_windows = worth.Windows(), worth.Windows()
         self._swept: list[Pair] = []
         self._lock = threading.RLock()
 
@@ -106,7 +106,7 @@ class ReferenceTable:
         with self._lock:
             pairs = self._pairs(slots, keys)
             if admit:
-                self._admit(pairs, now_ms, worth.draw_of(keys, now_ms))
+                self._admit(pairs, now_ms)
             self._see(pairs, now_ms)
             return self.lookup(slots, keys)[0]
 
@@ -121,7 +121,7 @@ class ReferenceTable:
             gap = (last_seen(now_ms) - row.last_seen_ms) // LAST_SEEN_STEP_MS
             row.uses = worth.counted(row.uses, gap, row.pair[1], of)
 
-    def _admit(self, pairs: list[Pair], now_ms: int, draw: int) -> None:
+    def _admit(self, pairs: list[Pair], now_ms: int) -> None:
         """Count the missing pairs and make the rows that are due, in order of first occurrence."""
         missing = Counter(p for p in pairs if p not in self._rows)
         counts, sketch = self._counted(missing)
@@ -131,7 +131,7 @@ class ReferenceTable:
         self._count_uses(pairs, now_ms)
         self._see(pairs, now_ms)
         if self.layout.spare and pairs:
-            self._evict(worth.surplus(self.layout, len(self._rows), len(due)), draw, pairs)
+            self._evict(worth.surplus(self.layout, len(self._rows), len(due)), pairs)
         admitted = due[: self.layout.capacity - len(self._rows)]
         self.refused += len(due) - len(admitted)
         if self._sketch:
@@ -139,7 +139,7 @@ class ReferenceTable:
             self._sketch_ms = self._sketch_ms or now_ms * counted
         else:
             left = {p: n for p, n in counts.items() if p not in admitted and self.layout.slots[p[0]].admission > 1}
-            self._wait(left, now_ms, draw)
+            self._wait(left, now_ms)
         for pair in admitted:
             self._get_or_create(pair).last_seen_ms = last_seen(now_ms)
 
@@ -155,62 +155,50 @@ class ReferenceTable:
                 sketch[place] = min(sketch[place] + missing[pair], 255)
         return {pair: min(sketch[p] for p in four) for pair, four in zip(counted, places, strict=True)}, sketch
 
-    def _wait(self, counts: dict[Pair, int], now_ms: int, draw: int) -> None:
+    def _wait(self, counts: dict[Pair, int], now_ms: int) -> None:
         """Keep the counts of pairs without a row; with `spare`, of as many as there may be rows."""
         pairs = list(counts)
         if self.layout.spare:
             over = len(self._pending) + len(pairs) - self.layout.capacity
             if over > 0:
-                listed = list(self._pending)
-                levels = worth.level_of(np.array([self._pending[p][0] for p in listed], np.int64)).tolist()
-                ranks = [
-                    (last_seen(self._pending[p][1]) // LAST_SEEN_STEP_MS, level)
-                    for p, level in zip(listed, levels, strict=True)
-                ]
-                for pair in self._least(listed, ranks, worth.with_slack(self.layout, over), draw):
+                counted = worth.level_of(np.array([count for count, _ in self._pending.values()], np.int64)).tolist()
+                ranks = {p: (seen, n) for (p, (_, seen)), n in zip(self._pending.items(), counted, strict=True)}
+                count = worth.with_slack(self.layout, over)
+                of = self._waiting_windows.next(len(ranks), worth.looks_for(count))
+                for pair in self._least(ranks, count, of):
                     del self._pending[pair]
             new = [p for p in pairs if p not in self._pending][self.layout.capacity - len(self._pending) :]
             pairs = [p for p in pairs if p not in set(new)]
         for pair in pairs:
             self._pending[pair] = (counts[pair], max(self._pending.get(pair, (0, now_ms))[1], now_ms))
 
-    def make_room(self, rows: int, draw: int) -> int:
+    def make_room(self, rows: int) -> int:
         with self._lock:
             before = len(self._rows)
             count = worth.surplus(self.layout, before, rows)
-            self._evict(count, draw, ())
+            self._evict(count, ())
             if len(self._rows) + rows > self.layout.capacity:
-                self._evict(count, draw, (), everywhere=True)
+                self._evict(count, (), everywhere=True)
             return before - len(self._rows)
 
-    def _evict(self, count: int, draw: int, kept: Iterable[Pair], everywhere: bool = False) -> None:
-        spared = set(kept)
-        listed = [pair for pair in self._rows if pair not in spared]
-        ranks = [(self._rows[p].last_seen_ms // LAST_SEEN_STEP_MS, self._rows[p].uses) for p in listed]
-        for pair in self._least(listed, ranks, count, draw, len(self._rows), everywhere):
+    def _evict(self, count: int, kept: Iterable[Pair], everywhere: bool = False) -> None:
+        size, spared = len(self._rows), set(kept)
+        if count <= 0 or not size:
+            return
+        of = self._windows.next(size, size if everywhere else worth.looks_for(count))
+        ranks = {p: (row.last_seen_ms, row.uses) for p, row in self._rows.items() if p not in spared}
+        for pair in self._least(ranks, count, of):
             self._remove(pair)
             self.evicted += 1
 
-    def _least(
-        self,
-        pairs: list[Pair],
-        ranks: list[tuple[int, int]],
-        count: int,
-        draw: int,
-        rows: int | None = None,
-        everywhere: bool = False,
-    ) -> list[Pair]:
-        """Of pairs last seen at these steps and as often as these levels, the `count` of least worth in the window of a draw."""
-        if count <= 0 or not pairs:
-            return []
-        _, keys = _arrays(pairs)
-        hashed = worth.hashes(self._order, np.array([self._place_of[slot] for slot, _ in pairs], np.int64), keys)
-        size = len(pairs) if rows is None else rows
-        looks = size if everywhere else worth.looks_for(count)
-        inside = worth.within(hashed, worth.window(self._order, draw, size, looks))
-        value = np.array([step + worth.HALF_LIFE * level for step, level in ranks], np.int64)
-        seen = np.flatnonzero(inside)
-        chosen = seen[worth.least(value[seen], hashed[seen], count)] if len(seen) else seen
+    def _least(self, ranks: dict[Pair, tuple[int, int]], count: int, of: tuple[int, int]) -> list[Pair]:
+        """Of pairs last seen then and as often as these levels, the `count` of least worth in a window."""
+        pairs = list(ranks)
+        slots, keys = _arrays(pairs)
+        hashed = worth.hashes(self._order, np.searchsorted(sorted(self.layout.slots), slots), keys)
+        value = [last_seen(ms) // LAST_SEEN_STEP_MS + worth.HALF_LIFE * level for ms, level in ranks.values()]
+        inside = np.flatnonzero(worth.within(hashed, of))
+        chosen = inside[worth.least(np.array(value, np.int64)[inside], hashed[inside], count)]
         return [pairs[n] for n in chosen.tolist()]
 
     def _halve_filter(self, now_ms: int) -> None:
@@ -360,7 +348,13 @@ class ReferenceTable:
             seen = np.array([seen for _, seen in self._pending.values()], np.int64)
             sketch = np.array(self._sketch, np.uint8)
             return Pending(
-                slots=slots, keys=keys, counts=counts, last_seen_ms=seen, sketch=sketch, sketch_ms=self._sketch_ms
+                slots=slots,
+                keys=keys,
+                counts=counts,
+                last_seen_ms=seen,
+                sketch=sketch,
+                sketch_ms=self._sketch_ms,
+                windows=np.array([self._windows.at, self._waiting_windows.at]),
             )
 
     def restore_pending(self, pending: Pending) -> None:
@@ -369,7 +363,9 @@ class ReferenceTable:
             self._sketch, self._sketch_ms = pending.sketch.tolist(), pending.sketch_ms
             pairs = self._pairs(pending.slots, pending.keys)
             counted = zip(pending.counts.tolist(), pending.last_seen_ms.tolist(), strict=True)
-            self._pending = dict(zip(pairs, counted, strict=True))
+            most = self.layout.capacity if self.layout.spare else len(pairs)
+            self._pending = dict(list(zip(pairs, counted, strict=True))[:most])
+            self._windows.at, self._waiting_windows.at = pending.windows.tolist()
 
     def defaults(self) -> Rows:
         with self._lock:

@@ -31,7 +31,7 @@ _EXPORT_ROWS = 8192
 """Rows copied in one call: readers of the table wait at most 2 ms for it."""
 
 
-_OPTIONAL = ("uses", "sketch", "sketch_ms")
+_OPTIONAL = ("uses", "sketch", "sketch_ms", "windows")
 """Fields that files of older releases, or of layouts that have none, do not have."""
 SegmentFile = Written
 
@@ -109,7 +109,7 @@ def load(
             table = tables[name]
             table.remove(part.removed_slots, part.removed_keys)
             before = table.evicted
-            if restore_within(table, part.rows, len(part.rows.keys)) or table.evicted > before:
+            if restore_within(table, part.rows) or table.evicted > before:
                 too_small.add(name)
             table.restore_defaults(part.defaults)
             table.restore_pending(part.pending)
@@ -219,6 +219,8 @@ def _flatten(part: LayoutDelta) -> dict[str, npt.NDArray[Any]]:
     flat |= {"removed_slots": part.removed_slots, "removed_keys": part.removed_keys}
     flat |= {f"defaults_{f.name}": getattr(part.defaults, f.name) for f in fields(Rows)[:-1]}
     flat |= {f"pending_{f.name}": getattr(part.pending, f.name) for f in fields(Pending)[:4]}
+    if part.pending.windows.any():
+        flat |= {"pending_windows": part.pending.windows}
     if len(part.pending.sketch):
         flat |= {"sketch": part.pending.sketch, "sketch_ms": np.array([part.pending.sketch_ms])}
     return {name: np.ascontiguousarray(array) for name, array in flat.items()}

@@ -2,7 +2,8 @@
 
 A row's worth is when it was last seen, in steps, and `HALF_LIFE` steps more for each doubling of how often it was seen. A touch
 only ever raises it and time alone never changes it, so it needs no sweep to stay right. Of the rows in a window of hashes those
-of least worth go, equal ones by hash: what goes is decided by rows, hashes and `draw` alone, never by where a row lies.
+of least worth go, equal ones by hash; windows follow one another, so each part of the index is thinned as often as the others.
+What goes is decided by rows, hashes and where the window begins, never by where a row lies.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ MAX_USES = 15
 LOOKS = 8192
 """Rows looked at at least: a fraction of a millisecond. Half makes the choice of a small eviction cruder."""
 LOOKS_EACH = 8
-"""Rows looked at for each that goes: the worst eighth of what was drawn. Double costs twice as much for little."""
+"""Rows looked at for each that goes: the worst eighth of a sample. Double costs twice as much for little; at a quarter the
+index is unevenly full, by as much, before and behind the windows."""
 _SLACK = 1024
 """Rows that go beyond what is needed now, so that not every call looks; of small tables a 64th."""
 _PLACE = np.uint64(0xD1342543DE82EF95)
@@ -61,10 +63,17 @@ def hashes(order: int, places: Int32 | Int64, keys: Int64) -> UInt64:
     return mix(places.astype(np.uint64) * _PLACE + keys.view(np.uint64) + head)
 
 
-def window(order: int, draw: int, rows: int, looks: int) -> tuple[int, int]:
-    """Where the window begins among the highest 32 bits of hashes, and how wide it is, to hold about `looks` of `rows` rows."""
-    start = int(mix(np.array([(draw + order + rows) % 2**64], np.uint64))[0] >> np.uint64(32))
-    return start, 2**32 if looks >= rows else -(-(looks << 32) // rows)
+class Windows:
+    """Windows of the highest 32 bits of hashes, each beginning where the last one ended."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def next(self, rows: int, looks: int) -> tuple[int, int]:
+        """Begin and width of one that holds about `looks` of `rows` rows, hence all hashes if there are no more."""
+        start, width = self.at, 2**32 if looks >= rows else -(-(looks << 32) // rows)
+        self.at = (start + width) % 2**32
+        return start, width
 
 
 def within(hashed: UInt64, of: tuple[int, int]) -> Bool:
@@ -84,11 +93,6 @@ def least(worth: Int64, hashed: UInt64, count: int) -> Bool:
     rank = above << np.uint64(38) | hashed >> np.uint64(26)
     chosen: Bool = rank <= np.partition(rank, count - 1)[count - 1]
     return chosen
-
-
-def draw_of(keys: Int64, now_ms: int) -> int:
-    """A draw that differs from call to call, and is the same in a replay."""
-    return (int(np.bitwise_xor.reduce(keys, initial=0)) ^ now_ms) % 2**64
 
 
 def target(layout: Layout) -> int:

@@ -231,8 +231,8 @@ class BanditLearner:
             self._table.remove(rows.slots, rows.keys)
             return
         rows = replace(rows, values=rows.values * np.float32(0.5))
-        restore_within(self._table, rows, change.parent)
-        restore_within(self._table, replace(rows, slots=np.full_like(rows.slots, change.child)), change.child)
+        restore_within(self._table, rows)
+        restore_within(self._table, replace(rows, slots=np.full_like(rows.slots, change.child)))
 
     def _rows(self, place: int | None = None) -> Rows:
         """All edges, or those of one place."""

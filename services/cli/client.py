@@ -63,6 +63,10 @@ class Client:
         what = detail or ("see its log" if answer.status_code >= 500 else "not this project's API: check --url")
         raise Refused(f"{method} {self.url}{path} answered {answer.status_code}: {what}")
 
+    def system(self, topic: str) -> str:
+        """Which log of `topic` the services have: another system's, or one that was made anew, is another one."""
+        return str(self.call("GET", "/v1/system", b"")["log"][topic])
+
     def outcomes(self, method: str, path: str, name: str, rows: Sequence[bytes]) -> list[dict[str, str]]:
         """Send JSON rows as {name: [...]}; one outcome a row. A body that is too large is sent in halves."""
         try:
@@ -87,12 +91,14 @@ class Client:
                 if not self._reached:
                     deadline = 0.0
             if time.monotonic() > deadline or self._stop.wait(_PAUSE_S):
-                raise RecsysError(
-                    f"{self.url} {why}: start the services with `recsys up`, or name their address with --url"
-                )
+                raise Away(f"{self.url} {why}: start the services with `recsys up`, or name their address with --url")
 
     def close(self) -> None:
         self._http.close()
+
+
+class Away(RecsysError):
+    """The service does not answer, or is full for too long."""
 
 
 class Refused(RecsysError):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -22,16 +20,18 @@ from recsys.clock import Clock, SystemClock
 from recsys.errors import BadInput
 from recsys.events import messages
 from recsys.events.columns import LAYOUT
-from services.cli.client import Client, url_of
+from services.cli.client import Away, Client, url_of
+from services.cli.import_rows import BATCH, Row, Rows, message_of, open_rows
 from services.cli.main import DONE, MISSED, emit
 from services.common.process import Stop
 
-BATCH = 1000
-"""Rows of one call, and most rows that are sent again after a crash."""
 _CALLS = {"items": ("PUT", "/v1/items", "items"), "events": ("POST", "/v1/feedback", "events")}
+_TOPICS = {"items": "item", "events": "feedback"}
+_STATUSES = ("accepted", "duplicate", "rejected")
 
-Row = tuple[int, int, bytes | Mapping[str, Any]]
-"""Number from 1; where the next one begins (bytes of JSON lines, rows of Parquet); the message."""
+
+def _no_counts() -> dict[str, int]:
+    return dict.fromkeys(_STATUSES, 0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,7 +42,11 @@ class State:
     rows: int = 0
     position: int = 0
     outcomes_bytes: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("accepted", "duplicate", "rejected"), 0))
+    counts: dict[str, int] = field(default_factory=_no_counts)
+    digest: str = ""
+    """Of the file until `position`; "" where an earlier version wrote this."""
+    system: str = ""
+    """The log that took the rows."""
 
     @classmethod
     def read(cls, path: Path, kind: str) -> State:
@@ -62,70 +66,42 @@ class State:
         partial.replace(path)
 
 
-def _lines(path: Path, state: State) -> Iterator[Row]:
-    number = state.rows
-    with path.open("rb") as lines:
-        lines.seek(state.position)
-        # A line that is longer than any message is not kept whole: the parser refuses its beginning.
-        while line := lines.readline(messages.MAX_MESSAGE_BYTES + 2):
-            number += 1
-            rest = line
-            while rest and not rest.endswith(b"\n"):
-                rest = lines.readline(messages.MAX_MESSAGE_BYTES)
-            yield number, lines.tell(), line.strip()
-
-
-def _table_rows(path: Path, layout: Mapping[str, Any], state: State) -> Iterator[Row]:
-    number = 0
-    parquet = pq.ParquetFile(path)
-    if unknown := [name for name in parquet.schema_arrow.names if name not in layout]:
-        known = ", ".join(layout)
-        raise BadInput(f"column {unknown[0]!r} of {str(path)!r} is not one of {known}: leave it out", field=unknown[0])
-    for batch in parquet.iter_batches(BATCH):
-        if number + batch.num_rows <= state.rows:
-            number += batch.num_rows
-            continue
-        for row in batch.to_pylist():
-            number += 1
-            if number > state.rows:
-                yield number, number, {"version": messages.VERSION, **row}
-
-
-def _from_text(message: dict[str, Any]) -> dict[str, Any]:
-    """The message of a Parquet row, whose free fields are JSON text."""
-    for name in ("attributes", "context"):
-        if isinstance(text := message.get(name), str):
-            try:
-                message[name] = orjson.loads(text)
-            except orjson.JSONDecodeError as error:
-                raise BadInput(
-                    f"{name} = {messages.shorten(text)}: is not JSON ({error}): write an object", field=name
-                ) from None
-    return message
-
-
 class Import:
-    """One file on its way into the services."""
+    """One file on its way into one system."""
 
-    def __init__(self, kind: str, path: Path, client: Client, clock: Clock) -> None:
+    def __init__(self, kind: str, path: Path, client: Client, clock: Clock, say: Callable[[str], None]) -> None:
+        """`say` is told why an import that was begun starts again."""
         self.path, self._kind, self._client, self._clock = path, kind, client, clock
         self._state_path = path.with_name(path.name + ".import.json")
-        self.state = State.read(self._state_path, kind)
-        self._is_table = path.suffix == ".parquet"
-        if path.suffix not in (".parquet", ".jsonl"):
-            raise BadInput(f"{str(path)!r} is neither .jsonl nor .parquet: convert or rename it", field="file")
+        state = State.read(self._state_path, kind)
         with self._reading():
-            self.total = pq.read_metadata(path).num_rows if self._is_table else path.stat().st_size
-        if self.total < self.state.position:
-            where = f"{str(path)!r} is shorter than what was imported of it"
-            raise BadInput(f"{where}: delete {str(self._state_path)!r} to start again", field="file")
+            self._rows: Rows = open_rows(path, LAYOUT[_TOPICS[kind]])
+            system = client.system(_TOPICS[kind])
+            if state.rows and (why := self._other(state, system)):
+                say(f"{why}: importing it from its first row; rows that the system has already are duplicates")
+                state = State(kind=kind)
+        state.system = system
+        self.state, self.total = state, self._rows.total
+        self.before = State(**asdict(state))
+        """As this run found it."""
+        self.counts = _no_counts()
+        """Of this run."""
+
+    def _other(self, state: State, system: str) -> str:
+        """Why what was imported is not what this file holds, or is not in this system; empty when it is."""
+        if state.system and state.system != system:
+            return f"{str(self.path)!r} was imported into another system"
+        last = next(islice(self._rows, state.rows - 1, None), None)
+        if last is None or last.position != state.position or state.digest not in ("", last.digest):
+            return f"{str(self.path)!r} has changed since it was imported"
+        return ""
 
     def run(self, outcomes_path: Path, progress: Callable[[int], None]) -> None:
         """Send the rest of the file. A batch's outcomes are written, then how far the import is."""
         with self._reading(), outcomes_path.open("ab") as out:
             self.state.outcomes_bytes = min(self.state.outcomes_bytes, out.tell())
             out.truncate(self.state.outcomes_bytes)  # what a crash left of a batch that will be sent again
-            rows = self._rows()
+            rows = islice(self._rows, self.state.rows, None)
             while batch := list(islice(rows, BATCH)):
                 outcomes = self._send(batch)
                 out.writelines(orjson.dumps(outcome) + b"\n" for outcome in outcomes)
@@ -142,59 +118,59 @@ class Import:
                 f"import of {str(self.path)!r}: {error}: check the file and its folder", field="file"
             ) from None
 
-    def _rows(self) -> Iterator[Row]:
-        if self._is_table:
-            return _table_rows(self.path, LAYOUT["item" if self._kind == "items" else "feedback"], self.state)
-        return _lines(self.path, self.state)
-
-    def _advance(self, last: Row, outcomes: list[dict[str, Any]], out: BinaryIO) -> None:
+    def _advance(self, last: Row, outcomes: Sequence[dict[str, Any]], out: BinaryIO) -> None:
         state = self.state
-        state.rows, state.position, state.outcomes_bytes = last[0], last[1], out.tell()
+        state.rows, state.position, state.digest = last.number, last.position, last.digest
+        state.outcomes_bytes = out.tell()
         for outcome in outcomes:
             state.counts[outcome["status"]] += 1
+            self.counts[outcome["status"]] += 1
         state.write(self._state_path)
 
-    def _send(self, batch: list[Row]) -> list[dict[str, Any]]:
+    def _send(self, batch: Sequence[Row]) -> list[dict[str, Any]]:
         """One outcome a row (none for an empty line), in order."""
         outcomes: list[dict[str, Any]] = []
         good: list[tuple[dict[str, Any], bytes]] = []
-        for number, _, raw in batch:
-            if not raw:
+        for row in batch:
+            if not row.content:
                 continue
-            outcome: dict[str, Any] = {"row": number}
+            outcome: dict[str, Any] = {"row": row.number}
             outcomes.append(outcome)
             try:
-                outcome["id"], message = self._message(number, raw)
+                outcome["id"], message = self._message(row)
                 good.append((outcome, message))
             except BadInput as error:
                 outcome |= {"status": "rejected", "reason": str(error)}
         answers = self._client.outcomes(*_CALLS[self._kind], [message for _, message in good]) if good else []
         for (outcome, _), answer in zip(good, answers, strict=True):
-            outcome |= {name: answer[name] for name in ("status", "reason") if name in answer}
+            outcome |= {name: answer[name] for name in ("status", "note", "reason") if name in answer}
         return outcomes
 
-    def _message(self, number: int, raw: bytes | Mapping[str, Any]) -> tuple[str, bytes]:
-        checked = raw if isinstance(raw, bytes) else _from_text(dict(raw))
+    def _message(self, row: Row) -> tuple[str, bytes]:
+        message = message_of(row.content)
         if self._kind == "items":
-            item = messages.parse_item(checked)
+            item = messages.parse_item(message)
             return item.item_id, messages.dump_item(item)
-        # Of name and number, so that a row that is sent twice is a duplicate.
-        made = hashlib.blake2b(f"{self.path.name}\0{number}".encode(), digest_size=16).hexdigest()
-        event = messages.parse_feedback(checked, event_id=f"import-{made}", time_ms=self._clock.now_ms())
+        event = messages.parse_feedback(message, event_id=row.event_id, time_ms=self._clock.now_ms())
         return event.event_id, messages.dump_feedback(event)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Import what is left of the file; counts are of the whole file."""
+    """Import what is left of the file; outcomes are counted of this run, rows of the whole file."""
     client = Client(url_of(config.load(options.config), options.url), Stop())
     outcomes = options.outcomes or options.file.with_name(options.file.name + ".outcomes.jsonl")
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with contextlib.closing(client), Progress(*columns, console=Console(stderr=True)) as bar:
-        importing = Import(options.kind, options.file, client, SystemClock())
-        before = importing.state.rows
-        task = bar.add_task(f"import {options.kind}", total=importing.total, completed=importing.state.position)
-        importing.run(outcomes, lambda done: bar.update(task, completed=done))
-    state = importing.state
-    counts = {"rows": state.rows, **state.counts, "rows_before": before}
-    emit(options, {"ok": not state.counts["rejected"], **counts, "outcomes": str(outcomes)})
-    return MISSED if state.counts["rejected"] else DONE
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        with contextlib.closing(client), Progress(*columns, console=console) as bar:
+            importing = Import(options.kind, options.file, client, SystemClock(), bar.console.print)
+            begun = importing.before
+            task = bar.add_task(f"import {options.kind}", total=importing.total, completed=begun.position)
+            importing.run(outcomes, lambda done: bar.update(task, completed=done))
+    except Away as error:
+        raise BadInput(f"{error}; then import again, it goes on where it was", field="url") from None
+    rejected = importing.state.counts["rejected"]
+    before = {"rows_before": begun.rows, "rejected_before": begun.counts["rejected"]}
+    counts = {"rows": importing.state.rows, **importing.counts, **before}
+    emit(options, {"ok": not rejected, **counts, "outcomes": str(outcomes)})
+    return MISSED if rejected else DONE

@@ -18,6 +18,7 @@ from recsys import config, provenance
 from recsys.errors import (
     BadInput,
     ConfigError,
+    FolderLocked,
     LogTruncated,
     RecsysError,
     SchemaMismatch,
@@ -27,7 +28,7 @@ from recsys.errors import (
 from recsys.files import for_owner_alone
 
 DONE, MISSED, BAD = 0, 1, 2
-_BAD_INPUT = (BadInput, ConfigError, LogTruncated, SchemaMismatch, SnapshotCorrupt)
+_BAD_INPUT = (BadInput, ConfigError, FolderLocked, LogTruncated, SchemaMismatch, SnapshotCorrupt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -327,7 +328,10 @@ def _serve(options: argparse.Namespace) -> int:
     loaded = config.load(options.config)
     setup_logging(options.service)
     stop = Stop().install(STOP_S)
-    importlib.import_module(f"services.{options.service}.main").run(loaded, stop, accept_gap=options.accept_gap)
+    try:
+        importlib.import_module(f"services.{options.service}.main").run(loaded, stop, accept_gap=options.accept_gap)
+    except FolderLocked as error:  # whoever holds it may be ending: no mistake, a supervisor tries again
+        return fail(options, str(error), MISSED)
     return DONE
 
 

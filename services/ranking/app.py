@@ -84,7 +84,7 @@ def create_app(service: RankingService) -> FastAPI:
     _recommend_route(app, service, pools, read)
     _feedback_route(app, service, pools, read)
     _user_routes(app, service, pools)
-    _health_routes(app, service)
+    _health_routes(app, service, pools)
     runs = catalogue_api.Runs(write=pools.writes.run, read=pools.reads.run, patch=pools.patches.run)
     catalogue_api.add_routes(app, service, runs, read)
     return app
@@ -193,10 +193,14 @@ def _user_routes(app: FastAPI, service: RankingService, pools: Pools) -> None:
         return answers.json({"user_id": user_id, "status": "accepted"}, 202)
 
 
-def _health_routes(app: FastAPI, service: RankingService) -> None:
+def _health_routes(app: FastAPI, service: RankingService, pools: Pools) -> None:
     @app.get("/healthz", response_model=None)
     async def healthz() -> Response:
         return answers.json({"status": "alive"})
+
+    @app.get("/v1/system", response_model=None)
+    async def system() -> Response:
+        return await pools.reads.run(lambda: answers.json({"log": service.identities()}))
 
     @app.get("/readyz", response_model=None)
     async def readyz() -> Response:

@@ -243,6 +243,10 @@ class RankingService:
         contains = self.consumer.user_state
         return self.store.get(user_id), contains
 
+    def identities(self) -> dict[str, str]:
+        """Which logs this system has, by topic: what was sent to another one is not here."""
+        return {topic: self.log.identity(topic, 0) for topic in ("item", "feedback")}
+
     def settle_items(self, timeout_s: float = 2.0) -> None:
         """Until the catalogue holds all that was written before this call. Raises LogError when it does not in time."""
         deadline = time.monotonic() + timeout_s

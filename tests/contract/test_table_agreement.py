@@ -67,10 +67,10 @@ class TablesAgree(RuleBasedStateMachine):
         assert np.array_equal(first, second)
         assert not (self.layout.spare and isinstance(first, str)), "a table that makes room never fails to train"
 
-    @rule(rows=st.integers(0, 12), draw=st.integers(0, 9))
-    def make_room(self, rows: int, draw: int) -> None:
+    @rule(rows=st.integers(0, 12))
+    def make_room(self, rows: int) -> None:
         before = len(self.both[0])
-        first, second = self.each("make_room", rows, draw)
+        first, second = self.each("make_room", rows)
         assert first == second == before - len(self.both[0])
         assert len(self.both[0]) + rows <= self.layout.capacity
 

@@ -47,6 +47,21 @@ def shown(system: Embedded, user: str, n: int = 100, **fields: Any) -> list[str]
     return [item["item_id"] for item in answer["items"]]
 
 
+def test_what_is_popular_is_found_after_the_two_hundred_hottest_were_deleted(system: Embedded) -> None:
+    hot = [{**ITEMS[0], "item_id": f"hot-{n}"} for n in range(200)]
+    system.call("PUT", "/v1/items", {"items": hot})
+    ids, popular = [item["item_id"] for item in hot], IDS[100:120]
+    wait_for(lambda: system.metric("recsys_catalogue_items") == len(ITEMS) + 200, "the hot items")
+    send(system, [event for user in range(5) for event in events(f"early-{user}", ids)])
+    send(system, [event for user in range(2) for event in events(f"late-{user}", popular)])
+    system.call("DELETE", "/v1/items", {"item_ids": ids})
+    wait_for(lambda: system.metric("recsys_catalogue_items") == len(ITEMS), "the deletion")
+    for fields in ({}, {"filters": {"tags": "red"}}):
+        items = system.call("POST", "/v1/recommend", {"user_id": "stranger", "n": 20, **fields})["items"]
+        assert {i["item_id"] for i in items if "trending" in i["sources"]} == {*popular}
+    assert {*popular} <= {*shown(system, "early-0")}
+
+
 def test_what_was_acted_upon_is_left_out_however_much_came_after(system: Embedded) -> None:
     send(system, [*events("fan", [*IDS[:20], *IDS[20:21] * 55]), *events("buyer", IDS[:60], "purchase")])
     assert not {*shown(system, "fan")} & {*IDS[:21]}

@@ -7,13 +7,14 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.system.embedded import Embedded, wait_for
+from tests.system.embedded import Embedded, recsys, wait_for
 
 pytestmark = pytest.mark.system
 DAY_MS = 86_400_000
@@ -94,6 +95,21 @@ def test_one_bad_event_of_a_thousand_is_rejected_alone(running: Embedded) -> Non
     items = json.dumps({"items": [{"item_id": "whole"}, {"item_id": "cut", "title": "cut \ud83d"}]})
     outcomes = running.http.put("/v1/items", content="\ufeff" + items).json()["outcomes"]
     assert [outcome["status"] for outcome in outcomes] == ["accepted", "rejected"]
+
+
+def test_a_history_is_imported_once_into_the_system_that_says_who_it_is(running: Embedded, tmp_path: Path) -> None:
+    assert all(running.call("GET", "/v1/system")["log"][topic] for topic in ("item", "feedback"))
+    path = tmp_path / "history.jsonl"
+    about = {"version": 1, "user_id": "imported", "type": "click"}
+    rows = [{**about, "item_id": f"item-{n}", "time_ms": now_ms() - (100 - n) * DAY_MS} for n in range(70)]
+    path.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows))
+    for accepted in (70, 0):
+        done = recsys("import", "events", path, "--json", "--url", running.url("ranking"))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["accepted"] == accepted
+    wait_for(lambda: len(running.history("imported")) == 50, "the newest of the history")
+    found = running.call("GET", "/v1/users/imported")["history"]
+    assert [event["item_id"] for event in found] == [f"item-{n}" for n in range(20, 70)]
 
 
 def test_slow_large_bodies_are_bounded_together_and_nobody_waits_for_them(running: Embedded) -> None:

@@ -41,7 +41,7 @@ class Service:
         self.asked: list[dict[str, Any]] = []
         self.calls: list[tuple[str, int]] = []
         self.before: Callable[[str], int] = lambda path: 0
-        self.max_rows = 10_000
+        self.max_rows, self.name = 10_000, "one"
         self.lock = threading.Lock()
         service = self
 
@@ -49,7 +49,7 @@ class Service:
             protocol_version = "HTTP/1.1"
 
             def answer(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
                 with service.lock:
                     status, found = service.answer(self.path, body)
                 content = json.dumps(found).encode()
@@ -58,7 +58,7 @@ class Service:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_POST = do_PUT = answer  # noqa: N815
+            do_GET = do_POST = do_PUT = answer  # noqa: N815
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -75,6 +75,8 @@ class Service:
             self.asked.append(body)
             request_id = f"r{len(self.asked)}"
             return 200, {"request_id": request_id, "items": [{"item_id": i} for i in SHOWN]}
+        if path == "/v1/system":
+            return 200, {"log": {"item": f"items of {self.name}", "feedback": f"feedback of {self.name}"}}
         (rows,) = body.values()
         self.calls.append((path, len(rows)))
         if len(rows) > self.max_rows:
@@ -338,13 +340,14 @@ def test_import_gives_each_row_an_outcome_and_goes_on_where_it_was(
     )
     assert load(service, "events", path) == MISSED
     report = result()
-    assert (report["rows"], report["accepted"], report["rejected"]) == (6, 2, 3)
+    assert (report["rows"], report["accepted"], report["rejected"], report["rejected_before"]) == (6, 2, 3, 0)
     statuses = [(1, "accepted"), (2, "rejected"), (4, "accepted"), (5, "rejected"), (6, "rejected")]
     assert outcomes(path) == statuses
     with path.open("ab") as more:
         more.write(good)
     assert load(service, "events", path) == MISSED
-    assert result() == {**report, "rows": 7, "accepted": 3, "rows_before": 6}
+    again = {"rows": 7, "accepted": 1, "rejected": 0, "rows_before": 6, "rejected_before": 3}
+    assert result() == {**report, **again}
     assert outcomes(path) == [*statuses, (7, "accepted")]
     assert len({event.event_id for event in service.feedback}) == 3
 
@@ -364,10 +367,10 @@ def test_import_that_died_between_a_batch_and_its_state_counts_nothing_twice(
     service.before = before
     assert load(service, "events", path) == DONE
     assert result()["accepted"] == 1500 and service.calls == [("/v1/feedback", 1000), ("/v1/feedback", 500)]
-    path.with_name("e.jsonl.import.json").write_bytes(states[1])  # as it was when the second batch was on its way
+    path.with_name("e.jsonl.import.json").write_bytes(states[2])  # as it was when the second batch was on its way
     assert load(service, "events", path) == DONE
     report = result()
-    assert (report["rows_before"], report["accepted"], report["duplicate"]) == (1000, 1000, 500)
+    assert (report["rows_before"], report["accepted"], report["duplicate"]) == (1000, 0, 500)
     assert [row for row, _ in outcomes(path)] == list(range(1, 1501)) and len(service.feedback) == 1500
 
 
@@ -410,8 +413,102 @@ def test_import_refuses_what_it_cannot_read(
     assert load(service, "items", tmp_path / "d.jsonl") == DONE
     assert load(service, "events", tmp_path / "d.jsonl") == BAD
     (tmp_path / "d.jsonl").write_text("")
-    assert load(service, "items", tmp_path / "d.jsonl") == BAD
-    assert "shorter" in capsys.readouterr().err
+    assert load(service, "items", tmp_path / "d.jsonl") == DONE
+    assert "has changed" in capsys.readouterr().err
+
+
+def rows_of(*fields: dict[str, Any]) -> str:
+    about = {"version": 1, "user_id": "u", "item_id": "a", "type": "click"}
+    return "".join(json.dumps({**about, **more}) + "\n" for more in fields)
+
+
+def test_files_of_one_name_do_not_collide_and_equal_rows_of_one_file_are_several(
+    service: Service, tmp_path: Path, result: Any
+) -> None:
+    for number, day in enumerate(("mon", "tue")):
+        (tmp_path / day).mkdir()
+        path = tmp_path / day / "clicks.jsonl"
+        path.write_text(
+            rows_of(*[{"time_ms": 2_000_000_000_000 + number}] * 3, {"time_ms": 1_900_000_000_000 + number})
+        )
+        assert load(service, "events", path) == DONE
+        assert (report := result())["accepted"] == 4 and report["duplicate"] == 0
+    assert len(service.feedback) == 8
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_corrected_file_is_sent_again_and_only_what_was_corrected_counts(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = tmp_path / f"clicks.{kind}"
+
+    def write(*users: str) -> None:
+        if kind == "jsonl":
+            path.write_text(rows_of(*({"user_id": user} for user in users)))
+        else:
+            columns = {"user_id": list(users), "item_id": ["a"] * len(users), "type": ["click"] * len(users)}
+            pq.write_table(pa.table(columns), path)
+
+    write("a", "b", "b", "c")
+    assert load(service, "events", path) == DONE
+    assert json.loads(capsys.readouterr().out)["accepted"] == 4
+    for users, accepted in ((("a", "x", "b", "b", "y"), 2), (("a", "x"), 0), (("z",), 1)):
+        write(*users)
+        assert load(service, "events", path) == DONE
+        said = capsys.readouterr()
+        report = json.loads(said.out)
+        assert (report["rows"], report["rows_before"], report["accepted"]) == (len(users), 0, accepted)
+        assert report["duplicate"] == len(users) - accepted and "has changed" in said.err
+        assert len(outcomes(path)) == len(users)
+
+
+def test_what_another_system_took_is_sent_again(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "clicks.jsonl"
+    path.write_text(rows_of({}, {"user_id": "v"}))
+    assert load(service, "events", path) == DONE
+    assert load(service, "events", path) == DONE
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accepted"] == 0
+    service.name, service.feedback = "two", []  # another system at this address, and empty
+    assert load(service, "events", path) == DONE
+    said = capsys.readouterr()
+    assert json.loads(said.out)["accepted"] == 2 == len(service.feedback)
+    assert "another system" in said.err
+
+
+def test_where_no_system_answers_nothing_is_called_imported(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "clicks.jsonl"
+    path.write_text(rows_of({}))
+    assert load(service, "events", path) == DONE
+    capsys.readouterr()
+    service.url = f"http://127.0.0.1:{free_port()}"
+    assert load(service, "events", path) == BAD
+    said = capsys.readouterr()
+    assert "recsys up" in said.err + said.out and '"ok": true' not in said.out
+
+
+def test_an_import_that_an_earlier_version_began_goes_on(service: Service, tmp_path: Path, result: Any) -> None:
+    path = tmp_path / "clicks.jsonl"
+    path.write_text(rows_of({}, {"user_id": "v"}))
+    assert load(service, "events", path) == DONE
+    state = json.loads((beside := path.with_name("clicks.jsonl.import.json")).read_text())
+    beside.write_text(json.dumps({name: state[name] for name in state if name not in ("digest", "system")}))
+    with path.open("a") as more:
+        more.write(rows_of({"user_id": "w"}))
+    result()
+    assert load(service, "events", path) == DONE
+    assert (report := result())["rows_before"] == 2 and report["accepted"] == 1
+    assert json.loads(beside.read_text())["system"] == "feedback of one"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(service: Service, tmp_path: Path, result: Any) -> None:
+    path = tmp_path / "clicks.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + rows_of({}, {"user_id": "v"}).encode())
+    assert load(service, "events", path) == DONE
+    assert result()["accepted"] == 2
 
 
 def test_address_is_the_configurations_on_this_machine() -> None:
