@@ -101,8 +101,9 @@ class Trainer:
         self.catalogue = Catalogue(
             self.schema, bound_bytes(config.capacity.memory_bytes, "catalogue"), keep=0.0, texts=False
         )
-        order = config.seed if order is None else order
-        self.tables = Tables(layouts(config, self.schema, order), config.table.implementation)
+        self.order = order
+        seed = config.seed if order is None else order
+        self.tables = Tables(layouts(config, self.schema, seed), config.table.implementation)
         self.joiner = Joiner(config.tasks, folder / "open", config.capacity.memory_bytes)
         self.learner = Learner(config, self.schema, self.tables)
         self.towers = (

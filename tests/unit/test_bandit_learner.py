@@ -306,6 +306,35 @@ def test_a_restored_learner_goes_on_as_the_one_saved(learner: Make) -> None:
         np.testing.assert_array_equal(other.state()[name], array, err_msg=name)
 
 
+def test_a_reward_of_an_edge_that_made_room_since_does_not_bring_it_back_alone(learner: Make) -> None:
+    bandit = learner()
+    show(bandit, shown("r", ["a", "b"], [0], [0.5], [1, 1]))
+    bandit.step(T0, learn=True)
+    bandit._table.remove(np.zeros(1, np.int32), np.array([key_of("a")]))
+    for item in ("a", "b"):
+        bandit.feedback(act("r", item), T0 + 1)
+    bandit.step(T0 + 1, learn=True)
+    assert sums(bandit, 0, "a") == [0, 0, 0] and sums(bandit, 0, "b") == [0.25, 0.5, 0.5]
+    show(bandit, shown("again", ["a"], [0], [0.5], [1]), T0 + 2)
+    bandit.feedback(act("again", "a"), T0 + 2)
+    bandit.step(T0 + 3, learn=True)
+    assert sums(bandit, 0, "a") == [0.25, 0.5, 0.5]
+
+
+def test_a_full_table_of_edges_makes_room_and_never_teaches_edges_that_are_not_there() -> None:
+    for kind in (CpuTable, ReferenceTable):
+        bandit = made_with(lambda layout: kind(replace(layout, capacity=40, spare=0.1)))()  # noqa: B023
+        for n in range(30):
+            items = [f"{n}-{i}" for i in range(5 if n < 29 else 60)]
+            show(bandit, shown(f"r{n}", items, [0], [0.5], [1] * len(items)), T0 + 8000 * n)
+            bandit.feedback(act(f"r{n}", items[0]), T0 + 8000 * n)
+            bandit.step(T0 + 8000 * n, learn=True)
+            assert sums(bandit, 0, items[0]) == [0.25, 0.5, 0.5] and len(bandit._table) <= 40
+        assert sums(bandit, 0, "29-59") == [0, 0, 0] and not bandit._table.defaults().values.any()
+        bandit._follow(Split(parent=0, child=1))
+        assert 20 <= len(bandit._table) <= 40 and not bandit._table.defaults().values.any()
+
+
 def test_what_was_served_is_read_back() -> None:
     impression = shown("r", ["a", "b"], [3, 2**40], [0.75, 0.25], [0b10, 0b11])
     served = decode(impression.bandit, 2)
