@@ -6,8 +6,8 @@ visible with its last chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,11 @@ MAX_LEAD = 1_000_000
 """An epoch may lead the newest one believed by so many: a trainer that starts every second makes as many in eleven days."""
 MAX_STEP_LEAD = 10_000_000
 """A step likewise: a trainer makes as many in a week."""
+DELTA_BYTES = 32 * 2**20
+"""Rows of more than this travel as several deltas of one version, each of which is applied by itself: half makes a restart's first
+publish more of them, double has every reader hold as much more."""
+UNFINISHED_BYTES = 256 * 2**20
+"""Of chunks whose delta is not whole: a delta of rows eight times over, and more than the dense weights of any configuration here."""
 MAX_UNFINISHED = 4
 """Deltas of which only some chunks were read: a trainer begins one after the other, two of them amid a restart."""
 STALE_RECORDS = 100_000
@@ -106,8 +111,25 @@ def encode_delta(delta: Delta) -> list[bytes]:
     return [save(arrays, head | {"chunk": str(i)}) for i, arrays in enumerate(parts)]
 
 
+def pieces(rows: Sequence[RowDelta], limit: int = DELTA_BYTES) -> Iterator[tuple[RowDelta, ...]]:
+    """The same rows as deltas of at most about `limit` bytes each."""
+    if sum(max(len(r.keys), len(r.removed_keys)) * _row_bytes(r) for r in rows) <= limit:
+        yield tuple(rows)
+        return
+    for each in rows:
+        step = max(1, limit // _row_bytes(each))
+        for start in range(0, max(len(each.keys), len(each.removed_keys)), step):
+            part = slice(start, start + step)
+            more = {} if start == 0 else {name: getattr(each, name)[:0] for name in _DEFAULT_FIELDS}
+            yield (replace(each, **{name: getattr(each, name)[part] for name in _ROW_FIELDS}, **more),)
+
+
+def _row_bytes(rows: RowDelta) -> int:
+    return 32 + 4 * rows.values.shape[1]  # a row and a tombstone each
+
+
 def _row_parts(rows: RowDelta) -> list[Arrays]:
-    per_chunk = max(1, (CHUNK_BYTES - 4096) // (32 + 4 * rows.values.shape[1]))  # a row and a tombstone each
+    per_chunk = max(1, (CHUNK_BYTES - 4096) // _row_bytes(rows))
     count = max(len(rows.keys), len(rows.removed_keys))
     parts: list[Arrays] = []
     for start in range(0, max(count, 1), per_chunk):
@@ -238,7 +260,7 @@ class DeltaReader:
     Some unfinished ones are kept beside each other, so that a stray chunk ends no other delta; together at most `max_bytes`.
     """
 
-    def __init__(self, max_bytes: int = 2**30) -> None:
+    def __init__(self, max_bytes: int = UNFINISHED_BYTES) -> None:
         self._max_bytes = max_bytes
         self._unfinished: dict[tuple[Version, int], _Unfinished] = {}
 
@@ -266,9 +288,7 @@ class DeltaReader:
         one.size += len(data) + _CHUNK_OVERHEAD
         self._make_room(key)
         if key not in self._unfinished:
-            raise BadInput(
-                f"parameters message: {key[0]} is larger than the tables ({self._max_bytes} bytes)", field="value"
-            )
+            raise BadInput(f"parameters message: {key[0]} is larger than {self._max_bytes} bytes", field="value")
         if chunk + 1 < head.chunks:
             return None
         del self._unfinished[key]

@@ -48,10 +48,6 @@ class Parameters(Protocol):
         ...
 
 
-MAX_DENSE_BYTES = 256 * 2**20
-"""More than the networks of any configuration here take."""
-
-
 class ParameterStore:
     """Tables, dense weights and version, kept up to date by deltas in order. One writer; lookups from any thread."""
 
@@ -92,10 +88,6 @@ class ParameterStore:
     def dense(self) -> tuple[int, bytes]:
         with self._lock:
             return self.state.dense_version, self._dense
-
-    def max_delta_bytes(self) -> int:
-        """What one delta may at most hold: every row that the tables have room for, with its tombstone, and dense weights."""
-        return MAX_DENSE_BYTES + sum(t.layout.capacity * (44 + 4 * t.layout.dim) for t in self.tables.values())
 
     def apply(self, delta: Delta, *, after_gap: bool = False) -> bool:
         """Apply one whole delta; False when it is of an older epoch or step and was ignored. Not thread-safe.

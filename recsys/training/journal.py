@@ -142,13 +142,16 @@ class Journal:
             path.unlink()
 
     def trim_torn_tail(self) -> None:
-        """Cut a torn last line, so that appending starts on a fresh one."""
-        paths = sorted(self._folder.glob("journal-*.jsonl"))
-        if paths:
-            data = paths[-1].read_bytes()
-            if data and not data.endswith(b"\n"):
-                with paths[-1].open("r+b") as file:
-                    file.truncate(data.rfind(b"\n") + 1)
+        """Cut a torn last line, so that appending starts on a fresh one; one of which only its end is wrong gets it back."""
+        for _, path in self._files()[-1:]:
+            data = path.read_bytes()
+            _, _, tail = data.rpartition(b"\n")
+            kept = next((line + b"\n" for line in (tail, tail[:-1]) if journal_lines.sealed(line)), b"")
+            if tail:
+                with path.open("r+b") as file:
+                    file.truncate(len(data) - len(tail))
+                    file.seek(0, os.SEEK_END)
+                    file.write(kept)
 
     def close(self) -> None:
         if self._io is not None:

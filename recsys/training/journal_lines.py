@@ -66,12 +66,13 @@ def _with_one_byte_changed(damaged: bytes) -> bytes | None:
         head, tail = damaged[:at], damaged[at + 1 :]
         for byte in range(256):
             changed = head + bytes((byte,)) + tail
-            if all(_sealed(line) for line in changed.split(b"\n")):
+            if all(sealed(line) for line in changed.split(b"\n")):
                 return changed
     return None
 
 
-def _sealed(line: bytes) -> bool:
+def sealed(line: bytes) -> bool:
+    """Whether it is a line as it was written."""
     try:
         fields = orjson.loads(line)
     except orjson.JSONDecodeError:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from recsys.events.deltas import Delta, RowDelta, Version, encode_delta
+from recsys.events.deltas import Delta, RowDelta, Version, encode_delta, pieces
 from recsys.streams.base import EventLog
 from recsys.training.checkpoint import network_bytes
 from recsys.training.trainer import Trainer
@@ -63,9 +63,9 @@ class Publisher:
         rows, acknowledge = row_deltas(self.trainer)
         if not any(len(r.keys) or len(r.removed_keys) for r in rows):
             return
-        self._send(
-            Delta(version=self._version(), covers_ms=self.trainer.covers_ms, schema=self.trainer.schema.hash, rows=rows)
-        )
+        version, covers_ms, schema = self._version(), self.trainer.covers_ms, self.trainer.schema.hash
+        for part in pieces(rows):
+            self._send(Delta(version=version, covers_ms=covers_ms, schema=schema, rows=part))
         acknowledge()
         self.rows += sum(len(r.keys) for r in rows)
         self.tombstones += sum(len(r.removed_keys) for r in rows)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from recsys import config
 from recsys.errors import BadInput, SnapshotCorrupt
 from recsys.features.schema import Schema
+from recsys.files import unseal
 from recsys.table import segments
 from recsys.table.index import planned
 from recsys.table.segments import LayoutDelta
@@ -35,9 +35,9 @@ def run(options: argparse.Namespace) -> int:
             f"{manifest_path} does not exist: name a folder with a manifest.json, such as DATA/trainer{hint}"
         )
     try:
-        manifest = orjson.loads(manifest_path.read_bytes())
+        manifest = unseal(manifest_path.read_bytes())
         chain, schema = manifest["segments"], manifest["schema"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise SnapshotCorrupt(f"{manifest_path} is no manifest of a checkpoint or snapshot") from None
     names = _slot_names(options.config, schema)
     tables = segments.merged(segments.read_chain(manifest_path.parent, chain))

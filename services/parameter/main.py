@@ -46,7 +46,7 @@ class ParameterService:
         metrics.PARAMETER_DEVICE_INFO.labels(self._device).set(1)
         self.store = ParameterStore(layouts(config, self.schema), self.schema.hash, self._device)
         self._snapshots = Snapshots(config.data_dir / "parameter", self.schema.hash)
-        self._reader = DeltaReader(self.store.max_delta_bytes())
+        self._reader = DeltaReader()
         self._position = 0
         self._gap = ""
         self._after_gap = False

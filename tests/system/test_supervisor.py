@@ -12,15 +12,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.system.embedded import ROOT, START_S, Embedded, cmdline, command, environment, wait_for
+from tests.system.embedded import ITEMS, ROOT, START_S, Embedded, cmdline, command, environment, wait_for
+from tests.system.services import tasks
 
 pytestmark = pytest.mark.system
 STOP_S = 10.0
+FAST = tasks(0.5, 0.5) + "training.checkpoint_s = 1\nparameter.snapshot_s = 1\n"
+KINDS = (
+    ("trainer/manifest.json", "dense-*"),
+    ("trainer/manifest.json", "segment-*.safetensors"),
+    ("ranking/counters.json", "counters-*"),
+    ("ranking/catalogue.json", "catalogue-*.columns"),
+)
 
 
-def begun(folder: Path) -> Embedded:
+def begun(folder: Path, extra: str = "") -> Embedded:
     """`recsys up` with all its services begun, and none ready yet."""
-    system = Embedded(folder)
+    system = Embedded(folder, extra)
     with system.output.open("w") as out:
         system.process = subprocess.Popen(
             command(["up", "--config", system.config]), cwd=ROOT, env=environment(), stdout=out, stderr=out, text=True
@@ -38,8 +46,25 @@ def stopped_in_time(system: Embedded) -> None:
     assert not any(psutil.pid_exists(child.pid) for child in children)
 
 
-def test_services_killed_before_all_were_ready_are_started_again_and_all_stop_in_time(tmp_path: Path) -> None:
-    system = begun(tmp_path)
+def rows(system: Embedded, service: str) -> float:
+    return system.metric("recsys_table_rows", service)
+
+
+def flip(path: Path) -> None:
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes(data[:half] + bytes([data[half] ^ 4]) + data[half + 1 :])
+
+
+def of_newest(manifest: Path, pattern: str) -> Path:
+    """The file of this pattern that the newest manifest names."""
+    said = manifest.read_text()
+    return next(path for path in sorted(manifest.parent.glob(pattern), reverse=True) if path.name in said)
+
+
+def test_what_dies_is_started_again_and_what_is_flipped_is_made_up_for(tmp_path: Path) -> None:
+    """Two services are killed before all are ready; then, after a stop, one byte of a file of each kind is another."""
+    system = begun(tmp_path, FAST)
     try:
         killed = {name: system.pids()[name] for name in ("parameter", "trainer")}
         for pid in killed.values():
@@ -51,11 +76,38 @@ def test_services_killed_before_all_were_ready_are_started_again_and_all_stop_in
         said = system.output.read_text()
         for name, pid in killed.items():
             assert f"{name} died with -9" in said and system.pids()[name] != pid
-        stopped_in_time(system)
         for name in ("ranking", "parameter", "trainer"):
             assert " ERROR " not in (system.data / f"{name}.log").read_text(), "nothing is wrong with an empty system"
+        learn(system)
+        before = rows(system, "trainer")
+        stopped_in_time(system)
+        for manifest, pattern in KINDS:
+            flip(of_newest(system.data / manifest, pattern))
+        flip(system.data / "parameter/manifest.json")
+        system.start()
+        wait_for(lambda: rows(system, "trainer") == rows(system, "parameter") == before, "the rows of before")
+        assert len(system.history("user-1")) == 3 and system.metric("recsys_catalogue_items") == len(ITEMS)
+        for name, times in (("ranking", 2), ("parameter", 1), ("trainer", 1)):
+            assert (system.data / f"{name}.log").read_text().count("torn or flipped") >= times, name
     finally:
         system.close()
+
+
+def learn(system: Embedded) -> None:
+    """Lists and clicks, until rows were learned and served and everything was saved at least twice."""
+    system.call("PUT", "/v1/items", {"items": ITEMS})
+    system.call("GET", "/v1/items/item-199")
+    for n in range(6):
+        answer = system.call("POST", "/v1/recommend", {"user_id": f"user-{n}", "n": 10})
+        for item in answer["items"][:3]:
+            system.click({"user_id": f"user-{n}", "item_id": item["item_id"], "request_id": answer["request_id"]})
+    wait_for(lambda: system.metric("recsys_examples_total", "trainer") >= 60, "labels learned")
+    wait_for(lambda: rows(system, "trainer") == rows(system, "parameter") > 40, "serving has the trainer's rows")
+    for service, name in (
+        ("trainer", "recsys_checkpoint_seconds_count"),
+        ("parameter", "recsys_snapshot_seconds_count"),
+    ):
+        wait_for(lambda service=service, name=name: system.metric(name, service) >= 2, f"{name} of two")
 
 
 def test_told_to_stop_while_starting_it_stops(tmp_path: Path) -> None:

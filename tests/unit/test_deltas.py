@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recsys.errors import BadInput
-from recsys.events.deltas import CHUNK_BYTES, Delta, DeltaReader, RowDelta, Version, encode_delta
+from recsys.events.deltas import CHUNK_BYTES, Delta, DeltaReader, RowDelta, Version, encode_delta, pieces
 
 
 def rows(count: int, removed: int, layout: str = "deep", dim: int = 3) -> RowDelta:
@@ -61,6 +61,18 @@ def test_what_goes_in_comes_out_with_its_last_chunk(count: int, removed: int, de
         assert a.layout == b.layout
         for name in RowDelta.__dataclass_fields__:
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_many_rows_travel_as_several_deltas_of_one_version() -> None:
+    given = rows(1000, 1500), rows(10, 0, "wide", 1)
+    parts = list(pieces(given, 10_000))
+    assert len(parts) > 5 and all(len(part) == 1 for part in parts) and list(pieces(given)) == [given]
+    for layout, whole in (("deep", given[0]), ("wide", given[1])):
+        own = [part[0] for part in parts if part[0].layout == layout]
+        for name in ("slots", "keys", "values", "removed_keys", "default_values"):
+            np.testing.assert_array_equal(np.concatenate([getattr(each, name) for each in own]), getattr(whole, name))
+    got = read(DeltaReader(), [chunk for part in parts for chunk in encode_delta(delta(3, *part))])
+    assert len(got) == len(parts)
 
 
 def test_another_version_amid_an_unfinished_one_ends_neither() -> None:

@@ -14,7 +14,7 @@ from recsys.training.runner import Runner
 from tests.unit.test_trainer import END, Slowly, answered, configuration, parameters, turns
 
 KINDS = ("manifest.json", "small-*.json", "dense-*", "segment-*.safetensors", "segment-*.copy", "journal-*.jsonl")
-PLACES = (0.0, 0.4, 1.0)
+PLACES = (0.4, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_flipped_byte_leads_to_the_same_rows(  # type: ignore[no-untyped-def]
             np.testing.assert_array_equal(again[name], array, err_msg=f"{path.name} at {place}: {name}")
 
 
-@pytest.mark.parametrize("kind", KINDS[:-1])
+@pytest.mark.parametrize("kind", KINDS[1:4])
 def test_a_file_cut_short_or_gone_leads_to_the_same_rows(kind: str, stopped, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     log, source, expected = stopped
     for number, place in enumerate((0.6, None)):
@@ -104,7 +104,7 @@ def undamaged(stopped, tmp_path_factory: pytest.TempPathFactory) -> list[int]:  
     return learned(stopped[0], folder)
 
 
-@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, -1.0])
+@pytest.mark.parametrize("place", [0.0, 0.7, -1.0])
 def test_a_journal_that_cannot_be_known_costs_no_label(  # type: ignore[no-untyped-def]
     place: float, stopped, undamaged: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import ParametersUnavailable
-from recsys.events.deltas import MAX_LEAD, Delta, RowDelta, Version, encode_delta, metadata
+from recsys.events.deltas import MAX_LEAD, UNFINISHED_BYTES, Delta, RowDelta, Version, encode_delta, metadata
 from recsys.features.schema import Schema
 from recsys.files import Manifests, write_file
 from recsys.model.layouts import layouts
@@ -235,7 +235,7 @@ def test_memory_for_unfinished_deltas_is_bounded(world: World) -> None:
         world.log.append(TOPIC, [("0", chunk) for chunk in other])
     world.drain(service)
     held = sum(one.size for one in service._reader._unfinished.values())
-    assert held <= service.store.max_delta_bytes() and len(service._reader._unfinished) <= 4
+    assert held <= UNFINISHED_BYTES and len(service._reader._unfinished) <= 4
     world.publish(world.delta(50))
     world.drain(service)
     assert world.served(service, [1]) == [50]
@@ -303,7 +303,7 @@ def test_no_name_of_a_snapshot_is_written_twice(world: World) -> None:
             assert written.setdefault(path.name, data) == data
 
 
-PLACES = (0.0, 0.1, 0.5, 0.9, 1.0)
+PLACES = (0.0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["manifest.json", "*.safetensors", "*.copy", "*.dense"])
