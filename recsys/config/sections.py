@@ -119,7 +119,8 @@ class TrainingConfig(Section):
     expire_every_steps: int = Field(100, ge=1)
     """The expiry sweep goes on at every this many steps."""
     breaker_rate: tuple[float, float] = (0.0, 0.98)
-    """Click rate of the last `breaker_examples` outside these bounds stops learning."""
+    """Click rate of the last `breaker_examples` outside these bounds stops learning; below the lower one only while clicks do not come
+    at all, or as rarely for what is shown: answers that nobody waited for are load."""
     breaker_examples: int = Field(2000, ge=100)
     """Examples behind the breaker's rate."""
     pool_negatives: int = Field(50, ge=1)

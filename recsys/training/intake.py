@@ -10,7 +10,7 @@ from recsys.streams.base import EventLog
 from recsys.streams.positions import identities, resume, split
 from recsys.streams.ranges import read_range
 from recsys.training.journal import log_ms
-from recsys.types import Record
+from recsys.types import Batch, Record
 
 CONSUMER = "trainer"
 TOPICS = ("item", "impression", "feedback")
@@ -62,8 +62,13 @@ class Intake:
         """Records up to these ends were taken."""
         self.positions |= {key: max(end, self.positions.get(key, 0)) for key, end in ends.items()}
 
-    def poll(self) -> Polled:
-        """New records, the partitions' new ends, and log time: no impression or feedback before it is still unread.
+    def ends(self) -> dict[str, int]:
+        """Where each partition ends now."""
+        return {key: self._log.end(*split(key)) for key in self.positions}
+
+    def poll(self, until: Mapping[str, int] | None = None) -> Polled:
+        """New records (before the ends `until`), the partitions' new ends, and log time: no impression or feedback before it is still
+        unread.
 
         A read that found nothing does not say so: Kafka's client answers before the broker did. Items go first: as long as there may be
         more of them nothing else is read, which would be learned without knowing what it names.
@@ -73,7 +78,11 @@ class Intake:
         wall_ms = self._clock.now_ms()
         self._mark(wall_ms)
         for key in _ordered(self.positions):
+            if until is not None and self.positions[key] >= until.get(key, 0):
+                continue
             batch = self._log.read(*split(key), self.positions[key], READ_LIMIT)
+            if until is not None and batch.next > until[key]:
+                batch = Batch([r for r in batch if r.offset < until[key]], until[key])
             if batch.next > self.positions[key]:
                 ends[key] = batch.next
             if batch:

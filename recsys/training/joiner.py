@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +21,9 @@ from recsys.events import messages
 from recsys.events.recent import Recent, recent_limit
 from recsys.training.delayed import WAITS, helpers
 from recsys.training.held import Early, Held
-from recsys.training.spill import Place, Spill
-from recsys.types import Bool, Feedback, Float32, Impression, Record
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Emission:
-    """Labels of one impression: some to train on now, some that are final now."""
-
-    request_id: str
-    time_ms: int
-    features: bytes
-    labels: Bool
-    """[K, T]"""
-    mask: Bool
-    """[K, T] labels to train on."""
-    final: Bool
-    """[K, T] labels that are final now; each is so in one emission."""
-    shown: Bool
-    """[K] items that count as shown."""
-    predictions: Float32
-    """[K, T] as served; NaN where none was logged."""
-    first: Bool
-    """[K] the item's first emission: only it counts for admission, frequencies and batch statistics."""
-
-
-OPEN_BYTES, ITEM_BYTES = 1500, 150
-"""In memory, of an open impression and of each of its items beside the item's id; its features count a quarter, being on disk."""
-
-
-@dataclass(slots=True)
-class _Open:
-    time_ms: int
-    items: dict[str, int]
-    labels: Bool
-    observed: Bool
-    """[K, T] labels as they were at the task's regular emission."""
-    shown: Bool
-    counted: Bool
-    """[K] items that were emitted before."""
-    predictions: Float32
-    place: Place
-    closed: int = 0
-    """Ends that have passed."""
-    num_bytes: int = 0
-    """What it takes of the bound."""
+from recsys.training.opened import Emission, Opened, bytes_of, restored
+from recsys.training.spill import Spill
+from recsys.types import Bool, Feedback, Impression, Record
 
 
 class Joiner:
@@ -90,7 +47,7 @@ class Joiner:
         for index, task in enumerate(tasks):
             for kind in task.types:
                 self._types.setdefault(kind, []).append(index)
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, Opened] = {}
         self._queues: list[deque[str]] = [deque() for _ in self._ends_ms]
         self._open_limit, self._open_bytes = bound_bytes(memory_bytes, "open"), 0
         self._waiting = Held(bound_bytes(memory_bytes, "held"))
@@ -118,14 +75,14 @@ class Joiner:
         if not self._requests.add(message.request_id, now_ms):
             return "duplicate"
         self.early = self._waiting.pop(message.request_id)
-        num_bytes = _bytes_of(message)
+        num_bytes = bytes_of(message)
         if not message.features or self._open_bytes + num_bytes > self._open_limit:
             self._requests.add(_unopened(message.request_id), now_ms)
             self._settled += ["not_opened"] * len(self.early)
             return "no_room" if message.features else "no_features"
         names = [task.name for task in self._tasks]
         predictions = [[item.predictions.get(name, np.nan) for name in names] for item in message.items]
-        self._open[message.request_id] = _Open(
+        self._open[message.request_id] = Opened(
             time_ms=now_ms,
             items={item.item_id: index for index, item in enumerate(message.items)},
             labels=np.zeros((len(message.items), len(names)), np.bool_),
@@ -221,6 +178,15 @@ class Joiner:
         self._spill.release(impression.place)
         value = orjson.dumps({"request_id": request_id, "items": list(impression.items)})
         return _known("impression", request_id, value, impression.time_ms)
+
+    def drop_all(self) -> None:
+        """Forget every open impression."""
+        for request_id in list(self._open):
+            self._spill.release(self._open.pop(request_id).place)
+        self._open_bytes = 0
+        for queue in self._queues:
+            queue.clear()
+        self._positives = []
 
     def holds(self, request_id: str) -> bool:
         """Whether feedback waits for this impression."""
@@ -334,19 +300,7 @@ class Joiner:
     def state(self) -> dict[str, Any]:
         """Everything but the spilled features, as JSON-able values; the spill's sizes tell how much of its files belongs."""
         return {
-            "open": [
-                [
-                    request_id,
-                    entry.time_ms,
-                    list(entry.items),
-                    [np.packbits(bits).tolist() for bits in (entry.labels, entry.observed, entry.shown, entry.counted)],
-                    entry.predictions.astype(np.float64).ravel().tolist(),
-                    list(entry.place),
-                    entry.closed,
-                    entry.num_bytes,
-                ]
-                for request_id, entry in self._open.items()
-            ],
+            "open": [opened.state(request_id) for request_id, opened in self._open.items()],
             "early": self._waiting.state(),
             "requests": {name: array.tolist() for name, array in self._requests.state().items()},
             "spill": self._spill.sizes(),
@@ -354,27 +308,11 @@ class Joiner:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load `state`, and cut the spill files back to what they held then."""
-        tasks = len(self._tasks)
-        for request_id, time_ms, items, packed, predictions, place, closed, *rest in state["open"]:
-            size = len(items)
-            shapes = ((size, tasks), (size, tasks), (size,), (size,))
-            labels, observed, shown, counted = map(_unpacked, packed, shapes)
-            self._open[request_id] = _Open(
-                time_ms=time_ms,
-                items={item: index for index, item in enumerate(items)},
-                labels=labels,
-                observed=observed,
-                shown=shown,
-                counted=counted,
-                predictions=np.array([np.nan if p is None else p for p in predictions], np.float32).reshape(
-                    size, tasks
-                ),
-                place=Place(*place),
-                closed=closed,
-                num_bytes=rest[0] if rest else OPEN_BYTES + ITEM_BYTES * size + place[2] // 4,
-            )
-            self._open_bytes += self._open[request_id].num_bytes
-            for queue in self._queues[closed:]:
+        for saved in state["open"]:
+            request_id, opened = restored(saved, len(self._tasks))
+            self._open[request_id] = opened
+            self._open_bytes += opened.num_bytes
+            for queue in self._queues[opened.closed :]:
                 queue.append(request_id)
         self._waiting.restore(state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
@@ -386,15 +324,6 @@ def _known(topic: str, key: str, value: bytes, time_ms: int) -> Record:
     return Record(topic=topic, partition=0, offset=-1, key=key, value=value, time_ms=time_ms)
 
 
-def _unpacked(packed: list[int], shape: tuple[int, ...]) -> Bool:
-    return np.unpackbits(np.array(packed, np.uint8), count=int(np.prod(shape))).astype(np.bool_).reshape(shape)
-
-
 def _unopened(request_id: str) -> str:
     """By what an impression is remembered that was not opened: no id has a control character."""
     return request_id + "\n"
-
-
-def _bytes_of(message: Impression) -> int:
-    ids = sum(len(item.item_id) for item in message.items)
-    return OPEN_BYTES + ITEM_BYTES * len(message.items) + ids + len(message.features) // 4

@@ -34,6 +34,8 @@ class Entry:
     logs: Mapping[str, str] = field(default_factory=dict)
     wall_ms: int | None = None
     """What the wall clock said: by it, records' times are bounded. None: an earlier version, which did not bound them."""
+    resume: Mapping[str, Any] = field(default_factory=dict)
+    """An operator's word to the open breaker: `name`, `how` (learn or skip), and the `ends` to skip to."""
 
     def leaving_out(self, units: Mapping[str, str]) -> Entry:
         """The same step without these, too."""
@@ -166,6 +168,8 @@ def as_json(entry: Entry) -> dict[str, Any]:
         line["without"] = dict(entry.without)
     if entry.starts:
         line |= {"starts": dict(entry.starts), "logs": dict(entry.logs)}
+    if entry.resume:
+        line["resume"] = dict(entry.resume)
     if entry.wall_ms is not None:
         line["wall_ms"] = entry.wall_ms
     return line
@@ -182,6 +186,7 @@ def of_json(raw: dict[str, Any]) -> Entry:
         starts=raw.get("starts", {}),
         logs=raw.get("logs", {}),
         wall_ms=raw.get("wall_ms"),
+        resume=raw.get("resume", {}),
     )
 
 

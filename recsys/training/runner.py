@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from recsys import metrics
 from recsys.clock import Clock, bounded_ms
@@ -18,6 +19,7 @@ from recsys.errors import Fenced, StepFailed, Stopped
 from recsys.events.dead_letters import letter as dead_letter
 from recsys.streams.base import EventLog
 from recsys.streams.positions import split
+from recsys.training.breaker import SKIP, forget_command, read_command
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.deaths import Deaths, Trials
 from recsys.training.intake import CONSUMER, Intake, Polled
@@ -29,6 +31,8 @@ from recsys.training.trainer import StepReport, Trainer
 from recsys.types import Record
 
 logger = logging.getLogger("recsys")
+RESUME_S = 1.0
+"""A command that nothing waits for is looked for this often."""
 
 OnStep = Callable[[StepReport, float], None]
 
@@ -66,7 +70,7 @@ class Runner:
         """Whether the next step's entry says where it begins."""
         self._report: StepReport | None = None
         """Of the last attempt."""
-        self._last = {"rows": 0.0, "dense": 0.0, "checkpoint": clock.monotonic_s()}
+        self._last = {"rows": 0.0, "dense": 0.0, "resume": 0.0, "checkpoint": clock.monotonic_s()}
 
     def start(self, *, accept_gap: bool = False, publish: bool = True) -> None:
         """Take the next epoch, load, run the journal's steps again without publishing, then publish what they changed.
@@ -234,40 +238,61 @@ class Runner:
         """One turn of the loop; False when there was nothing to do (then wait a little)."""
         if not self.whole:  # the log could not be read while a step that failed was looked into
             self._restore()
-        worked = False
-        if not self.trainer.breaker_open or self._resumed():
-            worked = self._step(learn=True)
+        breaker = self.trainer.breaker
+        if command := self._command():
+            worked = self._step(learn=command["how"] != SKIP, resume=command)
+        elif breaker.skipping:
+            reached = all(self.intake.positions.get(key, end) >= end for key, end in breaker.skipping.items())
+            worked = self._step(learn=reached, until=None if reached else breaker.skipping)
+        else:
+            worked = not breaker.is_open and self._step(learn=True)
         self._publish()
         self._checkpoint()
         return worked
 
-    def _resumed(self) -> bool:
-        """Breaker: wait for `recsys trainer resume --learn | --skip`, which leaves a file here."""
-        path = self.folder / "resume"
-        if not path.exists():
-            return False
-        skip = path.read_text().strip() == "skip"
-        path.unlink()
-        while skip and self._step(learn=False):
-            pass
-        self.trainer.close_breaker()
-        return True
+    def _command(self) -> dict[str, Any] | None:
+        """What `recsys trainer resume --learn | --skip` left in a file for the open breaker; it is deleted once the journal has it."""
+        breaker, now_s = self.trainer.breaker, self._clock.monotonic_s()
+        waits = breaker.is_open and not breaker.skipping
+        if not waits and now_s - self._last["resume"] < RESUME_S:
+            return None
+        self._last["resume"] = now_s
+        if (command := read_command(self.folder)) is None:
+            return None
+        if not waits or command["name"] == breaker.resumed:
+            logger.warning("resume --%s: nothing waits for it, the breaker is closed", command["how"])
+            forget_command(self.folder)
+            return None
+        logger.info("resume --%s: learning goes on", command["how"])
+        return {**command, "ends": self.intake.ends()} if command["how"] == SKIP else command
 
-    def _step(self, *, learn: bool) -> bool:
+    def _step(
+        self, *, learn: bool, until: Mapping[str, int] | None = None, resume: dict[str, Any] | None = None
+    ) -> bool:
         self._send_letters()
-        polled = self.intake.poll()
+        polled = self.intake.poll({} if resume else until)
         now_ms = self._log_time(polled)
-        if not polled.records and now_ms >= self.trainer.covers_ms and not self.trainer.joiner.due(now_ms):
+        moved = polled.records or resume or now_ms < self.trainer.covers_ms or self.trainer.joiner.due(now_ms)
+        if not moved and not (learn and self.trainer.breaker.skipping):
             self.intake.passed(polled.ends)  # behind what is no record: nothing to run again
             return False
         # 1. Write down what this step will be; 2. run it; 3. report; dead letters may repeat after a crash, under the same key.
-        entry = Entry(step=self.trainer.steps + 1, now_ms=now_ms, ends=polled.ends, learn=learn, wall_ms=polled.wall_ms)
+        entry = Entry(
+            step=self.trainer.steps + 1,
+            now_ms=now_ms,
+            ends=polled.ends,
+            learn=learn,
+            wall_ms=polled.wall_ms,
+            resume=resume or {},
+        )
         if (
             self._starting
         ):  # the log that these positions are in may be another one than the checkpoint's, or there is none
             entry = replace(entry, starts=dict(self.intake.positions), logs=self.intake.logs)
         self.journal.append(entry)
         self._starting = False
+        if resume:
+            forget_command(self.folder)
         self._crash("journaled")
         started = time.perf_counter()
         report = self._run(entry, polled.records)

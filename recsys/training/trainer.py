@@ -5,7 +5,6 @@ What the clock and polling decide (which records, in which order, what time it i
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +24,11 @@ from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
 from recsys.table.tables import Tables
 from recsys.training.bandit import BanditLearner
-from recsys.training.joiner import Emission, Joiner
+from recsys.training.breaker import Breaker
+from recsys.training.joiner import Joiner
 from recsys.training.journal import Entry, log_ms
 from recsys.training.learner import Batch, Learner
+from recsys.training.opened import Emission
 from recsys.training.towers import TowerLearner
 from recsys.types import FORGET, Feedback, Impression, Item, Record
 
@@ -55,6 +56,8 @@ class StepReport:
     expired: int = 0
     ahead: int = 0
     """Records whose times led the wall clock by more than the bound."""
+    learned: bool = True
+    """The emissions were trained on; else an operator said to skip them."""
     retried: bool = False
     """The step failed before, with what is left out now."""
 
@@ -112,10 +115,7 @@ class Trainer:
         self.bandit = BanditLearner(config, self.tables) if config.explores else None
         self.steps = 0
         self.covers_ms = 0
-        self.breaker_open = False
-        self._rate: deque[tuple[int, int]] = deque()
-        self._watched = np.zeros(2, np.int64)
-        """Examples and positives in `_rate`, together."""
+        self.breaker = Breaker(config)
 
     def step(self, records: Sequence[Record], entry: Entry) -> StepReport:
         """Take the records in order, close what is due at the entry's log time, train on it.
@@ -123,6 +123,11 @@ class Trainer:
         StepFailed: the state is neither that of before nor that of after; throw it away.
         """
         report = StepReport()
+        if entry.resume:
+            self.breaker.resume(entry.resume)
+        elif entry.learn and self.breaker.skipping:  # all of that is read: what it opened is left out, too
+            self.breaker.close()
+            self.joiner.drop_all()
         if entry.now_ms < self.covers_ms:
             self._set_back(entry.now_ms)
         for unit, reason in entry.without.items():
@@ -179,6 +184,7 @@ class Trainer:
         for feedback in self.joiner.take_never():
             if self.bandit:
                 self.bandit.never(feedback)
+        report.learned = learn
         if learn:
             self._learn(report, now_ms)
             self._watch(report.emissions)
@@ -235,6 +241,8 @@ class Trainer:
         with _blaming(lambda: held):
             outcome = self.joiner.impression(impression, now_ms)
         report.count("impression_" + outcome)
+        if outcome == "opened":
+            self.breaker.shown(len(impression.items), now_ms)
         if self.towers and outcome != "duplicate":
             self.towers.impression(impression)
         if self.bandit and served:
@@ -257,6 +265,7 @@ class Trainer:
         if too_late(feedback.time_ms, now_ms):  # a copy of it may have been learned: nobody remembers for so long
             report.count("too_late")
             return
+        self.breaker.arrived(feedback.type, now_ms)
         outcome = self.joiner.feedback(feedback, now_ms)
         if outcome != "early":  # counted once it is known what becomes of it
             report.count(outcome)
@@ -303,45 +312,33 @@ class Trainer:
             report.skipped(task)
 
     def _watch(self, emissions: Sequence[Emission]) -> None:
-        """The breaker: the first task's rate over the last `breaker_examples` outside its bounds stops learning."""
-        training = self.config.training
-        for emission in emissions:
-            known = emission.shown & emission.final[:, 0]
-            if known.any():
-                self._rate.append((int(known.sum()), int(emission.labels[known, 0].sum())))
-                self._watched += self._rate[-1]
-        while self._rate and self._watched[0] - self._rate[0][0] >= training.breaker_examples:
-            self._watched -= self._rate.popleft()
-        if self._watched[0] >= training.breaker_examples:
-            rate = float(self._watched[1] / self._watched[0])
-            low, high = training.breaker_rate
-            self.breaker_open = rate <= low or rate >= high
+        known = [(emission, emission.shown & emission.final[:, 0]) for emission in emissions]
+        self.breaker.watch(
+            (int(final.sum()), int(emission.labels[final, 0].sum()), emission.time_ms)
+            for emission, final in known
+            if final.any()
+        )
 
     def close(self) -> None:
         """Close its files; it is not used again."""
         self.joiner.close_files()
-
-    def close_breaker(self) -> None:
-        """An operator said to go on."""
-        self.breaker_open = False
-        self._rate.clear()
-        self._watched[:] = 0
 
     def small_state(self) -> dict[str, Any]:
         """Everything beside tables, networks, bandit and catalogue, as JSON-able values."""
         return {
             "steps": self.steps,
             "covers_ms": self.covers_ms,
-            "breaker_open": self.breaker_open,
-            "rate": list(self._rate),
+            "breaker": self.breaker.state(),
             "joiner": self.joiner.state(),
             "towers": self.towers.state() if self.towers else None,
         }
 
     def restore_small(self, state: dict[str, Any]) -> None:
-        self.steps, self.covers_ms, self.breaker_open = state["steps"], state["covers_ms"], state["breaker_open"]
-        self._rate = deque((n, k) for n, k in state["rate"])
-        self._watched[:] = np.array(self._rate, np.int64).reshape(-1, 2).sum(0)
+        self.steps, self.covers_ms = state["steps"], state["covers_ms"]
+        if "breaker" in state:
+            self.breaker.restore(state["breaker"])
+        else:  # of a release whose breaker knew only labels: it is judged anew
+            self.breaker.is_open = state["breaker_open"]
         self.joiner.restore(state["joiner"])
         if self.towers and state["towers"]:
             self.towers.restore(state["towers"])

@@ -354,8 +354,10 @@ def _resume(options: argparse.Namespace) -> int:
     folder = config.load(options.config).data_dir / "trainer"
     if not folder.is_dir():
         raise ConfigError(f"{folder} does not exist: no trainer ever ran with this data_dir; check --config")
-    (folder / "resume").write_text("skip" if options.skip else "learn")
-    emit(options, {"ok": True}, "the trainer goes on within a second")
+    from recsys.training.breaker import LEARN, SKIP, leave_command
+
+    leave_command(folder, SKIP if options.skip else LEARN)
+    emit(options, {"ok": True}, "the trainer goes on within a second, or when it is started")
     return DONE
 
 

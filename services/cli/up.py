@@ -23,6 +23,8 @@ from recsys.streams.positions import REMEDY
 from services.cli.client import url_of
 from services.common.process import STOP_S, FolderLock, Stop, bind, logger
 
+_WAITS = "breaker open"
+"""Beginning of the reason for which the trainer is not ready, but runs: answers need not wait for an operator."""
 ORDER = ("parameter", "trainer", "ranking")
 BACKOFF_S = (1.0, 30.0)
 """What died is started again after the first; each death in a row doubles that, up to the second."""
@@ -179,7 +181,8 @@ class Supervisor:
     def _not_ready(self, name: str) -> str:
         try:
             answer = httpx.get(f"{self.url(name)}/readyz", timeout=1.0)
-            return "" if answer.status_code == 200 else str(answer.json()["reason"])
+            reason = "" if answer.status_code == 200 else str(answer.json()["reason"])
+            return "" if reason.startswith(_WAITS) else reason
         except (httpx.HTTPError, ValueError, KeyError) as error:
             return f"no answer: {error}"
 

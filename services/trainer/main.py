@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from services.common.tables import TableGauges
 WINDOW = 5000
 """Examples behind the progressive gauges: half is noisier, double hides a change for longer."""
 
-AHEAD_EVERY_S = 60.0
-"""That records lead the clock is said this often."""
+SAY_EVERY_S = 60.0
+"""What stays wrong is said this often."""
+BREAKER_OPEN = "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
 
 
 class Progressive:
@@ -42,7 +44,7 @@ class Progressive:
         self._predictions: list[list[np.ndarray]] = [[] for _ in tasks]
 
     def add(self, report: StepReport) -> None:
-        for emission in report.emissions:
+        for emission in report.emissions if report.learned else ():
             for task in np.flatnonzero(emission.final.any(0)):
                 shown = emission.shown & emission.final[:, task]
                 known = shown & np.isfinite(emission.predictions[:, task])
@@ -110,7 +112,7 @@ def gauges(runner: Runner, published: list[int]) -> None:
     if runner.trainer.bandit:
         metrics.BANDIT_CLUSTERS.set(len(runner.trainer.bandit.clusters))
     show_fullness(runner.trainer)
-    metrics.BREAKER_OPEN.set(runner.trainer.breaker_open)
+    metrics.BREAKER_OPEN.set(runner.trainer.breaker.is_open)
     metrics.TRAINER_EPOCH.set(runner.epoch)
     metrics.CHECKPOINT_AGE_SECONDS.set(runner.checkpoint_age_s)
     metrics.PUBLISHED_ROWS.inc(runner.publisher.rows - published[0])
@@ -127,11 +129,11 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
     torch.set_num_threads(config.trainer.threads)
     with contextlib.ExitStack() as held:
         held.callback(FolderLock(config.data_dir, "trainer").release)
-        reason = ["restoring"]
+        reason: list[Callable[[], str]] = [lambda: "restoring"]
         logs: list[EventLog] = []
 
         def not_ready() -> str:
-            return reason[0] or "".join(log.trouble() for log in logs)
+            return reason[0]() or "".join(log.trouble() for log in logs)
 
         held.callback(HealthServer(config.ranking.host, config.trainer.metrics_port, not_ready).close)
         try:
@@ -145,13 +147,13 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
             return  # nothing was changed: the next start restores the same
         except LogTruncated as gap:  # not ready, with the reason, until somebody decides
             logger.error("%s", gap)
-            reason[0] = str(gap)
+            why = str(gap)
+            reason[0] = lambda: why
             while not stop.wait(1.0):
                 pass
             raise
         threading.Thread(target=fused.warm_up, name="compile", daemon=True).start()
-        reason[0] = ""
-        metrics.READY.set(1)
+        reason[0] = lambda: loop.reason
         loop.run()
 
 
@@ -164,8 +166,10 @@ class Loop:
         self._runner = Runner(config, log, SystemClock(), self._on_step, stopped=lambda: bool(stop))
         self._published = [0, 0]
         self._tables = TableGauges()
-        self._shown_s, self._ahead_s = 0.0, -AHEAD_EVERY_S
-        self._was_open = False
+        self._shown_s, self._ahead_s = 0.0, -SAY_EVERY_S
+        self._open_s = -SAY_EVERY_S
+        self.reason = ""
+        """Why it is not ready; empty when it is."""
 
     def start(self, *, accept_gap: bool) -> None:
         """Restore; while the log cannot be reached, again and again."""
@@ -189,7 +193,6 @@ class Loop:
         try:
             while not self._stop:
                 worked = self._turn()
-                self._show()
                 if not worked:
                     self._stop.wait(0.005)
         except Interrupted:
@@ -200,24 +203,22 @@ class Loop:
 
     def _turn(self) -> bool:
         try:
-            if fused.ready():
-                return self._runner.turn()
-            with self._stop.interrupts():
-                return self._runner.turn()
+            with contextlib.nullcontext() if fused.ready() else self._stop.interrupts():
+                worked = self._runner.turn()
+            self._show()
         except (LogUnavailable, LogFull) as error:
             logger.warning("%s", error)
             self._stop.wait(0.5)
             return False
+        return worked
 
     def _show(self) -> None:
-        if not self._runner.whole:
-            return
-        is_open = self._runner.trainer.breaker_open
-        if is_open and not self._was_open:
-            logger.error(
-                "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
-            )
-        self._was_open = is_open
+        is_open = self._runner.trainer.breaker.is_open
+        self.reason = BREAKER_OPEN if is_open else ""
+        metrics.READY.set(not is_open)
+        if is_open and time.monotonic() - self._open_s > SAY_EVERY_S:
+            self._open_s = time.monotonic()
+            logger.error("%s", BREAKER_OPEN)
         if time.monotonic() - self._shown_s > 1.0:
             self._shown_s = time.monotonic()
             self._progressive.show()
@@ -232,7 +233,7 @@ class Loop:
 
     def _on_step(self, report: StepReport, seconds: float) -> None:
         observe(report, seconds)
-        if report.ahead and time.monotonic() - self._ahead_s > AHEAD_EVERY_S:
+        if report.ahead and time.monotonic() - self._ahead_s > SAY_EVERY_S:
             self._ahead_s = time.monotonic()
             logger.warning(
                 "%d records lead this machine's clock by more than %d s and count as of now: compare the clocks",

@@ -20,7 +20,7 @@ from recsys.types import Feedback, Impression, Record, ShownItem
 from tests.system.embedded import ROOT, START_S, command, environment, free_ports, wait_for
 
 SMALL = """
-tasks = [{ name = "click", types = ["click"], window_s = 0.4 }, { name = "like", types = ["like"], window_s = 0.5, prior = 0.01 }]
+tasks = [{ name = "click", types = ["click"], window_s = 0.8 }, { name = "like", types = ["like"], window_s = 0.9, prior = 0.01 }]
 model = { dim = 4, expert_hidden = [8, 4], attention = [8], tower_dim = 4 }
 """
 ITEMS = 4

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.config import TaskConfig, parse
-from recsys.training.joiner import Emission, Joiner
+from recsys.training.joiner import Joiner
+from recsys.training.opened import Emission
 from recsys.types import Feedback, Impression, ShownItem
 
 NOT_WAITING = tuple(
