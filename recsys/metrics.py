@@ -190,7 +190,7 @@ JOINED = _counter(
     "recsys_joined_total",
     "Records at the joiner, by outcome. Feedback: joined, duplicate, too_late, unknown_item, no_request, no_impression, not_opened (its "
     "impression had no features or found no room), not_held (given up where too much came ahead of its impression), forget; impressions: "
-    "impression_opened, impression_duplicate, impression_no_features, impression_no_room.",
+    "impression_opened, impression_duplicate, impression_no_features, impression_no_room, impression_too_late.",
     ("outcome",),
 )
 BANDIT_REWARDS = _counter(

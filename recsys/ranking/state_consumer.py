@@ -157,11 +157,14 @@ class StateConsumer:
                 batch.counts.append(lambda: self.on_feedback(feedback, digest, now_ms))
 
     def _impression(self, impression: Impression, now_ms: int, offset: int, batch: _Batch) -> None:
-        if offset >= batch.count_from:
+        """What came too late was seen when it says, and is not counted: it might be counted twice."""
+        late = self._sources.too_late(impression.time_ms, now_ms)
+        if offset >= batch.count_from and not late:
             batch.counts.append(lambda: self._sources.impression(impression, now_ms))
         if impression.activation != "deferred":
             seen = tuple(item.item_id for item in impression.items)
-            batch.updates.append((offset, UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=now_ms)))
+            seen_ms = impression.time_ms if late else now_ms
+            batch.updates.append((offset, UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=seen_ms)))
 
     def _forget(self, user_id: str, offset: int, batch: _Batch) -> None:
         batch.histories[user_id] = ()

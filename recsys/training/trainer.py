@@ -237,6 +237,9 @@ class Trainer:
                     field="features",
                 )
         served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
+        if too_late(impression.time_ms, now_ms):
+            report.count("impression_too_late")
+            return
         held = [HELD + impression.request_id] if self.joiner.holds(impression.request_id) else []
         with _blaming(lambda: held):
             outcome = self.joiner.impression(impression, now_ms)

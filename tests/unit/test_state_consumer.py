@@ -184,7 +184,7 @@ def rates(ranking: Ranking, of: str) -> list[float]:
 
 
 def test_a_forgotten_users_rates_are_gone(ranking: Ranking) -> None:
-    shown = Impression(request_id="r", user_id="u", time_ms=0, items=(ShownItem(item_id="i1", position=1),))
+    shown = Impression(request_id="r", user_id="u", time_ms=100 * HOUR_MS, items=(ShownItem(item_id="i1", position=1),))
     ranking.log.append("impression", [("u", messages.dump_impression(shown))])
     ranking.catch_up()
     assert rates(ranking, "user")[0] < 0
@@ -197,7 +197,7 @@ def test_impressions_make_items_seen_and_count_as_shown(ranking: Ranking) -> Non
     shown = Impression(
         request_id="r",
         user_id="u",
-        time_ms=0,
+        time_ms=100 * HOUR_MS,
         items=(ShownItem(item_id="i1", position=1), ShownItem(item_id="i9", position=2)),
     )
     for _ in range(2):
@@ -205,6 +205,12 @@ def test_impressions_make_items_seen_and_count_as_shown(ranking: Ranking) -> Non
     ranking.catch_up()
     assert ranking.store.get("u").seen == ("i1", "i9")
     assert rates(ranking, "item")[0] > rates(ranking, "item")[1]
+    before = rates(ranking, "item")
+    ranking.clock.advance(2 * HOUR_MS)
+    ranking.log.append("impression", [("u", messages.dump_impression(shown))])  # a copy that nobody remembers
+    ranking.catch_up()
+    assert ranking.store.get("u").shown == ((100 * HOUR_MS, 1),) * 2
+    assert rates(ranking, "item")[1] == pytest.approx(before[1], rel=0.2)
 
 
 def test_a_store_that_lost_its_data_is_rebuilt_and_nothing_is_counted_twice(
@@ -267,7 +273,7 @@ def test_a_view_is_never_read_before_its_impression(clock: ManualClock) -> None:
     log = Racing(clock)
     ranking = Ranking(log, clock)
     items = tuple(ShownItem(item_id=f"i{n}", position=n + 1) for n in range(2))
-    deferred = Impression(request_id="r", user_id="u", time_ms=0, items=items, activation="deferred")
+    deferred = Impression(request_id="r", user_id="u", time_ms=100 * HOUR_MS, items=items, activation="deferred")
     view = Feedback(event_id="v", user_id="u", item_id="i0", type="view", time_ms=0, request_id="r")
 
     def answer() -> None:
@@ -289,7 +295,9 @@ def test_a_log_read_anew_counts_what_was_counted_live(clock: ManualClock) -> Non
     for n in range(60):
         clock.advance(HOUR_MS // 5)
         items = (ShownItem(item_id="i0", position=1),)
-        shown = Impression(request_id=f"r{n}", user_id=f"u{n}", time_ms=0, items=items, context={"hour": "7"})
+        shown = Impression(
+            request_id=f"r{n}", user_id=f"u{n}", time_ms=clock.now_ms(), items=items, context={"hour": "7"}
+        )
         log.append("impression", [("u", messages.dump_impression(shown))])
         click(live, f"u{n}", "i0", f"c{n}", request_id=f"r{n}")
         for other in range(5 if n < 30 else 0):

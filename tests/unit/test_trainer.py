@@ -34,7 +34,7 @@ from recsys.training.journal import Entry
 from recsys.training.runner import Runner
 from recsys.training.spill import Place
 from recsys.training.trainer import StepReport, Trainer
-from recsys.types import Batch, Feedback, Impression
+from recsys.types import Batch, Feedback, Impression, ShownItem
 
 GAPS = (
     "journaled",
@@ -341,7 +341,12 @@ def test_feedback_that_came_too_late_is_learned_by_nobody(tmp_path: Path) -> Non
     for late_ms in (0, HORIZON_MS, HORIZON_MS + 1):
         event = Feedback(event_id=str(late_ms), user_id="u", item_id="i", type="click", time_ms=5)
         trainer.feedback(event, 5 + late_ms, report)
-    assert report.outcomes == {"no_request": 2, "too_late": 1}
+        items = (ShownItem(item_id="i", position=1),)
+        trainer.impression(
+            Impression(request_id=str(late_ms), user_id="u", time_ms=5, items=items), 5 + late_ms, report
+        )
+    learned = {"no_request": 2, "impression_no_features": 2}
+    assert report.outcomes == {**learned, "too_late": 1, "impression_too_late": 1}
 
 
 def test_an_open_impression_that_cannot_be_learned_is_buried_and_the_rest_is_learned(
