@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +74,8 @@ class Delta:
     rows: tuple[RowDelta, ...] = ()
     dense: bytes = b""
     dense_version: int = 0
+    number: int = 0
+    """Deltas of one epoch are counted from 1, so that one that is missing is found; 0: written before they were."""
 
 
 _ROW_FIELDS = ("slots", "keys", "values", "last_seen_ms", "removed_slots", "removed_keys")
@@ -106,6 +108,7 @@ def encode_delta(delta: Delta) -> list[bytes]:
         "covers_ms": str(delta.covers_ms),
         "schema": delta.schema,
         "dense_version": str(delta.dense_version),
+        "number": str(delta.number),
         "chunks": str(len(parts)),
     }
     return [save(arrays, head | {"chunk": str(i)}) for i, arrays in enumerate(parts)]
@@ -169,6 +172,7 @@ class _Head:
     covers_ms: int
     schema: str
     chunks: int
+    number: int
 
 
 def _head(said: Mapping[str, str]) -> tuple[_Head, int]:
@@ -176,10 +180,11 @@ def _head(said: Mapping[str, str]) -> tuple[_Head, int]:
     number = {
         name: _number(name, said[name]) for name in ("epoch", "step", "dense_version", "covers_ms", "chunks", "chunk")
     }
+    counted = _number("number", said.get("number", "0"))
     if not number["chunk"] < number["chunks"] <= MAX_CHUNKS:
         raise ValueError(f"chunk {number['chunk']} of {number['chunks']}")
     version = Version(epoch=number["epoch"], step=number["step"])
-    head = _Head(version, number["dense_version"], number["covers_ms"], said["schema"], number["chunks"])
+    head = _Head(version, number["dense_version"], number["covers_ms"], said["schema"], number["chunks"], counted)
     return head, number["chunk"]
 
 
@@ -191,10 +196,25 @@ def _number(name: str, text: str) -> int:
 
 def version_of(data: bytes) -> Version:
     """The version that a message names, without its rows. BadInput when it is no chunk of a delta."""
+    return numbered(data).version
+
+
+class Numbered(NamedTuple):
+    """Which delta a message is of, and which of its chunks it is."""
+
+    version: Version
+    number: int
+    chunk: int
+    chunks: int
+
+
+def numbered(data: bytes) -> Numbered:
+    """What a message says of itself, without its rows. BadInput when it is no chunk of a delta."""
     try:
-        return _head(metadata(data))[0].version
+        head, chunk = _head(metadata(data))
     except (KeyError, ValueError) as error:
         raise BadInput(f"parameters message: not a delta ({error})", field="value") from None
+    return Numbered(head.version, head.number, chunk, head.chunks)
 
 
 def believable(version: Version, last: Version) -> bool:
@@ -310,6 +330,7 @@ def _whole(head: _Head, parts: Sequence[Arrays]) -> Delta:
         rows=_rows_of(parts),
         dense=b"".join(part["dense"].tobytes() for part in parts if "dense" in part),
         dense_version=head.dense_version,
+        number=head.number,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_arrays
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.events.deltas import Version
 from recsys.files import Manifests, fresh, read_file, write_file
-from recsys.ranking.parameters import ParameterState, ParameterStore
+from recsys.ranking.parameters import Counted, ParameterState, ParameterStore
 from recsys.table import segments
 from recsys.table.base import Rows
 from recsys.table.segments import SegmentFile, TablesDelta
@@ -65,6 +65,7 @@ class Snapshots:
                 "step": state.version.step,
                 "covers_ms": state.covers_ms,
                 "dense_version": state.dense_version,
+                "counted": asdict(store.counted),
                 "segments": chain,
                 "dense": dense,
             }
@@ -117,6 +118,7 @@ class Snapshots:
         segments.resume(store.tables, deltas, CURSOR)
         self._chain = chain
         store.restore(state, weights)
+        store.counted = Counted(**manifest.get("counted", {"epoch": state.version.epoch}))
         return place
 
 

@@ -31,6 +31,22 @@ class ParameterState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """The last delta's epoch and number, and how many deltas before it never came."""
+
+    epoch: int = 0
+    number: int = 0
+    missed: int = 0
+
+    def after(self, delta: Delta, *, after_gap: bool) -> Counted:
+        """With one more. A gap that is known, a delta again, or one that was not counted is no missing one."""
+        expected = self.number + 1 if delta.version.epoch == self.epoch else 1
+        known = delta.number and not after_gap and (self.number or delta.version.epoch != self.epoch)
+        missed = max(0, delta.number - expected) if known else 0
+        return Counted(epoch=delta.version.epoch, number=delta.number, missed=self.missed + missed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """Rows [N, D] of each block asked for, in order."""
 
@@ -61,6 +77,7 @@ class ParameterStore:
         self._whole = threading.Lock()
         self._changes = 0
         """Odd while a delta is being applied."""
+        self.counted = Counted()
         self.missing = 0
         self.found = 0
 
@@ -116,6 +133,7 @@ class ParameterStore:
                 self._apply(delta)
             finally:
                 self._changes += 1
+        self.counted = self.counted.after(delta, after_gap=after_gap)
         return True
 
     def _check_fits(self, rows: RowDelta) -> None:

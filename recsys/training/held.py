@@ -30,6 +30,10 @@ class Held:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
+    def __len__(self) -> int:
+        """Feedback that waits."""
+        return sum(map(len, self._requests.values()))
+
     @property
     def full_ratio(self) -> float:
         """How full it is; at 1 the oldest is given up."""

@@ -8,7 +8,7 @@ labels became final. Legend: K items of an impression, T tasks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,22 @@ class Joiner:
         )
         impression.counted |= trained
         return emission
+
+    def waiting(self, request_ids: Iterable[str] | None = None) -> dict[str, int]:
+        """Labels by task that are not final yet: of all open impressions, or of these requests."""
+        total = np.zeros(len(self._tasks), np.int64)
+        known = self._open if request_ids is None else {r: self._open[r] for r in request_ids if r in self._open}
+        for entry in known.values():
+            left = np.ones(len(self._tasks), np.bool_)
+            for _, final in self._due[: entry.closed]:
+                left &= ~final
+            total += left * (len(entry.items) - (entry.observed & self._early).sum(0))
+        return dict(zip((task.name for task in self._tasks), total.tolist(), strict=True))
+
+    @property
+    def num_held(self) -> int:
+        """Feedback that waits for its impression."""
+        return len(self._waiting)
 
     def take_settled(self) -> list[str]:
         """What became of feedback that came ahead of its impression, since the last call: as of `feedback`, or `no_impression`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,6 +54,8 @@ class Publisher:
         self.rows = 0
         self.tombstones = 0
         self._dense_step = -1
+        self._number = 0
+        """Deltas of this epoch."""
 
     def follow(self, trainer: Trainer) -> None:
         """Publish another trainer's state from now on, all of it."""
@@ -91,4 +94,6 @@ class Publisher:
         return Version(epoch=self.epoch, step=self.trainer.steps)
 
     def _send(self, delta: Delta) -> None:
-        self._log.append("parameters", [(SHARD, chunk) for chunk in encode_delta(delta)])
+        chunks = encode_delta(replace(delta, number=self._number + 1))
+        self._log.append("parameters", [(SHARD, chunk) for chunk in chunks])
+        self._number += 1

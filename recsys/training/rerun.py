@@ -173,7 +173,7 @@ def _rows_differ(what: str, made: Rows, kept: Rows, names: list[str]) -> Iterato
         return
     for name in names:
         x, y = getattr(made, name)[a], getattr(kept, name)[b]
-        wrong = np.flatnonzero((_bits(x) != _bits(y)).reshape(len(x), -1).any(1)) if x.size else np.zeros(0, np.intp)
+        wrong = np.flatnonzero((_bits(x) != _bits(y)).any(1)) if x.size else np.zeros(0, np.intp)
         if len(wrong):
             slot, key = mine[wrong[0]].tolist()
             yield f"{what}: {name} of {len(wrong)} rows differ, such as slot {slot}, key {key}"
@@ -185,7 +185,8 @@ def _sorted(rows: Rows) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
 
 
 def _bits(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(array).view(np.uint32 if array.dtype.itemsize == 4 else np.uint64)
+    """Bytes [N, ...] of its rows: 0.0 and -0.0 are not the same."""
+    return np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1)
 
 
 def _same(mine: Any, theirs: Any) -> bool:

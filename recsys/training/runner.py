@@ -123,7 +123,8 @@ class Runner:
             self.trainer = self.checkpoints.trainer = Trainer(self.config, self.folder, order)
             self.publisher.follow(self.trainer)
         self._fresh = False
-        saved, logs = self.checkpoints.load(), self.checkpoints.logs
+        kept = self.checkpoints.load()
+        saved, logs = kept, self.checkpoints.logs
         first = next(self.journal.entries(self.trainer.steps + 1), None)
         if first is not None:
             saved, logs = {**saved, **first.starts}, {**logs, **first.logs}
@@ -132,6 +133,9 @@ class Runner:
             self.journal.discard()
             first = None
         self._accept_gap = False  # once
+        for key, position in self.intake.positions.items():
+            if position != kept.get(key, position):
+                self.trainer.ledger.passed_gap(key, kept[key], position)
         self._starting = first is None
         self._read_catalogue(saved)
 

@@ -23,6 +23,7 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
 from recsys.table.tables import Tables
+from recsys.training import ledger
 from recsys.training.bandit import BanditLearner
 from recsys.training.breaker import Breaker
 from recsys.training.joiner import Joiner
@@ -78,6 +79,11 @@ def place_of(record: Record) -> str:
     return f"{record.topic}/{record.partition}/{record.offset}"
 
 
+def partition_of(record: Record) -> str:
+    """ "topic/partition"."""
+    return f"{record.topic}/{record.partition}"
+
+
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300] if not isinstance(error, StepFailed) else str(error)
 
@@ -113,6 +119,7 @@ class Trainer:
             TowerLearner(config, self.schema, self.tables, self.catalogue) if config.training.two_tower else None
         )
         self.bandit = BanditLearner(config, self.tables) if config.explores else None
+        self.ledger = ledger.Ledger(self.schema.tasks)
         self.steps = 0
         self.covers_ms = 0
         self.breaker = Breaker(config)
@@ -134,7 +141,10 @@ class Trainer:
             self._leave_out(unit, reason, report)
         self._take_all(records, entry, report)
         for unit, reason in entry.without.items():
-            if unit.startswith(REQUEST) and (dropped := self.joiner.drop(unit.removeprefix(REQUEST))) is not None:
+            if not unit.startswith(REQUEST):
+                continue
+            self.ledger.lost(self.joiner.waiting([unit.removeprefix(REQUEST)]))
+            if (dropped := self.joiner.drop(unit.removeprefix(REQUEST))) is not None:
                 report.dead_letters.append(DeadLetter(record=dropped, reason=reason, kind="failed"))
         self.train(report, entry.now_ms, entry.learn)
         return report
@@ -147,6 +157,7 @@ class Trainer:
     def _leave_out(self, unit: str, reason: str, report: StepReport) -> None:
         if unit.startswith(HELD):
             letters = self.joiner.let_go(unit.removeprefix(HELD))
+            self.ledger.settled[ledger.DEAD] += len(letters)
             report.dead_letters += [DeadLetter(record=r, reason=reason, kind="failed") for r in letters]
         elif unit == POSITIVES and self.towers:
             self.towers.drop_positives()
@@ -160,11 +171,13 @@ class Trainer:
         for record in records:
             if entry.without and (reason := entry.without.get(place_of(record))) is not None:
                 report.dead_letters.append(DeadLetter(record=record, reason=reason, kind="failed"))
+                self.ledger.took(partition_of(record), record.offset, ledger.DEAD)
                 continue
             time_ms = log_ms(record, entry.wall_ms)
             report.ahead += time_ms < record.time_ms
             try:
-                self.take(record, report, time_ms)
+                outcome = self.take(record, report, time_ms)
+                self.ledger.took(partition_of(record), record.offset, outcome)
             except (OSError, LogError):
                 raise
             except Exception as error:  # noqa: BLE001 - raised below, when all are known with which it happens
@@ -179,8 +192,11 @@ class Trainer:
         """The second half of a step: labels that are final at `now_ms`, then what is due by step number."""
         with _blaming(lambda: [REQUEST + self.joiner.closing] if self.joiner.closing else []):
             report.emissions = list(self.joiner.close(now_ms))
+        for emission in report.emissions:
+            self.ledger.final(emission.labels, emission.final, emission.shown, learned=learn)
         for outcome in self.joiner.take_settled():
             report.count(outcome)
+            self.ledger.settled[outcome] += 1
         for feedback in self.joiner.take_never():
             if self.bandit:
                 self.bandit.never(feedback)
@@ -205,24 +221,27 @@ class Trainer:
         if self.bandit:
             self.bandit.set_back(now_ms)
 
-    def take(self, record: Record, report: StepReport, time_ms: int) -> None:
-        """Take one record of `item`, `impression` or `feedback` at a log time; what cannot be used becomes a dead letter."""
+    def take(self, record: Record, report: StepReport, time_ms: int) -> str:
+        """Take one record of `item`, `impression` or `feedback` at a log time; what cannot be used becomes a dead letter.
+
+        Returns what became of it."""
         try:
             if record.topic == "item":
                 self.item(messages.parse_item(record.value, key=record.key))
-            elif record.topic == "impression":
-                self.impression(messages.parse_impression(record.value), time_ms, report)
-            else:
-                self.feedback(messages.parse_feedback(record.value, internal=True), time_ms, report)
+                return "item"
+            if record.topic == "impression":
+                return self.impression(messages.parse_impression(record.value), time_ms, report)
+            return self.feedback(messages.parse_feedback(record.value, internal=True), time_ms, report)
         except BadInput as error:
             report.dead_letters.append(DeadLetter(record=record, reason=str(error)))
+            return ledger.DEAD
 
     def item(self, item: Item) -> None:
         self.catalogue.apply(item)
         self.catalogue.free_rows()
 
-    def impression(self, impression: Impression, now_ms: int, report: StepReport) -> None:
-        """Open an impression; BadInput when it was written with another schema."""
+    def impression(self, impression: Impression, now_ms: int, report: StepReport) -> str:
+        """Open an impression, and say what became of it; BadInput when it was written with another schema."""
         if impression.features and impression.schema != self.schema.hash:
             raise BadInput(
                 f"schema {impression.schema!r} is unknown, this trainer has {self.schema.hash!r}: restart ranking and trainer with "
@@ -237,15 +256,17 @@ class Trainer:
                     field="features",
                 )
         served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
+        self.ledger.items += len(impression.items)
         if too_late(impression.time_ms, now_ms):
             report.count("impression_too_late")
-            return
+            return "impression_too_late"
         held = [HELD + impression.request_id] if self.joiner.holds(impression.request_id) else []
         with _blaming(lambda: held):
             outcome = self.joiner.impression(impression, now_ms)
         report.count("impression_" + outcome)
         if outcome == "opened":
             self.breaker.shown(len(impression.items), now_ms)
+            self.ledger.opened(len(impression.items))
         if self.towers and outcome != "duplicate":
             self.towers.impression(impression)
         if self.bandit and served:
@@ -253,21 +274,23 @@ class Trainer:
         elif self.bandit:
             for _, feedback in self.joiner.early:
                 self.bandit.never(feedback)
+        return "impression_" + outcome
 
     def explored(self, impression: Impression, now_ms: int) -> None:
         """Let the bandit alone learn from an impression."""
         if self.bandit and (served := self.bandit.served(impression)):
             self.bandit.impression(impression, served, now_ms)
 
-    def feedback(self, feedback: Feedback, now_ms: int, report: StepReport) -> None:
+    def feedback(self, feedback: Feedback, now_ms: int, report: StepReport) -> str:
+        """Join one feedback to what was shown, and say what became of it."""
         if feedback.type == FORGET:
             if self.towers:
                 self.towers.forget(feedback.user_id)
             report.count("forget")
-            return
+            return "forget"
         if too_late(feedback.time_ms, now_ms):  # a copy of it may have been learned: nobody remembers for so long
             report.count("too_late")
-            return
+            return "too_late"
         self.breaker.arrived(feedback.type, now_ms)
         outcome = self.joiner.feedback(feedback, now_ms)
         if outcome != "early":  # counted once it is known what becomes of it
@@ -279,6 +302,7 @@ class Trainer:
                 report.skipped("two_tower")
         if self.bandit and outcome != "early":
             self.bandit.feedback(feedback, now_ms)
+        return ledger.HELD if outcome == "early" else outcome
 
     def _learn(self, report: StepReport, now_ms: int) -> None:
         """Train in batches of at most `batch_size` items, never mixing first and later emissions of an item."""
@@ -333,6 +357,8 @@ class Trainer:
             "covers_ms": self.covers_ms,
             "breaker": self.breaker.state(),
             "joiner": self.joiner.state(),
+            "ledger": self.ledger.state(),
+            "waiting": {"labels": self.joiner.waiting(), "held": self.joiner.num_held},
             "towers": self.towers.state() if self.towers else None,
         }
 
@@ -343,5 +369,9 @@ class Trainer:
         else:  # of a release whose breaker knew only labels: it is judged anew
             self.breaker.is_open = state["breaker_open"]
         self.joiner.restore(state["joiner"])
+        if "ledger" in state:
+            self.ledger.restore(state["ledger"])
+        else:  # of before there was one
+            self.ledger.begin(self.joiner.waiting(), self.joiner.num_held)
         if self.towers and state["towers"]:
             self.towers.restore(state["towers"])

@@ -12,7 +12,7 @@ from recsys.clock import SystemClock
 from recsys.errors import BadInput
 from recsys.streams.open import open_log
 from services.cli.main import DONE, MISSED, emit
-from services.cli.replay import progress_bar
+from services.cli.progress import progress_bar
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,11 +20,33 @@ def run(options: argparse.Namespace) -> int:
     loaded = config.load(options.config)
     if not (loaded.data_dir / "trainer").is_dir():
         raise BadInput(f"{loaded.data_dir / 'trainer'} does not exist: no trainer ever ran with this data_dir")
-    if options.replay:
-        result = _rerun(loaded)
-        text = _said(result)
-    emit(options, result, text)
+    result = _rerun(loaded) if options.replay else _account(loaded)
+    emit(options, result, (_said if options.replay else _closed)(result))
     return DONE if result["ok"] else MISSED
+
+
+def _account(loaded: config.Config) -> dict[str, Any]:
+    from services.cli.account import account
+
+    log = open_log(loaded, SystemClock(), "audit")
+    try:
+        with progress_bar("audit", unit="records") as tell:
+            return account(loaded, log, tell)
+    finally:
+        log.close()
+
+
+def _closed(result: dict[str, Any]) -> str:
+    """The ledger as a table, then what does not close."""
+    names = ("accepted", "learned", "waiting", "late", "duplicate", "dead_lettered", "gap")
+    lines = [f"{'':<14}" + "".join(f"{name:>14}" for name in names)]
+    for key, counts in result["partitions"].items():
+        lines.append(f"{key:<14}" + "".join(f"{counts[name]:>14,}" for name in names))
+    for task, labels in result["labels"].items():
+        known = ("positive", "negative", "masked", "unlearned", "dropped", "waiting")
+        lines.append(f"labels of {task}: " + ", ".join(f"{labels.get(n, 0):,} {n}" for n in known if labels.get(n)))
+    said = "everything accepted is accounted for" if result["closes"] else "does not close:"
+    return "\n".join([*lines, f"as of step {result['cut']['step']}: {said}", *result["why"]])
 
 
 def _rerun(loaded: config.Config) -> dict[str, Any]:

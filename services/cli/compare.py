@@ -12,7 +12,8 @@ from recsys.errors import BadInput
 from recsys.evaluation.compare import Comparison, verdict
 from recsys.events import files
 from services.cli.main import DONE, MISSED, emit
-from services.cli.replay import prepared, progress_bar
+from services.cli.progress import progress_bar
+from services.cli.replay import prepared
 
 
 def run(options: argparse.Namespace) -> int:

@@ -96,7 +96,7 @@ class Embedded:
                 stderr=out,
                 text=True,
             )
-        wait_for(lambda: "ready" in self.output.read_text() or self.process.poll() is not None, "ready", START_S)
+        wait_for(lambda: "ready: " in self.output.read_text() or self.process.poll() is not None, "ready", START_S)
         assert self.process.poll() is None, self.output.read_text()
         return self
 
