@@ -11,6 +11,9 @@ from recsys.types import Batch
 MAX_VALUE_BYTES = 2**20
 """Of one record, in every log: what is larger is refused by `append`."""
 
+TRANSIENT = ("parameters",)
+"""Topics of which a log keeps nothing that its only reader has committed: 18 GB a day otherwise."""
+
 
 def check_sizes(topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
     """Refuse what no log takes."""
@@ -76,7 +79,10 @@ class EventLog(Protocol):
         ...
 
     def commit(self, group: str, topic: str, partition: int, offset: int) -> None:
-        """Tell lag displays and retention how far `group` is. Never read back for correctness."""
+        """Tell lag displays and retention how far `group` is. Never read back for correctness.
+
+        What comes before it in a topic of `TRANSIENT` is dropped.
+        """
         ...
 
     def close(self) -> None:

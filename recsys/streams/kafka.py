@@ -13,7 +13,7 @@ from kafka import TopicPartition
 from recsys.clock import Clock
 from recsys.config import LogConfig
 from recsys.errors import LogError, LogUnavailable
-from recsys.streams.base import check_sizes
+from recsys.streams.base import TRANSIENT, check_sizes
 from recsys.streams.kafka_cluster import WATCH_S, Cluster
 from recsys.streams.kafka_reader import Reader, mapped
 from recsys.streams.kafka_sender import Sender
@@ -146,4 +146,6 @@ class KafkaLog:
             for (group, partition), offset in news.items():
                 with contextlib.suppress(LogUnavailable):  # told again after the next commit or look
                     self._cluster.tell(group, partition, offset)
+                    if partition.topic.removeprefix(self._cluster.prefix) in TRANSIENT:
+                        self._cluster.drop_before(partition, offset)
                     told[group, partition] = offset

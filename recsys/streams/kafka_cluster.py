@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient, TopicPartition
-from kafka.admin import OffsetSpec
+from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 from kafka.errors import KafkaError, NoError, TopicAlreadyExistsError
 from kafka.structs import OffsetAndMetadata
 
@@ -22,6 +22,8 @@ from recsys.types import TOPICS
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_SEGMENT_BYTES = 64 * 2**20
+"""Of topic `parameters`, 200 KB/s of which are needed for two snapshots: whole files are dropped, half makes twice as many."""
 WATCH_S = 0.5
 """How soon an absent broker is noticed by readers, and how often positions are told to it."""
 
@@ -37,6 +39,7 @@ class Cluster:
         self._ids: dict[str, str] = {}
         """Of each topic as this process first found it."""
         self._replaced: dict[str, str] = {}
+        self._settled: set[str] = set()
         self._lock = threading.Lock()
         self._admin: Any = None
         self._retry_at = 0.0
@@ -82,6 +85,8 @@ class Cluster:
                 with contextlib.suppress(TopicAlreadyExistsError):  # another process was first
                     admin.create_topics(missing, timeout_ms=5000)
                 admin.wait_for_topics(list(missing), timeout_ms=5000)
+            if not self._settled.issuperset(topics):
+                self._settle(admin, topics)
             return admin.describe_topics([self.prefix + topic for topic in topics])
 
         described = {found["name"].removeprefix(self.prefix): found for found in self.ask(make)}
@@ -93,6 +98,31 @@ class Cluster:
                 f"({counts['feedback']}) must have the same number: add partitions to the smaller one"
             )
         self._counts.update(counts)
+
+    def _settle(self, admin: Any, topics: Sequence[str]) -> None:
+        """Topics that somebody else made, or an earlier release: what is written here relies on these settings."""
+        wanted = {self.prefix + topic: self._settings(topic)["configs"] for topic in topics}
+        asked = [ConfigResource(ConfigResourceType.TOPIC, name) for name in wanted]
+        try:
+            found = admin.describe_configs(asked, config_filter="all")["topic"]
+            for name, configs in wanted.items():
+                now = {key: str(found[name][key]["value"]) for key in configs if key in found[name]}
+                changes = {key: value for key, value in configs.items() if now.get(key, value) != value}
+                if changes:
+                    _log.warning("Kafka topic %s: %s is changed to %s", name, {k: now[k] for k in changes}, changes)
+                    admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, changes)])
+        except (
+            KafkaError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # a broker that forbids it: it may be right already
+            _log.warning("settings of Kafka's topics could not be compared with %s (%r)", wanted, error)
+        self._settled.update(topics)
+
+    def drop_before(self, partition: TopicPartition, offset: int) -> None:
+        """Delete the records before an offset."""
+        self.ask(lambda admin: admin.delete_records({partition: offset}, timeout_ms=5000))
 
     def _note_ids(self, described: Mapping[str, Any]) -> None:
         for name, found in described.items():
@@ -121,8 +151,9 @@ class Cluster:
 
     def _settings(self, topic: str) -> dict[str, Any]:
         configs = {"message.timestamp.type": "LogAppendTime", "max.message.bytes": str(MAX_BATCH_BYTES)}
-        if topic == "item":
-            configs["cleanup.policy"] = "compact"
+        configs["cleanup.policy"] = "compact" if topic == "item" else "delete"
+        if topic == "parameters":
+            configs["segment.bytes"] = str(_SEGMENT_BYTES)
         partitions = self._new_partitions if topic in ("impression", "feedback") else 1
         return {"num_partitions": partitions, "replication_factor": -1, "configs": configs}
 

@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError
 
 from recsys.clock import ManualClock, SystemClock
@@ -31,7 +34,7 @@ from recsys.streams.positions import identities, keys_of, resume, split
 from recsys.streams.ranges import read_range
 from recsys.streams.sqlite import SqliteLog
 from recsys.testing.servers import Server, free_port, kafka_server
-from recsys.types import Batch, Record
+from recsys.types import TOPICS, Batch, Record
 
 ROOT = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
@@ -407,21 +410,33 @@ def test_a_forked_process_goes_on_with_an_open_sqlite_log(tmp_path: Path) -> Non
     log.close()
 
 
+def test_what_the_reader_of_parameters_has_committed_is_dropped(durable: Place) -> None:
+    log = durable.open()
+    block = [("k", bytes(100_000))] * 50
+    log.append("parameters", block)
+    log.flush()
+    log.commit("parameter", "parameters", 0, 40)
+    log.append("parameters", block)  # embedded: retention is looked at when something is appended
+    wait_until(lambda: log.begin("parameters", 0) == 40)
+    log.flush()
+    assert log.read("parameters", 0, 40)[0].offset == 40
+
+
 def test_sqlite_drops_old_records_only_behind_every_committed_group(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path, clock=ManualClock(), retention_bytes=2**20)
     block = [("k", bytes(100_000))] * 50
-    log.commit("fast", "parameters", 0, 10_000)
-    log.commit("slow", "parameters", 0, 60)
+    log.commit("fast", "impression", 0, 10_000)
+    log.commit("slow", "impression", 0, 60)
     for _ in range(4):
-        log.append("parameters", block)
-    wait_until(lambda: log.begin("parameters", 0) == 60)
-    with pytest.raises(LogTruncated, match=r"parameters/0: offset 59 is outside 60\.\.200"):
-        log.read("parameters", 0, 59)
-    assert [r.offset for r in log.read("parameters", 0, 60, 2)] == [60, 61]
-    log.commit("slow", "parameters", 0, 10_000)
-    log.append("parameters", block)
-    wait_until(lambda: log.begin("parameters", 0) > 150)
-    assert log.end("parameters", 0) == 250
+        log.append("impression", block)
+    wait_until(lambda: log.begin("impression", 0) == 60)
+    with pytest.raises(LogTruncated, match=r"impression/0: offset 59 is outside 60\.\.200"):
+        log.read("impression", 0, 59)
+    assert [r.offset for r in log.read("impression", 0, 60, 2)] == [60, 61]
+    log.commit("slow", "impression", 0, 10_000)
+    log.append("impression", block)
+    wait_until(lambda: log.begin("impression", 0) > 150)
+    assert log.end("impression", 0) == 250
     log.close()
 
 
@@ -436,13 +451,92 @@ def test_sqlite_keeps_the_newest_record_of_every_item(tmp_path: Path) -> None:
     log.close()
 
 
-def test_damaged_sqlite_log_names_the_file_and_the_remedy(tmp_path: Path) -> None:
-    log = SqliteLog(tmp_path, clock=ManualClock())
-    log.append("feedback", messages(3))
+def filled(folder: Path, count: int = 300) -> str:
+    """A closed log of records that tell their number; the identity of its topic."""
+    log = SqliteLog(folder, clock=ManualClock(1000))
+    for start in range(0, count, 10):
+        log.append("feedback", [(f"k{n}", b"<%d>" % n + bytes(700)) for n in range(start, start + 10)])
+    log.commit("trainer", "feedback", 0, 42)
+    identity = log.identity("feedback", 0)
     log.close()
+    return identity
+
+
+def numbers(log: EventLog) -> list[int]:
+    records = read_all(log, "feedback")
+    assert all(record.value.startswith(b"<%d>" % record.offset) for record in records if record.key != "new")
+    return [record.offset for record in records]
+
+
+def test_a_flipped_bit_costs_its_record_and_no_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    filled(tmp_path)
+    path = tmp_path / "feedback.db"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"<123>") + 300] ^= 4
+    path.write_bytes(data)
+    for _ in range(2):
+        log = SqliteLog(tmp_path, clock=ManualClock(1000))
+        assert numbers(log) == [n for n in range(300) if n != 123]
+        log.close()
+    assert "1 damaged records" in caplog.text
+
+
+def test_a_damaged_page_is_repaired_and_the_log_stays_the_same(tmp_path: Path) -> None:
+    identity = filled(tmp_path)
+    path = tmp_path / "feedback.db"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"<150>") // 8192 * 8192
+    data[at : at + 8192] = os.urandom(8192)
+    path.write_bytes(data)
+    log, other = (SqliteLog(tmp_path, clock=ManualClock(1000)) for _ in range(2))
+    found = numbers(log)
+    assert len(found) > 280 and 150 not in found and found[-1] == 299
+    other.append("feedback", [("new", b"after")])
+    assert other.identity("feedback", 0) == log.identity("feedback", 0) == identity
+    assert numbers(log) == numbers(other) == [*found, 300]
+    assert (tmp_path / "feedback.db.damaged-1").exists(), "what was not read is kept"
+    assert not (tmp_path / "feedback.db.damaged-2").exists(), "one process repaired it for both"
+    log.close()
+    other.close()
+
+
+def test_wherever_a_byte_is_flipped_a_log_opens_reads_on_and_gives_no_number_twice(tmp_path: Path) -> None:
+    identity = filled(tmp_path / "whole", 120)
+    whole = (tmp_path / "whole" / "feedback.db").read_bytes()
+    rng = random.Random(7)
+    pages = [rng.randrange(0, 100)] + [page + rng.randrange(0, 24) for page in range(0, len(whole), 8192)]
+    for place in pages + [rng.randrange(len(whole)) for _ in range(20)]:
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        (folder / "feedback.db").write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        log = SqliteLog(folder, clock=ManualClock(1000))
+        found = numbers(log)
+        log.append("feedback", [("new", b"after")])
+        assert log.identity("feedback", 0) != identity or numbers(log)[-1] >= 120
+        assert numbers(log)[:-1] == found, f"byte {place}"
+        log.close()
+
+
+def test_a_file_that_is_no_log_is_set_aside_and_the_new_one_is_another_log(tmp_path: Path) -> None:
+    identity = filled(tmp_path, 10)
     (tmp_path / "feedback.db").write_bytes(b"torn" * 5000)
-    with pytest.raises(LogError, match=r"feedback\.db.*restore it, or move it away"):
-        SqliteLog(tmp_path, clock=ManualClock())
+    log = SqliteLog(tmp_path, clock=ManualClock(1000))
+    assert log.identity("feedback", 0) != identity, "positions in it are a gap"
+    assert (tmp_path / "feedback.db.damaged-1").read_bytes() == b"torn" * 5000
+    log.close()
+
+
+def test_a_log_of_an_earlier_release_is_read_and_gets_checksums(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "feedback.db")) as old, old:
+        old.execute(
+            "CREATE TABLE log (seq INTEGER PRIMARY KEY, time_ms INTEGER NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL)"
+        )
+        old.execute("CREATE TABLE positions (name TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID")
+        old.executemany("INSERT INTO log VALUES (?, 5, 'k', ?)", [(n, b"<%d>" % n) for n in range(7)])
+    log = SqliteLog(tmp_path, clock=ManualClock(1000))
+    log.append("feedback", [("new", b"after")])
+    assert numbers(log) == list(range(8))
+    log.close()
 
 
 FULL = """
@@ -483,6 +577,29 @@ def test_append_after_close_is_an_error(durable: Place) -> None:
 
 
 # Kafka alone.
+
+
+@pytest.mark.system
+def test_topics_made_beforehand_get_the_settings_that_are_relied_on(tmp_path: Path, kafka: Server) -> None:
+    address = f"127.0.0.1:{kafka.port}"
+    admin = KafkaAdminClient(bootstrap_servers=address)
+    admin.create_topics({f"plain-{topic}": {"num_partitions": 1} for topic in TOPICS})
+    admin.wait_for_topics([f"plain-{topic}" for topic in TOPICS])
+    config = LogConfig(kind="kafka", bootstrap_servers=address, topic_prefix="plain-")
+    log = KafkaLog(config, tmp_path, clock=SystemClock())
+    asked = [ConfigResource(ConfigResourceType.TOPIC, f"plain-{topic}") for topic in ("item", "feedback")]
+
+    def settings() -> list[str]:
+        found = admin.describe_configs(asked, config_filter="all")["topic"]
+        return [str(found["plain-item"]["cleanup.policy"]["value"])] + [
+            str(found[f"plain-{topic}"]["message.timestamp.type"]["value"]) for topic in ("item", "feedback")
+        ]
+
+    wait_until(lambda: settings() == ["compact", "LogAppendTime", "LogAppendTime"])
+    log.append("feedback", [("k", bytes(2**20))])  # a broker's default takes 48 bytes less
+    log.flush()
+    admin.close()
+    log.close()
 
 
 @pytest.mark.system
