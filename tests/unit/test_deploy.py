@@ -99,6 +99,13 @@ def test_kafka_configuration_differs_only_in_log_and_state() -> None:
     assert chosen.model_copy(update={"log": plain.log, "state": plain.state}) == plain
 
 
+def test_the_runbook_says_of_each_thing_with_a_bound_what_happens_at_it() -> None:
+    text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    section = text.split("## NearlyFull")[1].split("\n## ")[0]
+    bounded = {m.removeprefix("recsys_").removesuffix("_full_ratio") for m in series() if m.endswith("_full_ratio")}
+    assert bounded == set(re.findall(r"^\* \*\*(\w+)\*\*", section, re.M)) and "table" in bounded
+
+
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_alert_watches_exported_metrics_and_has_a_runbook_entry(alert: dict[str, Any]) -> None:
     assert queried(alert["expr"]) <= series().keys()
