@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from recsys.errors import LogTruncated
 
@@ -14,11 +14,12 @@ STUCK_S = 30.0
 class Troubles:
     """The last error of each loop by name. Written by the loops' threads, read by anyone."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
         self._found: dict[str, tuple[float, Exception]] = {}
 
     def note(self, name: str, error: Exception) -> None:
-        since_s, _ = self._found.get(name, (time.monotonic(), error))
+        since_s, _ = self._found.get(name, (self._now_s(), error))
         self._found[name] = since_s, error
 
     def clear(self, name: str) -> None:
@@ -34,7 +35,7 @@ class Troubles:
         for name in names:
             if (found := self._found.get(name)) is not None:
                 since_s, error = found
-                waited_s = time.monotonic() - since_s
+                waited_s = self._now_s() - since_s
                 if isinstance(error, LogTruncated):
                     return str(error)
                 if waited_s > STUCK_S:

@@ -1,0 +1,20 @@
+"""What makes a process not ready: a gap at once, anything else once it lasts."""
+
+from __future__ import annotations
+
+from recsys.errors import LogTruncated, LogUnavailable
+from services.common.trouble import STUCK_S, Troubles
+
+
+def test_a_gap_counts_at_once_and_an_absent_broker_once_it_lasts() -> None:
+    now_s = [100.0]
+    troubles = Troubles(lambda: now_s[0])
+    troubles.note("state", LogUnavailable("the broker is away"))
+    assert troubles.lasting(("items", "state")) == "" and troubles.of("state") == "the broker is away"
+    now_s[0] += STUCK_S + 1
+    troubles.note("state", LogUnavailable("the broker is away still"))
+    assert troubles.lasting(("items", "state")) == "the broker is away still (for 31 s)"
+    troubles.clear("state")
+    assert troubles.lasting(("items", "state")) == "" == troubles.of("state")
+    troubles.note("items", LogTruncated("another log: --accept-gap"))
+    assert troubles.lasting(("items", "state")) == "another log: --accept-gap"
