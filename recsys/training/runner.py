@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -22,6 +21,7 @@ from recsys.streams.positions import split
 from recsys.training.breaker import SKIP, forget_command, read_command
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.deaths import Deaths, Trials
+from recsys.training.epochs import newest_taken, take_epoch
 from recsys.training.intake import CONSUMER, Intake, Polled
 from recsys.training.journal import Entry, Journal, log_ms
 from recsys.training.old_towers import first_upserts
@@ -77,7 +77,7 @@ class Runner:
 
         Raises LogTruncated when the log no longer has what the checkpoint needs, unless `accept_gap`; LogUnavailable: call again.
         """
-        self.publisher.epoch = self.publisher.epoch or self._take_epoch()
+        self.publisher.epoch = self.publisher.epoch or take_epoch(self.folder, self._log)
         self._accept_gap = accept_gap
         self.journal.trim_torn_tail()
         try:
@@ -156,30 +156,6 @@ class Runner:
     def _leave_off(self) -> None:
         if self._stopped():
             raise Stopped("the trainer was told to stop: a restart goes on from its last checkpoint and journal")
-
-    def _take_epoch(self) -> int:
-        epoch = self._newest_epoch() + 1
-        while True:
-            try:
-                (self.folder / f"epoch-{epoch:08d}").open("x").close()
-            except FileExistsError:
-                epoch += 1
-            else:
-                break
-        for path in self.folder.glob("epoch-*"):
-            if int(path.name.removeprefix("epoch-")) < epoch:
-                path.unlink(missing_ok=True)
-        return epoch
-
-    def _newest_epoch(self) -> int:
-        return max(
-            (
-                int(p.name.removeprefix("epoch-"))
-                for p in self.folder.glob("epoch-*")
-                if re.fullmatch(r"epoch-\d+", p.name)
-            ),
-            default=0,
-        )
 
     def _run(self, entry: Entry, records: Sequence[Record] | None = None) -> StepReport:
         """Run a journaled step, now or again: the same records, the same time. If it fails, then without what made it fail."""
@@ -338,9 +314,9 @@ class Runner:
         force = force or (bandit is not None and bandit.moved)
         dense = force or now - self._last["dense"] >= training.dense_publish_s
         if dense or now - self._last["rows"] >= training.publish_ms / 1000:
-            if self._newest_epoch() > self.epoch:
+            if (newest := newest_taken(self.folder)) > self.epoch:
                 raise Fenced(
-                    f"epoch {self._newest_epoch()} took over from epoch {self.epoch}: this trainer stops; run one trainer a folder"
+                    f"epoch {newest} took over from epoch {self.epoch}: this trainer stops; run one trainer a folder"
                 )
             with metrics.PUBLISH_SECONDS.time():
                 self.publisher.publish_rows()

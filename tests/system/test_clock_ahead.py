@@ -68,8 +68,3 @@ def test_records_stamped_a_day_ahead_are_as_of_now_and_learning_goes_on(trainer:
         learned_with_their_clicks(trainer, [name])
     assert trainer.metric('recsys_examples_total{label="1",task="click"}') == 2 + 1 + 3
     assert trainer.metric("recsys_time_set_back_total") == 1
-    assert trainer.process is not None
-    trainer.process.kill()
-    trainer.process.wait()
-    trainer.start()
-    learned_with_their_clicks(trainer, ["f"])

@@ -15,7 +15,7 @@ from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import Fenced, LogTruncated, SchemaMismatch
 from recsys.events import messages
-from recsys.events.deltas import DeltaReader
+from recsys.events.deltas import Delta, DeltaReader, Version, encode_delta
 from recsys.events.recent import HORIZON_MS
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -30,6 +30,7 @@ from recsys.state.memory import MemoryState
 from recsys.streams.memory import MemoryLog
 from recsys.testing.crash import Abort, AbortAt
 from recsys.testing.world import World
+from recsys.training.epochs import newest_published, take_epoch
 from recsys.training.journal import Entry
 from recsys.training.runner import Runner
 from recsys.training.spill import Place
@@ -397,3 +398,18 @@ def test_records_of_every_time_are_learned_and_leave_finite_state(tmp_path: Path
     for name, table in trainer.tables.items():
         touched = table.touched("test")
         assert np.isfinite(table.export(touched.slots, touched.keys).values).all(), name
+
+
+def test_a_trainer_whose_folder_was_deleted_outranks_what_it_published(log: MemoryLog, tmp_path: Path) -> None:
+    clock = ManualClock(1_000_000)
+    published = MemoryLog(clock)
+    for epoch in (5, 6):
+        delta = Delta(version=Version(epoch=epoch, step=2**40), covers_ms=0, schema="", dense=b"x", dense_version=1)
+        published.append("parameters", [("0", chunk) for chunk in encode_delta(delta)])
+    forged = Delta(version=Version(epoch=2**62, step=1), covers_ms=0, schema="", dense=b"x", dense_version=1)
+    published.append("parameters", [("0", b"no delta"), *(("0", chunk) for chunk in encode_delta(forged))] * 100)
+    assert newest_published(published, 0) == 6
+    assert newest_published(published, 40) == 40
+    assert take_epoch(tmp_path, published) == 7
+    assert take_epoch(tmp_path, published) == 8
+    assert newest_published(log, 3) == 3, "nothing was published"

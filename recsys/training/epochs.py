@@ -1,0 +1,65 @@
+"""Which trainer a delta is of: each start takes the next epoch, above all that the folder and the log know."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from recsys.errors import BadInput
+from recsys.events.deltas import Version, believable, version_of
+from recsys.streams.base import EventLog
+from recsys.streams.ranges import read_range
+
+TOPIC = "parameters"
+_TAIL, _LONGEST_TAIL = 64, 16_384
+"""Of the topic so many records are looked at, and more as long as none of them has a version: of half a megabyte each at most."""
+_READ_LIMIT = 8
+
+
+def take_epoch(folder: Path, log: EventLog) -> int:
+    """The next epoch, by exclusive create: this fences an older trainer of the folder.
+
+    A folder that was deleted begins above what was published before, which the parameter service would prefer for ever.
+    """
+    epoch = newest_published(log, newest_taken(folder)) + 1
+    while True:
+        try:
+            (folder / f"epoch-{epoch:08d}").open("x").close()
+        except FileExistsError:
+            epoch += 1
+        else:
+            break
+    for path in folder.glob("epoch-*"):
+        if int(path.name.removeprefix("epoch-")) < epoch:
+            path.unlink(missing_ok=True)
+    return epoch
+
+
+def newest_taken(folder: Path) -> int:
+    """The newest epoch that a trainer of this folder took; 0: none."""
+    names = (path.name for path in folder.glob("epoch-*"))
+    return max((int(name.removeprefix("epoch-")) for name in names if re.fullmatch(r"epoch-\d+", name)), default=0)
+
+
+def newest_published(log: EventLog, known: int) -> int:
+    """The newest epoch among the last deltas published that can be believed, or `known` where that is newer."""
+    for partition in range(log.partitions(TOPIC)):
+        begin, end = log.begin(TOPIC, partition), log.end(TOPIC, partition)
+        tail, found = _TAIL, False
+        while not found and tail <= _LONGEST_TAIL:
+            start = max(begin, end - tail)
+            for batch in read_range(log, f"{TOPIC}/{partition}", start, end, limit=_READ_LIMIT):
+                for record in batch:
+                    epoch = _epoch_of(record.value)
+                    if epoch is not None and believable(Version(epoch=epoch), Version(epoch=known)):
+                        known, found = max(known, epoch), True
+            found = found or start == begin
+            tail *= 4
+    return known
+
+
+def _epoch_of(value: bytes) -> int | None:
+    try:
+        return version_of(value).epoch
+    except BadInput:
+        return None
