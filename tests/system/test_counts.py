@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from recsys.clock import ManualClock, SystemClock
+from recsys.events import messages
+from recsys.streams.sqlite import SqliteLog
+from recsys.types import Feedback
 from tests.system.embedded import ITEMS, Embedded, embedded, wait_for
 
 pytestmark = pytest.mark.system
@@ -124,3 +128,33 @@ def test_items_put_and_clicked_together_are_all_counted(system: Embedded) -> Non
         return sum(i["item_id"].startswith("new-") and "trending" in i["sources"] for i in answer["items"])
 
     wait_for(lambda: trending() == 60, "all sixty are trending")
+
+
+def trends(system: Embedded) -> list[tuple[str, float, float]]:
+    """A stranger's list: item, score, predicted click."""
+    items = system.call("POST", "/v1/recommend", {"user_id": "stranger", "n": 20})["items"]
+    return [(i["item_id"], i["score"], i["predictions"]["click"]) for i in items]
+
+
+def test_a_clock_that_was_ahead_and_other_half_lives_leave_counts_what_they_were(system: Embedded) -> None:
+    """The last test of this system: it is restarted."""
+    now_ms = SystemClock().now_ms()
+    ahead = SqliteLog(system.data / "log", clock=ManualClock(now_ms + 86_400_000))
+    skewed = Feedback(event_id="skewed", user_id="skewed", item_id=IDS[0], type="click", time_ms=now_ms)
+    ahead.append("feedback", [("skewed", messages.dump_feedback(skewed))])
+    ahead.close()
+    wait_for(lambda: system.history("skewed"), "the record of a clock a day ahead")
+    send(system, [{**events(f"person-{n}", [IDS[150]])[0], "event_id": f"now-{n}"} for n in range(200)])
+    assert IDS[150] in [item for item, _, _ in trends(system)[:5]]
+    as_of = system.call("GET", "/v1/users/skewed")["as_of"]["time_ms"]
+    assert now_ms - 60_000 < as_of <= SystemClock().now_ms()
+    system.stop()
+    with system.config.open("a", encoding="utf-8") as file:
+        file.write(
+            "retrieval.trending_half_life_s = 60\nretrieval.covisit_half_life_s = 1e6\nbandit.half_life_s = 60\n"
+        )
+    system.start()
+    after = trends(system)
+    assert IDS[150] in [item for item, _, _ in after[:5]]
+    assert all(0 < score < 10 and 0 < click < 0.99 for _, score, click in after)
+    assert system.metric("recsys_dead_letters_total", "trainer") == 0
