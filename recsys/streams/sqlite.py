@@ -155,7 +155,8 @@ class SqliteLog:
         for _, _, done in group:
             done.set_result(None)
         with contextlib.suppress(LogError):  # shortening is tried again; the appends above are safe
-            file.shorten(sum(len(key) + len(value) + 20 for key, value in messages), self._retention_bytes)
+            appended = sum(len(key) + len(value) + 20 for key, value in messages)
+            file.shorten(appended, self._retention_bytes, self._clock.now_ms())
 
     def _append(self, topic: str, messages: Sequence[tuple[str, bytes]]) -> LogFile:
         file = self._files[topic]

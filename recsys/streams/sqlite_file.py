@@ -31,6 +31,10 @@ FILLER = -1
 Row = tuple[int, int, bytes, bytes]
 _COMPACTED = ("item",)
 """Topics of which the newest record of each key is never dropped."""
+DELETED_MS = 86_400_000
+"""Deletions are kept for this long, as Kafka does: a reader that was away for less learns of them."""
+_DELETION_BYTES = 1000
+"""A deletion is an id of up to 256 bytes and a few words: what is longer need not be parsed."""
 PAGE_BYTES = 8192
 """An impression (7 KB) fits one page; at 4 KB it takes an overflow chain and reading is a third slower."""
 _SHORTEN_EVERY_BYTES = 4 * 2**20
@@ -164,7 +168,25 @@ class LogFile:
                 self.writing.execute("ROLLBACK")
             raise
 
-    def shorten(self, appended_bytes: int, retention_bytes: int) -> None:
+    def _compact(self, now_ms: int) -> None:
+        """Of what every committed group has passed keep the newest row of each key, and none of a key deleted long ago. What somebody is
+        still to read stays whole, with what it replaces: who goes on from there finds the state of then."""
+        last, passed = self.writing.execute(
+            "SELECT (SELECT max(seq) FROM log), (SELECT min(seq) FROM positions)"
+        ).fetchone()
+        stop = last + 1 if passed is None else passed
+        self.writing.execute(
+            "DELETE FROM log WHERE seq < ?1 AND seq NOT IN (SELECT max(seq) FROM log WHERE seq < ?1 GROUP BY key)",
+            (stop,),
+        )
+        # The newest row stays, so that no number is given twice.
+        self.writing.execute(
+            "DELETE FROM log WHERE seq < ? AND time_ms < ? AND length(value) < ? AND CASE WHEN json_valid(CAST(value AS TEXT)) "
+            "THEN json_extract(CAST(value AS TEXT), '$.deleted') = 1 END",
+            (min(stop, last), now_ms - DELETED_MS, _DELETION_BYTES),
+        )
+
+    def shorten(self, appended_bytes: int, retention_bytes: int, now_ms: int) -> None:
         """Drop the oldest rows that every committed group has passed, while the file holds more than it may."""
         self._unshortened_bytes += appended_bytes
         if self._unshortened_bytes < _SHORTEN_EVERY_BYTES:
@@ -173,7 +195,7 @@ class LogFile:
         with only_writer(self._lock_file), mapped(self.path):
             if self.topic in _COMPACTED:
                 if self._used_bytes() > max(retention_bytes, 2 * self._compacted_bytes):
-                    self.writing.execute("DELETE FROM log WHERE seq NOT IN (SELECT max(seq) FROM log GROUP BY key)")
+                    self._compact(now_ms)
                     self._compacted_bytes = self._used_bytes()
                 return
             # The newest row stays whatever its size, so that a sequence number is never given twice.
