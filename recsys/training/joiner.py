@@ -7,6 +7,7 @@ labels became final. Legend: K items of an impression, T tasks.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from recsys.training.held import Early, Held
 from recsys.training.opened import Emission, Opened, bytes_of, restored
 from recsys.training.spill import Spill
 from recsys.types import Bool, Feedback, Impression, Record
+
+logger = logging.getLogger("recsys")
 
 
 class Joiner:
@@ -316,6 +319,7 @@ class Joiner:
     def state(self) -> dict[str, Any]:
         """Everything but the spilled features, as JSON-able values; the spill's sizes tell how much of its files belongs."""
         return {
+            "ends": self._ends_ms,
             "open": [opened.state(request_id) for request_id, opened in self._open.items()],
             "early": self._waiting.state(),
             "requests": {name: array.tolist() for name, array in self._requests.state().items()},
@@ -324,8 +328,14 @@ class Joiner:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load `state`, and cut the spill files back to what they held then."""
+        ends_ms, over = state.get("ends", self._ends_ms), 0
         for saved in state["open"]:
             request_id, opened = restored(saved, len(self._tasks))
+            passed_ms = ends_ms[opened.closed - 1] if opened.closed else -1
+            opened.closed = sum(end <= passed_ms for end in self._ends_ms)  # the tasks' windows may be others now
+            if opened.closed == len(self._ends_ms):
+                over += 1
+                continue
             self._open[request_id] = opened
             self._open_bytes += opened.num_bytes
             for queue in self._queues[opened.closed :]:
@@ -333,6 +343,10 @@ class Joiner:
         self._waiting.restore(state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
         self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
+        if over:
+            logger.warning(
+                "%d open impressions are over by the shorter windows of today: their last labels are not learned", over
+            )
 
 
 def _known(topic: str, key: str, value: bytes, time_ms: int) -> Record:

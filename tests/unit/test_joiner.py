@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -267,3 +268,22 @@ def test_held_feedback_of_older_releases_is_read(tmp_path: Path) -> None:
     joiner.restore(orjson.loads(orjson.dumps(old)))
     joiner.impression(impression("r"), 600)
     assert joiner.take_settled() == ["joined"]
+
+
+def test_open_impressions_go_on_under_other_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = Joiner(TASKS, tmp_path)  # 10 and 60 s
+    for request, at_ms in (("old", 0), ("new", 40_000)):
+        first.impression(impression(request), at_ms)
+    assert [e.request_id for e in first.close(50_001)] == ["old", "new"]  # the clicks' windows
+    state = orjson.loads(orjson.dumps(first.state()))
+    longer, shorter = (
+        Joiner(tuple(replace_window(task, ends) for task in TASKS), tmp_path) for ends in ({"like": 90}, {"like": 5})
+    )
+    for joiner in (longer, shorter):
+        joiner.restore(state)
+    assert [e.mask.tolist() for e in longer.close(200_000)] == [[[False, True]] * 2] * 2
+    assert len(shorter) == 0 and list(shorter.close(200_000)) == [] and "2 open impressions are over" in caplog.text
+
+
+def replace_window(task: TaskConfig, windows_s: dict[str, int]) -> TaskConfig:
+    return task.model_copy(update={"window_s": windows_s.get(task.name, task.window_s)})
