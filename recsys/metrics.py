@@ -38,6 +38,7 @@ CONSUMER_LAG = _gauge(
     "Records appended that this consumer has not read yet.",
     ("topic", "partition", "consumer"),
 )
+ERRORS_LOGGED = _counter("recsys_errors_logged_total", "Log lines of level ERROR: what somebody should read.")
 DEAD_LETTERS = _counter(
     "recsys_dead_letters_total",
     "Messages that could not be used, by topic they came from and reason.",

@@ -5,10 +5,13 @@ Partitions are not read in step, so an impression may be older than the one befo
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from recsys.errors import SnapshotCorrupt
 
 MAX_FILES = 16
 """Open at once: a window of a day has 1,440 of them. Minutes are written and closed in order, so that few are used at a time."""
@@ -20,6 +23,8 @@ class Place(NamedTuple):
     minute: int
     offset: int
     length: int
+    crc: int | None = None
+    """CRC-32 of them; None: an earlier release did not keep it."""
 
 
 class Spill:
@@ -43,7 +48,7 @@ class Spill:
         file.write(data)
         self._sizes[minute] = offset + len(data)
         self._open[minute] += 1
-        return Place(minute, offset, len(data))
+        return Place(minute, offset, len(data), zlib.crc32(data))
 
     def _minute(self, now: int) -> int:
         """The file to append to: the newest, or one behind it where that is of an earlier minute."""
@@ -60,9 +65,15 @@ class Spill:
         self._begun = None
 
     def read(self, place: Place) -> bytes:
+        """What was appended there. SnapshotCorrupt when it is torn or flipped: only this impression is lost."""
         file = self._file(place.minute)
         file.seek(place.offset)
-        return file.read(place.length)
+        data = file.read(place.length)
+        if len(data) < place.length or place.crc not in (None, zlib.crc32(data)):
+            raise SnapshotCorrupt(
+                f"{self._path(place.minute)} is torn or flipped at byte {place.offset}: an impression is left out"
+            )
+        return data
 
     def release(self, place: Place) -> None:
         """The impression is closed: its features are not read again."""

@@ -36,11 +36,18 @@ class _Lines(logging.Formatter):
         return masked(super().format(record))
 
 
+class _Counted(logging.Handler):
+    """What is said loudly is also seen from afar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        metrics.ERRORS_LOGGED.inc()
+
+
 def setup_logging(process: str, level: int = logging.INFO) -> None:
     """One line an event on stderr: time, process, level, message with fields."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(f"%(asctime)s {process} %(levelname)s %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler, _Counted(logging.ERROR)], force=True)
     for noisy in ("kafka", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

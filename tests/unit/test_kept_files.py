@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
 from recsys.clock import ManualClock
@@ -25,7 +26,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryLog, Path, 
     runner = Runner(configuration(folder), Slowly(log, clock), clock)  # type: ignore[arg-type]
     runner.start()
     for turn in turns(runner, clock, END):
-        if turn == 95:
+        if turn == 75:
             break
     return log, folder, parameters(runner)
 
@@ -121,3 +122,19 @@ def test_a_journal_that_cannot_be_known_costs_no_label(  # type: ignore[no-untyp
             assert learned(log, folder) == undamaged
     assert undamaged[1] > 20
     assert place >= 0 or "learned anew" in caplog.text
+
+
+def test_a_flip_in_spilled_features_costs_that_impression_alone(  # type: ignore[no-untyped-def]
+    stopped, undamaged: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, source, _ = stopped
+    folder = tmp_path / "copy"
+    shutil.copytree(source, folder)
+    (small,) = newest(folder, "small-*.json")
+    minute, offset, *_ = orjson.loads(small.read_bytes())["trainer"]["joiner"]["open"][0][5]
+    (path,) = folder.rglob(f"{minute}.features")
+    data = bytearray(path.read_bytes())
+    data[offset + 5] ^= 4
+    path.write_bytes(data)
+    counts = learned(log, folder)
+    assert undamaged[0] - 16 <= counts[0] <= undamaged[0] and "torn or flipped" in caplog.text
