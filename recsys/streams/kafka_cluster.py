@@ -153,7 +153,9 @@ class Cluster:
         configs = {"message.timestamp.type": "LogAppendTime", "max.message.bytes": str(MAX_BATCH_BYTES)}
         configs["cleanup.policy"] = "compact" if topic == "item" else "delete"
         if topic == "item":
-            configs["min.compaction.lag.ms"] = "3600000"  # a trainer that goes on within the hour reads what it read before
+            configs["min.compaction.lag.ms"] = (
+                "3600000"  # a trainer that goes on within the hour reads what it read before
+            )
         if topic == "parameters":
             configs["segment.bytes"] = str(_SEGMENT_BYTES)
         partitions = self._new_partitions if topic in ("impression", "feedback") else 1
