@@ -107,7 +107,7 @@ class TrainerAlone:
             Impression(
                 request_id=request_id,
                 user_id=f"u-{request_id}",
-                time_ms=0,
+                time_ms=SystemClock().now_ms(),
                 items=shown,
                 schema=self.schema.hash,
                 features=encode(features(self.schema, request_id, ITEMS)),
