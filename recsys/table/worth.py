@@ -35,8 +35,7 @@ UInt64 = npt.NDArray[np.uint64]
 
 def tick(now_ms: int) -> int:
     """What the draws of this time's counting begin with; > 0."""
-    step = np.array([int(last_seen(now_ms)) // LAST_SEEN_STEP_MS], np.int64).view(np.uint64)
-    return int(mix(step)[0] >> np.uint64(1)) | 1
+    return int(last_seen(now_ms)) // LAST_SEEN_STEP_MS * 0x9E3779B97F4A7C15 % 2**63 | 1
 
 
 def counted(level: int, gap: int, key: int, of: int) -> int:
