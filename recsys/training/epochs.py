@@ -16,12 +16,13 @@ _TAIL, _LONGEST_TAIL = 64, 16_384
 _READ_LIMIT = 8
 
 
-def take_epoch(folder: Path, log: EventLog) -> int:
+def take_epoch(folder: Path, log: EventLog, served: int = 0) -> int:
     """The next epoch, by exclusive create: this fences an older trainer of the folder.
 
-    A folder that was deleted begins above what was published before, which the parameter service would prefer for ever.
+    A folder that was deleted begins above what was published before, which the parameter service would prefer for ever; `served` is
+    what that service prefers now, where it was asked: it may have read that long ago.
     """
-    epoch = newest_published(log, newest_taken(folder)) + 1
+    epoch = newest_published(log, max(newest_taken(folder), served)) + 1
     while True:
         try:
             (folder / f"epoch-{epoch:08d}").open("x").close()

@@ -65,6 +65,8 @@ class Runner:
         """Nothing was loaded into this trainer yet."""
         self.whole = False
         """The trainer's state is that of after a step: it may be published and checkpointed."""
+        self.served_epoch = 0
+        """What the parameter service prefers already, where it was asked."""
         self._accept_gap = False
         self._starting = False
         """Whether the next step's entry says where it begins."""
@@ -77,7 +79,7 @@ class Runner:
 
         Raises LogTruncated when the log no longer has what the checkpoint needs, unless `accept_gap`; LogUnavailable: call again.
         """
-        self.publisher.epoch = self.publisher.epoch or take_epoch(self.folder, self._log)
+        self.publisher.epoch = self.publisher.epoch or take_epoch(self.folder, self._log, self.served_epoch)
         self._accept_gap = accept_gap
         self.journal.trim_torn_tail()
         try:

@@ -14,8 +14,9 @@ import torch
 from recsys import metrics
 from recsys.clock import MAX_LEAD_MS, SystemClock
 from recsys.config import Config
-from recsys.errors import LogFull, LogTruncated, LogUnavailable, Stopped
+from recsys.errors import LogFull, LogTruncated, LogUnavailable, ParametersUnavailable, Stopped
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
+from recsys.features.schema import Schema
 from recsys.model import fused
 from recsys.model.home import Reading
 from recsys.model.layouts import sizes
@@ -24,6 +25,7 @@ from recsys.streams.open import open_log
 from recsys.training.intake import CONSUMER
 from recsys.training.runner import Runner
 from recsys.training.trainer import StepReport, Trainer
+from services.common.grpc_parameters import GrpcParameters
 from services.common.process import FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.tables import TableGauges
 
@@ -157,6 +159,17 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
         loop.run()
 
 
+def served_epoch(config: Config) -> int:
+    """The epoch that the parameter service believes: this trainer's must come after it. 0 when it does not answer."""
+    client = GrpcParameters(config.parameter_address, Schema.of(config).hash, 2.0)
+    try:
+        return client.lookup([]).state.version.epoch
+    except ParametersUnavailable:
+        return 0
+    finally:
+        client.close()
+
+
 class Loop:
     """The runner's turns, one after the other, and what is said of them."""
 
@@ -173,6 +186,7 @@ class Loop:
 
     def start(self, *, accept_gap: bool) -> None:
         """Restore; while the log cannot be reached, again and again."""
+        self._runner.served_epoch = served_epoch(self._runner.config)
         while True:
             try:
                 self._runner.start(accept_gap=accept_gap)

@@ -26,6 +26,7 @@ from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.streams.memory import MemoryLog
 from recsys.table import segments
+from recsys.training.runner import Runner
 from services.common import grpc_parameters
 from services.common import parameter_pb2 as pb
 from services.parameter.main import IGNORED_S, SOME, TOPIC, ParameterService
@@ -266,6 +267,19 @@ def test_deltas_of_an_older_epoch_that_keep_coming_are_said_not_swallowed(
     world.publish(world.delta(1, epoch=10))
     world.drain(service)
     assert service.not_ready() == ""
+
+
+@pytest.mark.parametrize("served", [0, 12])
+def test_a_trainer_whose_folder_is_new_begins_after_every_epoch_that_is_believed(world: World, served: int) -> None:
+    """Those of the topic but for one far ahead, and what the parameter service says where that came long ago."""
+    world.publish(world.delta(5, epoch=9), world.delta(6, epoch=2**50), *(world.delta(n, epoch=1) for n in range(3)))
+    service = world.service()
+    runner = Runner(world.config, world.log, world.clock)
+    runner.served_epoch = served
+    runner.start()
+    world.drain(service)
+    assert service.store.state.version.epoch == runner.epoch == max(9, served) + 1
+    assert service.not_ready() == "" and service.store.dense()[1]
 
 
 def test_ready_once_what_was_there_at_the_start_is_read_however_much_comes(world: World) -> None:
