@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             if process.wait():
                 raise RuntimeError(f"the run in {path.name} ended with {process.returncode}: its last lines are above")
         results = [json.loads((path / "run.json").read_text(encoding="utf-8")) for path, _ in runs]
-        examples = [dict(np.load(path / "examples.npz")) for path, _ in runs]
+        examples = [read_examples(path) for path, _ in runs]
     upkeep(report, results[0])
     quality(report, examples, options.days)
     for name, result in zip(("", "wide_"), results, strict=False):
@@ -69,10 +69,17 @@ def start_runs(folder: Path, options: argparse.Namespace) -> list[tuple[Path, su
         path.mkdir(parents=True)
         wanted = default_options(options.days, options.scale, options.seed) | {"times": times}
         command = [sys.executable, "-m", "load_tests.month_run", str(path), json.dumps(wanted)]
-        environment = psutil.Process().environ() | {"OMP_NUM_THREADS": "1"}
+        # Each day's new threads would get heaps of their own, whose free parts look like growth; a service keeps its threads.
+        environment = psutil.Process().environ() | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         runs.append((path, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sys.stderr)))
         say(f"{options.days} days with {times} times the bounds, in {path}")
     return runs
+
+
+def read_examples(folder: Path) -> dict[str, Any]:
+    """All days' examples, in order of time."""
+    days = [dict(np.load(path)) for path in sorted(folder.glob("examples-*.npz"))]
+    return {name: np.concatenate([day[name] for day in days]) for name in days[0]}
 
 
 def upkeep(report: Report, result: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 """One run of the site through one system: `load_tests.month` starts it in a process of its own, as
-`python -m load_tests.month_run FOLDER JSON`, and reads FOLDER/run.json and FOLDER/examples.npz."""
+`python -m load_tests.month_run FOLDER JSON`, and reads FOLDER/run.json and each day's FOLDER/examples-DAY.npz."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from load_tests.common import say
 from load_tests.month_system import FULL_REQUESTS, System, disk_bytes, private_bytes, settings
 from recsys.clock import ManualClock
 from recsys.keys import key_of
-from recsys.testing.site import DAY_MS, HOUR_MS, Site, Traffic, Visit, item_id
+from recsys.testing.site import DAY_MS, HOUR_MS, Site, Traffic, Visit, item_id, number_of
 from recsys.training.trainer import StepReport
 from recsys.types import Item
 
@@ -100,21 +100,23 @@ class Examples:
             self._rows.setdefault(name, []).append(values)
 
     def save(self, path: Path) -> None:
+        """Write what came since the last call, and let go of it: what the test remembers must not look like what the system does."""
         np.savez_compressed(path, **{name: np.concatenate(parts) for name, parts in self._rows.items()})  # type: ignore[arg-type]
+        self._rows.clear()
 
 
 class Run:
     """A site's days through a system, in order of time."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self._days, traffic = options["days"], Traffic(**options["traffic"])
+        self._folder, self._days, traffic = folder, options["days"], Traffic(**options["traffic"])
         self._site = Site(traffic, self._days, options["seed"])
         fewer, times = options["fewer"], options["times"]
         config = settings(folder / "data", seed=options["seed"], fewer=fewer, share=times * options["scale"] / fewer)
         self._clock = ManualClock(START_MS)
         self._ledger = Ledger(tuple(task.name for task in config.tasks))
         self._system = System(config, self._clock, self._ledger.on_step)
-        self._examples, self._impressions = Examples(), Counter[str]()
+        self._examples, self._impressions = Examples(), np.zeros(len(self._site.kind), np.int32)
         self._queue: list[tuple[int, int, Any]] = []
         self._queued = 0
         self._failed: list[str] = []
@@ -198,7 +200,7 @@ class Run:
             return
         if "unlogged" not in answer.degraded:
             self._ledger.shown(len(shown))
-        self._impressions.update(shown)
+        self._impressions[[number_of(item) for item in shown]] += 1
         clicked, events = self._site.reactions(visit, request_id, shown)
         predictions = [item.predictions.get("click", np.nan) for item in answer.items]
         self._examples.add(visit, predictions, self._site.probability(visit.user, shown), clicked)
@@ -216,6 +218,7 @@ class Run:
     def _end_day(self, day: int, took_s: float) -> None:
         """Measure, restart, and see that it goes on where it was. Every other restart is a kill."""
         system, before = self._system, self._system.runner
+        self._examples.save(self._folder / f"examples-{day:03d}.npz")
         own, private, rows = system.own_bytes(), private_bytes(), system.rows()
         steps, positions = before.trainer.steps, dict(before.intake.positions)
         del before
@@ -246,13 +249,9 @@ class Run:
         young = np.flatnonzero(
             (site.born_ms > max(0, end - LAST_WEEK_MS)) & (site.born_ms <= end) & (site.gone_ms > end)
         )
-        names = [item_id(n) for n in young.tolist() if self._impressions[item_id(n)] >= ENOUGH_IMPRESSIONS]
-        keys = np.array([key_of(name) for name in names], np.int64)
-        return {"shown": len(names), "with_row": int(self._system.has_row(keys).sum()) if names else 0}
-
-    def save(self, folder: Path, result: dict[str, Any]) -> None:
-        self._examples.save(folder / "examples.npz")
-        (folder / "run.json").write_text(json.dumps(result), encoding="utf-8")
+        shown = young[self._impressions[young] >= ENOUGH_IMPRESSIONS].tolist()
+        keys = np.array([key_of(item_id(n)) for n in shown], np.int64)
+        return {"shown": len(shown), "with_row": int(self._system.has_row(keys).sum()) if shown else 0}
 
 
 def default_options(days: int, scale: float, seed: int) -> dict[str, Any]:
@@ -266,8 +265,8 @@ def default_options(days: int, scale: float, seed: int) -> dict[str, Any]:
 def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     folder = Path(sys.argv[1])
-    run = Run(folder, json.loads(sys.argv[2]))
-    run.save(folder, run.run())
+    result = Run(folder, json.loads(sys.argv[2])).run()
+    (folder / "run.json").write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 
