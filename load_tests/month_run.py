@@ -20,7 +20,7 @@ from load_tests.month_system import FULL_REQUESTS, System, disk_bytes, private_b
 from recsys.clock import ManualClock
 from recsys.keys import key_of
 from recsys.testing.site import DAY_MS, HOUR_MS, Site, Traffic, Visit, item_id, number_of
-from recsys.training.trainer import StepReport
+from recsys.training.steps import StepReport
 from recsys.types import Item
 
 START_MS = 1_700_000_000_000 // DAY_MS * DAY_MS

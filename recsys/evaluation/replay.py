@@ -30,7 +30,8 @@ from recsys.ranking.request import Request
 from recsys.ranking.sources import Sources
 from recsys.ranking.work import Work
 from recsys.state.memory import MemoryState
-from recsys.training.trainer import StepReport, Trainer
+from recsys.training.steps import StepReport
+from recsys.training.trainer import Trainer
 from recsys.types import Bool, Feedback, Float32, HistoryEvent, Impression, Item, ShownItem, UserUpdate
 
 _MOST_CONTEXTS = 200_000

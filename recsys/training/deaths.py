@@ -6,6 +6,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from recsys.training.journal import Entry, as_json, of_json
 
 _RAN, _FAILED = 0, 3
 _POLL_S = 0.1
+TRIAL_S = 900.0
+"""A step in a process of its own that takes longer, loading and the journal included, will not end: half may be a large checkpoint."""
 
 
 class Deaths:
@@ -53,9 +56,7 @@ class Trials:
 
     def __init__(self, config: Config, stopped: Callable[[], bool]) -> None:
         self._config, self._stopped = config, stopped
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "recsys.training.deaths"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        self._process = _spawned()
 
     def fails(self, entry: Entry) -> StepFailed | None:
         """What ends a process that runs the step, from the last checkpoint and the journal on. What raises is found without one."""
@@ -63,7 +64,12 @@ class Trials:
         assert stdin is not None and stdout is not None
         stdin.write(orjson.dumps({"config": self._config.model_dump(mode="json"), "entry": as_json(entry)}) + b"\n")
         stdin.flush()
+        until_s = time.monotonic() + TRIAL_S
         while not select.select([stdout], [], [], _POLL_S)[0]:
+            if time.monotonic() > until_s:
+                self.close()
+                self._process = _spawned()
+                return StepFailed(f"the step did not end within {TRIAL_S:.0f} s")
             if self._stopped():
                 raise Stopped("the trainer was told to stop: a restart goes on from its last checkpoint and journal")
         code = int(stdout.readline() or _FAILED + 1)
@@ -77,6 +83,12 @@ class Trials:
         assert self._process.stdin is not None
         self._process.stdin.close()  # its end tells the process to end, and the one it forked
         self._process.wait()
+
+
+def _spawned() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "recsys.training.deaths"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 def _serve() -> None:

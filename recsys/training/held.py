@@ -34,6 +34,10 @@ class Held:
         """Feedback that waits."""
         return sum(map(len, self._requests.values()))
 
+    def requests(self) -> list[str]:
+        """Those that something waits for."""
+        return list(self._requests)
+
     @property
     def full_ratio(self) -> float:
         """How full it is; at 1 the oldest is given up."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from recsys.clock import Clock, bounded_ms
@@ -38,8 +39,9 @@ class Polled(NamedTuple):
 class Intake:
     """Positions in the log, by "topic/partition", and log time. Not thread-safe."""
 
-    def __init__(self, log: EventLog, clock: Clock) -> None:
-        self._log, self._clock = log, clock
+    def __init__(self, log: EventLog, clock: Clock, leave_off: Callable[[], None] = lambda: None) -> None:
+        """`leave_off` is called while a range is waited for; it may raise."""
+        self._log, self._clock, self._leave_off = log, clock, leave_off
         self.positions: dict[str, int] = {}
         self.logs: dict[str, str] = {}
         """Which log each position is in."""
@@ -116,8 +118,12 @@ class Intake:
 
     def range(self, key: str, start: int, end: int) -> Iterator[Record]:
         """The records of one partition from `start` to before `end`, all of them."""
-        for batch in read_range(self._log, key, start, end, limit=READ_LIMIT):
+        for batch in read_range(self._log, key, start, end, limit=READ_LIMIT, pause=self._pause):
             yield from batch
+
+    def _pause(self, seconds: float) -> None:
+        self._leave_off()
+        time.sleep(seconds)
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Records not yet read, by (topic, partition)."""

@@ -195,6 +195,10 @@ class Joiner:
         """Whether feedback waits for this impression."""
         return request_id in self._waiting
 
+    def held_requests(self) -> list[str]:
+        """Requests that feedback waits for."""
+        return self._waiting.requests()
+
     def let_go(self, request_id: str) -> list[Record]:
         """Forget the feedback that waits for an impression; it, as records."""
         held = self._waiting.pop(request_id)

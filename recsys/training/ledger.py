@@ -66,10 +66,10 @@ class Ledger:
                 ledger[UNLEARNED] += positive + negative
             ledger[MASKED] += masked
 
-    def lost(self, waiting: Mapping[str, int]) -> None:
-        """Labels by task that a failing step gave up."""
+    def lost(self, waiting: Mapping[str, int], outcome: str = DROPPED) -> None:
+        """Labels by task that a failing step gave up, or `resume --skip`."""
         for task, count in waiting.items():
-            self.labels[task][DROPPED] += count
+            self.labels[task][outcome] += count
 
     def begin(self, waiting: Mapping[str, int], held: int) -> None:
         """Begin with what waits already: labels by task, and feedback."""

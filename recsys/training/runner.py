@@ -6,7 +6,7 @@ import gc
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,8 @@ from recsys.training.journal import Entry, Journal, log_ms
 from recsys.training.old_towers import first_upserts
 from recsys.training.publish import Publisher
 from recsys.training.recovery import without_culprits
-from recsys.training.trainer import StepReport, Trainer
+from recsys.training.steps import StepReport
+from recsys.training.trainer import Trainer
 from recsys.types import Record
 
 logger = logging.getLogger("recsys")
@@ -58,7 +59,7 @@ class Runner:
         self.journal = Journal(self.folder)
         self.checkpoints = Checkpoints(self.folder, self.trainer, self.journal, crash)
         self.publisher = Publisher(log, self.trainer)
-        self.intake = Intake(log, clock)
+        self.intake = Intake(log, clock, self._leave_off)
         self._deaths = Deaths(self.folder)
         self._letters: list[tuple[str, bytes]] = []
         self._fresh = True
@@ -147,13 +148,18 @@ class Runner:
             (topic, partition), end = split(key), self.intake.positions[key]
             if topic != "item":
                 continue
-            records = list(self.intake.range(key, self._log.begin(topic, partition), end))
-            for record in records:
-                self._leave_off()
-                self.trainer.take(record, StepReport(), 0)
-            towers = self.trainer.towers
+            towers, records = self.trainer.towers, self.intake.range(key, self._log.begin(topic, partition), end)
             if towers is not None and towers.numbered is not None:
-                towers.number(first_upserts(records) if self._log.partitions(topic) == 1 else None)
+                kept = list(records)
+                self._know(kept)
+                towers.number(first_upserts(kept) if self._log.partitions(topic) == 1 else None)
+            else:
+                self._know(records)
+
+    def _know(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._leave_off()
+            self.trainer.known(record)
 
     def _leave_off(self) -> None:
         if self._stopped():

@@ -5,9 +5,8 @@ What the clock and polling decide (which records, in which order, what time it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,73 +29,21 @@ from recsys.training.joiner import Joiner
 from recsys.training.journal import Entry, log_ms
 from recsys.training.learner import Batch, Learner
 from recsys.training.opened import Emission
+from recsys.training.steps import (
+    EXPLORED,
+    HELD,
+    POSITIVES,
+    REQUEST,
+    DeadLetter,
+    StepReport,
+    blaming,
+    content_of,
+    partition_of,
+    place_of,
+    said,
+)
 from recsys.training.towers import TowerLearner
 from recsys.types import FORGET, Feedback, Impression, Item, Record
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeadLetter:
-    """A record that could not be used, and why: it was `malformed`, or a step `failed` with it."""
-
-    record: Record
-    reason: str
-    kind: str = "malformed"
-
-
-@dataclass(slots=True)
-class StepReport:
-    """What one step did: for metrics, dead letters and progressive evaluation. Not part of the state."""
-
-    outcomes: dict[str, int] = field(default_factory=dict)
-    dead_letters: list[DeadLetter] = field(default_factory=list)
-    emissions: list[Emission] = field(default_factory=list)
-    skipped_batches: dict[str, int] = field(default_factory=dict)
-    """Batches not learned, by task whose gradient was not finite; `two_tower`: the towers'."""
-    rewards: list[str] = field(default_factory=list)
-    """What became of each reward of the bandit."""
-    expired: int = 0
-    ahead: int = 0
-    """Records whose times led the wall clock by more than the bound."""
-    learned: bool = True
-    """The emissions were trained on; else an operator said to skip them."""
-    retried: bool = False
-    """The step failed before, with what is left out now."""
-
-    def count(self, outcome: str) -> None:
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-
-    def skipped(self, task: str) -> None:
-        self.skipped_batches[task] = self.skipped_batches.get(task, 0) + 1
-
-
-REQUEST, HELD, POSITIVES, EXPLORED = "request/", "held/", "positives", "explored"
-"""Units of a step that are no records: an open impression, feedback that waits for one (both by request), the towers' waiting
-positives, and what is due to the bandit's edges."""
-
-
-def place_of(record: Record) -> str:
-    """The unit that a record is: "topic/partition/offset"."""
-    return f"{record.topic}/{record.partition}/{record.offset}"
-
-
-def partition_of(record: Record) -> str:
-    """ "topic/partition"."""
-    return f"{record.topic}/{record.partition}"
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300] if not isinstance(error, StepFailed) else str(error)
-
-
-@contextmanager
-def _blaming(suspects: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """What raises in here raises StepFailed that names the suspects. A full disk is nobody's fault."""
-    try:
-        yield
-    except (OSError, LogError, StepFailed):
-        raise
-    except Exception as error:
-        raise StepFailed(_said(error), suspects()) from error
 
 
 class Trainer:
@@ -123,6 +70,8 @@ class Trainer:
         self.steps = 0
         self.covers_ms = 0
         self.breaker = Breaker(config)
+        self.buried: set[str] = set()
+        """Contents of `item` records with which a step failed: a restart, which reads that topic again, leaves them out, too."""
 
     def step(self, records: Sequence[Record], entry: Entry) -> StepReport:
         """Take the records in order, close what is due at the entry's log time, train on it.
@@ -130,10 +79,16 @@ class Trainer:
         StepFailed: the state is neither that of before nor that of after; throw it away.
         """
         report = StepReport()
+        with blaming(list):
+            self._step(records, entry, report)
+        return report
+
+    def _step(self, records: Sequence[Record], entry: Entry, report: StepReport) -> None:
         if entry.resume:
             self.breaker.resume(entry.resume)
         elif entry.learn and self.breaker.skipping:  # all of that is read: what it opened is left out, too
             self.breaker.close()
+            self.ledger.lost(self.joiner.waiting(), ledger.UNLEARNED)
             self.joiner.drop_all()
         if entry.now_ms < self.covers_ms:
             self._set_back(entry.now_ms)
@@ -147,12 +102,18 @@ class Trainer:
             if (dropped := self.joiner.drop(unit.removeprefix(REQUEST))) is not None:
                 report.dead_letters.append(DeadLetter(record=dropped, reason=reason, kind="failed"))
         self.train(report, entry.now_ms, entry.learn)
-        return report
 
     def units(self, records: Sequence[Record], now_ms: int) -> list[str]:
         """All that a step of these records is made of, and that can be left out of it."""
         due = self.joiner.due_requests(now_ms)
-        return [*map(place_of, records), *(REQUEST + name for name in due), POSITIVES, EXPLORED]
+        held = self.joiner.held_requests()
+        return [
+            *map(place_of, records),
+            *(REQUEST + name for name in due),
+            *(HELD + name for name in held),
+            POSITIVES,
+            EXPLORED,
+        ]
 
     def _leave_out(self, unit: str, reason: str, report: StepReport) -> None:
         if unit.startswith(HELD):
@@ -172,6 +133,8 @@ class Trainer:
             if entry.without and (reason := entry.without.get(place_of(record))) is not None:
                 report.dead_letters.append(DeadLetter(record=record, reason=reason, kind="failed"))
                 self.ledger.took(partition_of(record), record.offset, ledger.DEAD)
+                if record.topic == "item":
+                    self.buried.add(content_of(record))
                 continue
             time_ms = log_ms(record, entry.wall_ms)
             report.ahead += time_ms < record.time_ms
@@ -186,11 +149,11 @@ class Trainer:
                 else:
                     others.append(place_of(record))
         if first is not None:
-            raise StepFailed(_said(first), suspects, others) from first
+            raise StepFailed(said(first), suspects, others) from first
 
     def train(self, report: StepReport, now_ms: int, learn: bool = True) -> None:
         """The second half of a step: labels that are final at `now_ms`, then what is due by step number."""
-        with _blaming(lambda: [REQUEST + self.joiner.closing] if self.joiner.closing else []):
+        with blaming(lambda: [REQUEST + self.joiner.closing] if self.joiner.closing else []):
             report.emissions = list(self.joiner.close(now_ms))
         for emission in report.emissions:
             self.ledger.final(emission.labels, emission.final, emission.shown, learned=learn)
@@ -205,13 +168,13 @@ class Trainer:
             self._learn(report, now_ms)
             self._watch(report.emissions)
         if self.bandit:
-            with _blaming(lambda: [EXPLORED]):
+            with blaming(lambda: [EXPLORED]):
                 self.bandit.step(now_ms, learn)
             report.rewards = self.bandit.take_outcomes()
         self.covers_ms = max(self.covers_ms, now_ms)
         self.steps += 1
         if self.steps % self.config.training.expire_every_steps == 0:
-            with _blaming(list):
+            with blaming(list):
                 report.expired = self.tables.expire(now_ms)
 
     def _set_back(self, now_ms: int) -> None:
@@ -235,6 +198,12 @@ class Trainer:
         except BadInput as error:
             report.dead_letters.append(DeadLetter(record=record, reason=str(error)))
             return ledger.DEAD
+
+    def known(self, record: Record) -> None:
+        """Take a record of `item` again, which a step before the checkpoint took."""
+        if not self.buried or content_of(record) not in self.buried:
+            with contextlib.suppress(BadInput):  # it is a dead letter since then
+                self.item(messages.parse_item(record.value, key=record.key))
 
     def item(self, item: Item) -> None:
         self.catalogue.apply(item)
@@ -261,7 +230,7 @@ class Trainer:
             report.count("impression_too_late")
             return "impression_too_late"
         held = [HELD + impression.request_id] if self.joiner.holds(impression.request_id) else []
-        with _blaming(lambda: held):
+        with blaming(lambda: held):
             outcome = self.joiner.impression(impression, now_ms)
         report.count("impression_" + outcome)
         if outcome == "opened":
@@ -296,7 +265,7 @@ class Trainer:
         if outcome != "early":  # counted once it is known what becomes of it
             report.count(outcome)
         if self.towers:
-            with _blaming(lambda: [POSITIVES]):
+            with blaming(lambda: [POSITIVES]):
                 learned = self.towers.feedback(feedback, now_ms)
             if not learned:
                 report.skipped("two_tower")
@@ -325,7 +294,7 @@ class Trainer:
     def _learn_batch(
         self, batch: Sequence[tuple[Emission, Index]], first: bool, report: StepReport, now_ms: int
     ) -> None:
-        with _blaming(lambda: [REQUEST + emission.request_id for emission, _ in batch]):
+        with blaming(lambda: [REQUEST + emission.request_id for emission, _ in batch]):
             culprits = self.learner.learn(
                 Batch(
                     features=[decode(self.schema, e.features).take(rows) for e, rows in batch],
@@ -356,6 +325,7 @@ class Trainer:
             "steps": self.steps,
             "covers_ms": self.covers_ms,
             "breaker": self.breaker.state(),
+            "buried": sorted(self.buried),
             "joiner": self.joiner.state(),
             "ledger": self.ledger.state(),
             "waiting": {"labels": self.joiner.waiting(), "held": self.joiner.num_held},
@@ -368,6 +338,7 @@ class Trainer:
             self.breaker.restore(state["breaker"])
         else:  # of a release whose breaker knew only labels: it is judged anew
             self.breaker.is_open = state["breaker_open"]
+        self.buried = set(state.get("buried", ()))
         self.joiner.restore(state["joiner"])
         if "ledger" in state:
             self.ledger.restore(state["ledger"])

@@ -24,7 +24,8 @@ from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.training.intake import CONSUMER
 from recsys.training.runner import Runner
-from recsys.training.trainer import StepReport, Trainer
+from recsys.training.steps import StepReport
+from recsys.training.trainer import Trainer
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.tables import TableGauges

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from recsys.clock import ManualClock, SystemClock
@@ -48,12 +47,8 @@ def opens(trainer: TrainerAlone, name: str) -> float:
     return trainer.metric("recsys_examples_total")
 
 
-def why_not_ready(trainer: TrainerAlone) -> str:
-    return str(httpx.get(f"http://127.0.0.1:{trainer.port}/readyz", timeout=10.0).json()["reason"])
-
-
 def is_open(trainer: TrainerAlone) -> bool:
-    return "breaker open" in why_not_ready(trainer)
+    return "breaker open" in trainer.why_not_ready()
 
 
 def test_feedback_that_comes_keeps_it_closed_whatever_becomes_of_it(trainer: TrainerAlone) -> None:
@@ -68,7 +63,7 @@ def test_feedback_that_comes_keeps_it_closed_whatever_becomes_of_it(trainer: Tra
 def test_what_an_operator_says_outlives_the_process(trainer: TrainerAlone) -> None:
     opens(trainer, "silence")
     wait_for(lambda: trainer.metric("recsys_breaker_open"), "its gauge", START_S)
-    assert "recsys trainer resume --learn | --skip" in why_not_ready(trainer)
+    assert "recsys trainer resume --learn | --skip" in trainer.why_not_ready()
     trainer.shows(["waits-1", "waits-2"])
 
     assert recsys("trainer", "resume", "--learn", "--config", trainer.file).returncode == 0

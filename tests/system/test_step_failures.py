@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,10 +15,11 @@ from tests.system.trainer_alone import LABELS, TrainerAlone, click
 pytestmark = pytest.mark.system
 
 HOOK = """
-import os, signal
+import os, signal, time
 import orjson
 loads = orjson.loads
 def hooked(data):
+    if os.path.exists(SLOW): time.sleep(0.5)
     if isinstance(data, bytes) and b'"raises' in data: raise RuntimeError("a fault that nobody foresaw")
     if isinstance(data, bytes) and b'"kills' in data: os.kill(os.getpid(), signal.SIGKILL)
     return loads(data)
@@ -27,7 +29,8 @@ orjson.loads = hooked
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerAlone]:
-    alone = TrainerAlone(tmp_path_factory.mktemp("steps"), hook=HOOK)
+    folder = tmp_path_factory.mktemp("steps")
+    alone = TrainerAlone(folder, hook=f"SLOW = {str(folder / 'slow')!r}\n{HOOK}")
     alone.items(10)
     try:
         yield alone
@@ -66,3 +69,14 @@ def test_a_step_that_ended_two_processes_is_learned_by_the_third_without_what_en
     assert trainer.stop() == 0, trainer.said()
     saved = json.loads((trainer.data / "trainer" / "manifest.json").read_text())
     assert saved["step"] == list(Journal(trainer.data / "trainer").entries(1))[-1].step, "every step is in a checkpoint"
+
+
+def test_a_trainer_that_restores_for_long_stops_when_told_to(trainer: TrainerAlone) -> None:
+    (trainer.folder / "slow").touch()  # 10 items, half a second each
+    process = trainer.spawn()
+    why = wait_for(trainer.why_not_ready, "why it is not ready", START_S)
+    assert why == "restoring"
+    started_s = time.monotonic()
+    process.terminate()
+    assert process.wait(START_S) == 0, trainer.said()
+    assert time.monotonic() - started_s < 10

@@ -73,6 +73,13 @@ class TrainerAlone:
         except httpx.HTTPError:
             return False
 
+    def why_not_ready(self) -> str:
+        """What /readyz says; empty when it is ready, or does not answer yet."""
+        try:
+            return str(httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5.0).json()["reason"])
+        except httpx.HTTPError:
+            return ""
+
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         assert self.process is not None

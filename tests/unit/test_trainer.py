@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from recsys.bandit.served import Served
@@ -34,7 +35,8 @@ from recsys.training.epochs import newest_published, take_epoch
 from recsys.training.journal import Entry
 from recsys.training.runner import Runner
 from recsys.training.spill import Place
-from recsys.training.trainer import StepReport, Trainer
+from recsys.training.steps import StepReport
+from recsys.training.trainer import Trainer
 from recsys.types import Batch, Feedback, Impression, ShownItem
 
 GAPS = (
@@ -413,3 +415,17 @@ def test_a_trainer_whose_folder_was_deleted_outranks_what_it_published(log: Memo
     assert take_epoch(tmp_path, published) == 7
     assert take_epoch(tmp_path, published) == 8
     assert newest_published(log, 3) == 3, "nothing was published"
+
+
+def test_an_item_with_which_a_step_failed_is_left_out_of_the_catalogue_of_a_restart(
+    log: MemoryLog, tmp_path: Path
+) -> None:
+    trainer = Trainer(configuration(tmp_path), tmp_path)
+    items = log.read("item", 0, 0)[:3]
+    report = trainer.step(items, Entry(step=1, now_ms=1, ends={}, without={"item/0/1": "it raised"}))
+    assert [letter.record.offset for letter in report.dead_letters] == [1]
+    again = Trainer(configuration(tmp_path), tmp_path)
+    again.restore_small(orjson.loads(orjson.dumps(trainer.small_state(), option=orjson.OPT_SERIALIZE_NUMPY)))
+    for item in items:
+        again.known(item)
+    assert [again.catalogue.row(item.key) is not None for item in items] == [True, False, True]
