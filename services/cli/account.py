@@ -136,10 +136,11 @@ def _partition(found: _Account, key: str, cut: int, read: _Read, ledger: Mapping
     outcomes = ledger["records"].get(key, {})
     since, taken = ledger["since"].get(key, cut), sum(outcomes.values())
     aged = max(0, read.begin - since)
-    accepted = read.records + aged
-    """Offsets that retention dropped held a record each, but for markers of transactions."""
+    compacted = read.holes if key.startswith("item/") else 0
+    accepted = read.records + aged + compacted
+    """Offsets that retention and compaction dropped held a record each, but for markers of transactions."""
     why = []
-    if accepted != taken and not (read.holes and read.records <= taken <= accepted + read.holes and aged):
+    if not (read.records <= taken <= accepted if aged or compacted else taken == accepted):
         why.append(f"the log holds {accepted} records since offset {since}, the trainer took {taken}")
     missing = outcomes.get(DEAD, 0) - len([offset for offset in letters if since <= offset < cut])
     if missing > 0 and not aged:
@@ -155,7 +156,7 @@ def _partition(found: _Account, key: str, cut: int, read: _Read, ledger: Mapping
         "gap": ledger["gaps"].get(key, 0),
         "outcomes": outcomes,
         "since": since,
-        "aged_out": aged,
+        "aged_out": aged + compacted,
         "closes": not why,
     }
     found.why += [f"{key}: {one}" for one in why]
