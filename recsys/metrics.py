@@ -133,6 +133,11 @@ COUNTERS_FULL = _gauge(
 HELD_FULL = _gauge(
     "recsys_held_full_ratio", "Share of what may wait for its item or impression; at 1 the oldest is given up."
 )
+USER_STATE_FULL = _gauge(
+    "recsys_user_state_full_ratio",
+    "Share of the bytes for embedded user state; at 1 users leave, the longest away first.",
+)
+USERS_LEFT = _counter("recsys_users_left_total", "Users whose embedded state made room for others.")
 LOOKUP_SECONDS = _histogram(
     "recsys_lookup_seconds",
     "Time of one row lookup at the parameter service, as the caller sees it.",

@@ -23,7 +23,7 @@ class LogConfig(Section):
     spool_bytes: int = Field(256 * 2**20, ge=2**16)
     """Bytes of accepted records that may wait for the broker; beyond it feedback answers 503."""
     retention_bytes: int = Field(4 * 2**30, ge=2**20)
-    """Bytes kept of each topic of the embedded log once every reader is past them."""
+    """Bytes kept of each topic of the embedded log once every reader is past them, and of embedded user state."""
 
 
 class StateConfig(Section):

@@ -13,4 +13,5 @@ def open_state(config: Config) -> StateStore:
     state = config.state
     if state.kind == "redis":
         return RedisState(state.url, state.prefix, state.history_len, state.seen_len)
-    return SqliteState(config.data_dir / "state.db", state.history_len, state.seen_len)
+    most = config.log.retention_bytes
+    return SqliteState(config.data_dir / "state.db", state.history_len, state.seen_len, most)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from recsys import metrics
 from recsys.errors import StateUnavailable
 from recsys.state.merge import (
     UserEntry,
@@ -26,19 +27,36 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS history (user_id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS seen (user_id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS items (user_id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS users (user_id TEXT PRIMARY KEY, day INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS users_by_day ON users (day);
 CREATE TABLE IF NOT EXISTS positions (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS logs (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
+# A file of before has users, but not when they were last there: they are taken for the longest away.
+_OLDER = """
+INSERT OR IGNORE INTO users
+SELECT user_id, 0 FROM history UNION SELECT user_id, 0 FROM seen UNION SELECT user_id, 0 FROM items
+"""
+_TABLES = ("history", "seen", "items", "users")
+_LEAVE = 100
+"""At least so many users may leave with one transaction: half makes room more slowly, double keeps readers waiting longer."""
+_DAY_MS = 86_400_000
 _GET = "SELECT " + ", ".join(
     f"(SELECT value FROM {table} WHERE user_id = ?1)" for table in ("history", "seen", "items")
 )
 
 
 class SqliteState:
-    """See StateStore. A power loss may take the last transactions, positions included: the log gives them again."""
+    """See StateStore. A power loss may take the last transactions, positions included: the log gives them again.
 
-    def __init__(self, path: Path, history_len: int, seen_len: int) -> None:
+    While the file holds more than `max_bytes`, the users leave that were away for the most days; their pages are used again.
+    """
+
+    def __init__(self, path: Path, history_len: int, seen_len: int, max_bytes: int = 4 * 2**30) -> None:
         self._path = path
+        self._max_bytes = max_bytes
+        self.full_ratio = 0.0
+        """Bytes in use over `max_bytes`, as of the last update."""
         self._history_len = history_len
         self._seen_len = seen_len
         self._read_lock = threading.Lock()
@@ -46,6 +64,8 @@ class SqliteState:
         with self._mapped():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._writing = self._connect()
+            if not self._writing.execute("SELECT EXISTS (SELECT 1 FROM users)").fetchone()[0]:
+                self._writing.execute(_OLDER)
             self._reading = self._connect()
             self._reading.execute(_GET, ("",)).fetchone()
 
@@ -68,7 +88,8 @@ class SqliteState:
 
     def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
         with self._transaction() as connection:
-            self._write(connection, updates)
+            users = self._write(connection, updates)
+            self._make_room(connection, max(_LEAVE, 2 * users))
             connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
 
     def logs(self) -> dict[str, str]:
@@ -93,8 +114,22 @@ class SqliteState:
                     connection.execute("ROLLBACK")
                 raise
 
-    def _write(self, connection: sqlite3.Connection, updates: Sequence[UserUpdate]) -> None:
+    def _make_room(self, connection: sqlite3.Connection, most: int) -> None:
+        """Let up to `most` users leave: twice as many as came, so that no flood of new ones is faster."""
+        size, pages, free = (
+            connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
+        )
+        self.full_ratio = (pages - free) * size / self._max_bytes
+        if self.full_ratio > 1.0:
+            away = connection.execute("SELECT user_id FROM users ORDER BY day LIMIT ?", (most,)).fetchall()
+            for table in _TABLES:
+                connection.executemany(f"DELETE FROM {table} WHERE user_id = ?", away)
+            metrics.USERS_LEFT.inc(len(away))
+
+    def _write(self, connection: sqlite3.Connection, updates: Sequence[UserUpdate]) -> int:
+        """Apply the updates; of how many users they are."""
         entries: dict[str, UserEntry] = {}
+        days: dict[str, int] = {}
         history: dict[str, None] = {}
         seen: dict[str, None] = {}
         for update in updates:
@@ -103,6 +138,8 @@ class SqliteState:
                 history_, seen_, items_ = connection.execute(_GET, (user_id,)).fetchone()
                 entries[user_id] = UserEntry(unpack_history(history_), unpack_seen(seen_), unpack_items(items_))
             entries[user_id].apply(update, self._history_len, self._seen_len)
+            times = (event.time_ms for event in (*update.events, *update.acted))
+            days[user_id] = max(days.get(user_id, 0), update.seen_ms // _DAY_MS, max(times, default=0) // _DAY_MS)
             if update.events or update.forget:
                 history[user_id] = None
             if update.seen or update.forget:
@@ -119,9 +156,14 @@ class SqliteState:
             "INSERT OR REPLACE INTO items VALUES (?, ?)",
             [(u, pack_items(entry.acted, entry.hidden)) for u, entry in entries.items() if entry.items_changed],
         )
+        connection.executemany(
+            "INSERT INTO users VALUES (?, ?) ON CONFLICT (user_id) DO UPDATE SET day = excluded.day WHERE excluded.day > day",
+            days.items(),
+        )
         gone = [(u,) for u, e in entries.items() if not (e.history or e.seen or e.acted or e.hidden)]
-        for table in ("history", "seen", "items"):
+        for table in _TABLES:
             connection.executemany(f"DELETE FROM {table} WHERE user_id = ?", gone)
+        return len(entries)
 
     def get(self, user_id: str) -> UserState:
         with self._read_lock, self._mapped():

@@ -296,6 +296,7 @@ class RankingService:
     def _follow_dense(self) -> bool:
         metrics.READY.set(not self.not_ready())
         self.sources.tell()
+        metrics.USER_STATE_FULL.set(getattr(self.store, "full_ratio", 0.0))
         metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.full_ratio))
         self.scorer.poll()
         if self.scorer.refresh():
