@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from recsys.types import Int64
+from recsys.types import Bool, Int64
 
 _LEAST = 1e-8
 
@@ -69,6 +69,14 @@ class Frequency:
         self._row = {key: row for row, key in enumerate(state["keys"].tolist())}
         self._last, self._count = state["last"].astype(np.int64), state["count"].astype(np.int64)
         self._gap = state["gap"].astype(np.float64)
+
+    def keep(self, kept: Bool) -> None:
+        """Forget the keys, in the order of `state`, that are not `kept`."""
+        self.restore({name: array if name == "step" else array[kept] for name, array in self.state().items()})
+
+    def keys(self) -> Int64:
+        """Every key known, in the order of `state`."""
+        return np.fromiter(self._row, np.int64, len(self._row))
 
     def _rows(self, keys: Int64) -> npt.NDArray[np.intp]:
         """Row of each key, -1 where unknown."""

@@ -30,6 +30,8 @@ from recsys.types import Bool, Feedback, Impression, Int64
 
 BATCH = 64
 """Positives of one step: in-batch negatives of half as many teach little, double waits longer for the first."""
+_GONE = 1000
+"""So many items that are gone may have a frequency, whatever the catalogue's size, before they are looked for."""
 
 
 class TowerLearner:
@@ -129,6 +131,8 @@ class TowerLearner:
         mine, history, items = fused.take_fields(values, values.shape[1], parts)
         self.steps += 1
         positives: Int64 = item_keys[: len(batch), 0]
+        if len(self.frequency) > 2 * self._catalogue.num_alive + _GONE:
+            self._forget_gone()
         self.frequency.update(self.steps, positives)
         self.model.train()
         users = self.model.user_vectors(mine, history, torch.from_numpy(present))
@@ -150,6 +154,11 @@ class TowerLearner:
         self.optimizer.step()
         self._table.apply_gradients(block.slots, block.keys, gradient, now_ms)
         return True
+
+    def _forget_gone(self) -> None:
+        """Items that are no longer in the catalogue need no frequency: it holds at most twice as many as there are."""
+        rows = self._catalogue.rows_of(self.frequency.keys())
+        self.frequency.keep((rows >= 0) & self._catalogue.alive[rows])
 
     def _lay_out(self, batch: list[Positive], item_keys: Int64, item_mask: Bool) -> tuple[Block, list[Index], Bool]:
         """Rows to look up, the places of users, histories and items among them, and which history entries are present."""

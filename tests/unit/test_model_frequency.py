@@ -91,3 +91,15 @@ def test_steps_must_rise() -> None:
     frequency.update(3, keys(1))
     with pytest.raises(ValueError, match="above the last one, 3"):
         frequency.update(3, keys(1))
+
+
+def test_what_is_kept_goes_on_as_it_was() -> None:
+    whole, part = Frequency(), Frequency()
+    for step, keys in enumerate(([1, 2, 3], [2, 4], [1, 5]), start=1):
+        whole.update(step, np.array(keys))
+        part.update(step, np.array(keys))
+    part.keep(np.isin(part.keys(), [2, 5]))
+    assert part.keys().tolist() == [2, 5]
+    for frequency in (whole, part):
+        frequency.update(4, np.array([5, 6]))
+    assert part.probability(np.array([2, 5, 6])).tolist() == whole.probability(np.array([2, 5, 6])).tolist()

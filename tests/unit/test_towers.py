@@ -232,3 +232,20 @@ def test_an_item_deleted_while_the_batch_fills_is_learned_as_it_was() -> None:
     for number in range(1, BATCH):
         model.feedback(click(f"u{number}", 1 + number % (ITEMS - 1), context={"place": "home"}), 0)
     assert model.steps == 1 and before.any()
+
+
+def test_frequencies_of_items_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys.training.towers._GONE", 10)
+    model = learner()
+    catalogue = model._catalogue
+    for first in range(0, 40 * BATCH, BATCH):
+        for number in range(first, first + BATCH):
+            catalogue.apply(Item(item_id=f"i{number}", attributes={"category": "c"}))
+            model.feedback(click(f"u{number}", number, context={"place": "home"}), number)
+        for number in range(first, first + BATCH):
+            if number % 32:
+                catalogue.apply(Item(item_id=f"i{number}", deleted=True))
+        assert len(model.frequency) <= 2 * (catalogue.num_alive + BATCH) + 10 + BATCH
+    assert model.steps == 40
+    known, alive = set(model.frequency.keys().tolist()), {key_of(f"i{n}") for n in range(0, 39 * BATCH, 32)}
+    assert alive <= known, "an item that is there keeps its own"
