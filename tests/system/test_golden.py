@@ -42,7 +42,8 @@ def test_data_folder_of_an_earlier_version_opens_with_nothing_lost(name: str, tm
         for user_id, events in expected["histories"].items():
             assert system.history(user_id) == events
         assert system.metric("recsys_catalogue_items") == expected["items_alive"]
-        assert system.metric("recsys_bandit_clusters", "trainer") >= expected["clusters"]
+        clusters = expected["clusters"]
+        wait_for(lambda: system.metric("recsys_bandit_clusters", "trainer") >= clusters, "the clusters are there")
 
         def labels_after() -> dict[str, float]:
             return by_label(system, "trainer", "recsys_examples_total")
