@@ -86,6 +86,11 @@ class Catalogue:
         return self._size
 
     @property
+    def num_changes(self) -> int:
+        """Upserts, deletions and rows given up since it was made."""
+        return self._changes.count
+
+    @property
     def num_bytes(self) -> int:
         """What the items take, about, with what is kept of them elsewhere."""
         rows = (self._size - self._vacancies.num_without) * self._row_bytes
@@ -254,6 +259,8 @@ class Catalogue:
             if len(rows):
                 self._rows.remove(rows)
                 self.found[rows] = False
+                for row in rows.tolist():
+                    self._changes.add(row)
                 for told in self.on_free:
                     told(rows)
                 self._vacancies.rest(rows)

@@ -99,6 +99,7 @@ class RankingService:
         self._item_ends: dict[int, int] = {}
         """Of what there was at the start: once it is read, the catalogue is ready."""
         self._catalogue_saved: dict[int, int] = {}
+        self._changes_saved = 0
         self._catalogue_saved_s = 0.0
         self.intake = Intake(config, log, clock, self.sources, lambda: self.catalogue_ready and self.state_ready)
         self.consumer.on_feedback = self.intake.heard
@@ -163,18 +164,20 @@ class RankingService:
         found = catalogue_file.load(self._folder, self.sources, self.schema, bounds, now_ms)
         if found is not None:
             self._item_positions.update(found)
-            self._catalogue_saved = found
+            self._catalogue_saved, self._changes_saved = found, self.sources.catalogue.num_changes
             logger.info("catalogue of %d items restored", self.sources.catalogue.num_alive)
 
     def _save_catalogue(self) -> None:
         """When a hundredth of it changed, or anything did and the file is old: writing a million items takes a second of one core."""
         read, now_s = dict(self._item_positions), self.clock.monotonic_s()
-        changes = sum(read.values()) - sum(self._catalogue_saved.get(p, 0) for p in read)
+        changed = self.sources.catalogue.num_changes  # by rows that were given up, too
+        records = sum(read.values()) - sum(self._catalogue_saved.get(p, 0) for p in read)
+        changes = max(records, changed - self._changes_saved)
         many = changes > self.sources.catalogue.num_alive / 100
         if self.catalogue_ready and changes and (many or now_s - self._catalogue_saved_s > CATALOGUE_S):
             logs = positions.identities(self.log, (f"item/{partition}" for partition in read))
             catalogue_file.save(self._folder, self.sources, self.schema, read, logs, self.clock.now_ms())
-            self._catalogue_saved, self._catalogue_saved_s = read, now_s
+            self._catalogue_saved, self._changes_saved, self._catalogue_saved_s = read, changed, now_s
 
     def _run(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
         thread = threading.Thread(target=self._loop, args=(name, turn, pause_s), name=name, daemon=True)

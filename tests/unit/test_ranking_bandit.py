@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -342,3 +343,42 @@ def test_users_of_another_schema_or_a_torn_file_are_not_used(tmp_path: Path) -> 
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-10])
     assert recent_users.load(tmp_path, world.schema) == []
+
+
+def test_users_are_forgotten_while_requests_add_others() -> None:
+    world, stop, failed = World(), threading.Event(), []
+    world.prepare()
+    user = world.user()
+
+    def request(number: int) -> None:
+        try:
+            while not stop.is_set():
+                world.bandit.activate("g", user, CENTROIDS[number])
+        except Exception as error:  # noqa: BLE001 - the test's answer
+            failed.append(error)
+
+    threads = [threading.Thread(target=request, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(300):
+            world.bandit.forget(key_of("u" if turn % 3 else "another"))
+            assert all(one.user is user for one in world.bandit.recent)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+
+
+def test_a_row_that_becomes_another_items_leaves_the_graphs() -> None:
+    world = World()
+    world.prepare()
+    before = world.active(CENTROIDS[0])
+    assert before.graph is not None
+    gone = np.unique(before.graph.rows[before.graph.rows >= 0])[:5]
+    world.bandit.forget_rows(gone)
+    world.bandit.refresh()
+    for graph in (world.active(CENTROIDS[0]).graph, world.bandit._spaces["g"].graph):
+        assert graph is not None and not np.isin(graph.rows, gone).any() and (graph.rows >= 0).any()
+    assert np.isin(before.graph.rows, gone).any()  # a request under way keeps what it saw
