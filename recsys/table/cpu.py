@@ -13,7 +13,7 @@ import numpy as np
 from recsys.table import kernels, optimizers, upkeep, worth
 from recsys.table.admission import Admission
 from recsys.table.base import Layout, Pending, Rows, Touched
-from recsys.table.cpu_arrays import STORED, Turn, decoded, new_values, parts, ready, segments
+from recsys.table.cpu_arrays import LOCK_ROWS, STORED, Turn, decoded, new_values, parts, ready, segments
 from recsys.table.cursors import Cursors
 from recsys.table.index import KeyIndex, group
 from recsys.table.kernels import Store
@@ -50,9 +50,7 @@ class CpuTable:
     def __init__(self, layout: Layout) -> None:
         check_layout(layout)
         if len(layout.slots) + layout.capacity > kernels.MAX_ROW:
-            raise ValueError(
-                f"layout {layout.name!r}: a CPU table holds at most {kernels.MAX_ROW} rows, not {layout.capacity}"
-            )
+            raise ValueError(f"layout {layout.name!r}: capacity {layout.capacity} is more than a CPU table's 2^28 rows")
         self.layout = layout
         self.evicted = self.refused = 0
         slots = sorted(layout.slots)
@@ -270,8 +268,11 @@ class CpuTable:
         with self._writer:
             self._require_room(slots, keys, None, every=True)
             stamps, uses = self._stamps.of_all(np.asarray(rows.last_seen_ms, np.int64)), rows.levels
-            # All at once: rows may come in the order of this very index, and would crowd one end of a smaller one.
-            self._index.reserve(min(len(keys), self.layout.capacity - len(self)))
+            # Rows may come in the order of this very index, and would crowd one end of a smaller one.
+            missing = sum(self._index.find(slots[part], keys[part])[1] for part in parts(len(keys)))
+            for extra in range(0, min(missing, self.layout.capacity - len(self)), LOCK_ROWS):
+                with self._turn:
+                    self._index.reserve(extra)
             for part in parts(len(keys)):
                 with self._turn:
                     at = self._put(slots[part], keys[part], values[part], 0)
