@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ KEPT = 0.25
 """Deleted items that are still found, as a share of those alive: half knows less of what histories name, double takes a fifth more memory."""
 KEPT_BELOW = 0.8
 """Of the bound: where there is less room than that, deleted items make it."""
+NO_LOCK: AbstractContextManager[object] = nullcontext()
 _TEXTS = ("ids", "titles", "documents")
 _ARRAYS = ("keys", "mask", "born", "alive")
 """Who reads two of them reads the later first: they grow in this order."""
@@ -249,18 +250,22 @@ class Catalogue:
             else:
                 texts[row] = text
 
-    def free_rows(self) -> None:
+    def free_rows(self, lock: AbstractContextManager[object] = NO_LOCK) -> None:
         """Give up the rows of items deleted longest ago, beyond what is kept of them, and let new items have those that nobody holds any
-        more. The writer calls it, after changes; it takes as many at once as are worth telling everybody."""
+        more. The writer calls it, after changes; it takes as many at once as are worth telling everybody.
+
+        `lock`: held by those who find a row and keep something by it; held here only while items stop being found, not while all are told.
+        """
         keep = int(self._keep * self.num_alive) if self.full_ratio < KEPT_BELOW else 0
         batch, spare = max(1, len(self) // 100), self._vacancies.num_left - keep
         if spare >= batch or (spare > 0 and not keep):
-            rows = self._vacancies.give_up(keep)
-            if len(rows):
+            with lock:
+                rows = self._vacancies.give_up(keep)
                 self._rows.remove(rows)
                 self.found[rows] = False
-                for row in rows.tolist():
-                    self._changes.add(row)
+            for row in rows.tolist():
+                self._changes.add(row)
+            if len(rows):
                 for told in self.on_free:
                     told(rows)
                 self._vacancies.rest(rows)

@@ -92,11 +92,10 @@ class Sources:
 
     def free_rows(self) -> None:
         """Let new items have the rows of items deleted long ago. The writer calls it, after changes."""
-        with self.lock:
-            self.catalogue.free_rows()
+        self.catalogue.free_rows(self.lock)
 
     def forget_rows(self, rows: Int32) -> None:
-        """These rows will be other items': nothing is kept by them. Called by the catalogue, with the lock held."""
+        """These rows will be other items': nothing is kept by them. Called by the catalogue, which does not find them any more."""
         for part in (self.trending, self.covisits, self.followed, self.following):
             if part is not None:
                 part.forget_rows(rows)

@@ -17,6 +17,9 @@ PAIR_BYTES = 100
 _MAX_EXPONENT = 400
 """Half-lives of an item's own clock after which its sums are rescaled; with the time's 512 it stays below float64's 1,023."""
 
+_AT_ONCE = 200
+"""Items whose pairs are looked through while readers wait: a millisecond or two."""
+
 
 class _Neighbours:
     """The pairs of one item: forward-decayed sums by neighbour, the clock that counts what was added, and what was lost.
@@ -142,18 +145,27 @@ class CoVisits:
             del self._items[source]
 
     def forget_rows(self, rows: Int32) -> None:
-        """These rows will be other items': their pairs are gone. Time is proportional to all pairs: give many at once."""
+        """These rows, which nobody counts any more, will be other items': their pairs are gone. Time is proportional to all pairs (give many
+        at once); readers wait for a few of them."""
         gone = set(rows.tolist())
         with self._lock:
             for row in gone & self._items.keys():
                 self._num_pairs -= len(self._items.pop(row).sums)
-            for source, item in list(self._items.items()):
-                if not gone.isdisjoint(item.sums):
-                    self._num_pairs -= len(item.sums)
-                    item.sums = {target: total for target, total in item.sums.items() if target not in gone}
-                    self._num_pairs += len(item.sums)
-                    if not item.sums:
-                        del self._items[source]
+            sources = list(self._items)
+        for start in range(0, len(sources), _AT_ONCE):
+            with self._lock:
+                for source in sources[start : start + _AT_ONCE]:
+                    self._without(source, gone)
+
+    def _without(self, source: int, gone: set[int]) -> None:
+        item = self._items.get(source)
+        if item is None or gone.isdisjoint(item.sums):
+            return
+        before = len(item.sums)
+        item.sums = {target: total for target, total in item.sums.items() if target not in gone}
+        self._num_pairs -= before - len(item.sums)
+        if not item.sums:
+            del self._items[source]
 
     def error(self, row: int, now_ms: int) -> float:
         """How much too low the count of a pair of `row` may be at most, as of `now_ms`."""

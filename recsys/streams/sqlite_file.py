@@ -181,8 +181,8 @@ class LogFile:
         )
         # The newest row stays, so that no number is given twice.
         self.writing.execute(
-            "DELETE FROM log WHERE seq < ? AND time_ms < ? AND length(value) < ? AND CASE WHEN json_valid(CAST(value AS TEXT)) "
-            "THEN json_extract(CAST(value AS TEXT), '$.deleted') = 1 END",
+            "DELETE FROM log WHERE seq < ? AND time_ms < ? AND length(value) < ? AND CASE WHEN length(value) = 0 THEN 1 "
+            "WHEN json_valid(CAST(value AS TEXT)) THEN json_extract(CAST(value AS TEXT), '$.deleted') = 1 END",
             (min(stop, last), now_ms - DELETED_MS, _DELETION_BYTES),
         )
 

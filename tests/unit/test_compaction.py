@@ -54,11 +54,11 @@ def test_deletions_are_kept_for_a_day(tmp_path: Path) -> None:
     clock = ManualClock(START_MS)
     log = SqliteLog(tmp_path, clock=clock)
     written(log, *(item(f"i{n}", 0) for n in range(600)), *(Item(item_id=f"i{n}", deleted=True) for n in range(500)))
-    log.append("item", [("odd", b"no JSON"), ("list", b"[1]")])
-    log.commit("trainer", "item", 0, 1102)
+    log.append("item", [("odd", b"no JSON"), ("list", b"[1]"), ("i500", b"")])
+    log.commit("trainer", "item", 0, 1103)
     clock.advance(DELETED_MS - 1000)
     written(log, *(item(f"j{n}", 0) for n in range(600)), Item(item_id="j0", deleted=True))
-    log.commit("trainer", "item", 0, 1703)
+    log.commit("trainer", "item", 0, 1704)
     log.close()
     log = compacted(tmp_path, clock)
     assert sum(b'"deleted":true' in record.value for record in log.read("item", 0, 0, 10_000)) == 501
@@ -66,8 +66,8 @@ def test_deletions_are_kept_for_a_day(tmp_path: Path) -> None:
     clock.advance(2000)
     log = compacted(tmp_path, clock)
     left = kept(log)
-    assert {key for _, key in left} == {f"i{n}" for n in range(500, 600)} | {f"j{n}" for n in range(600)} | {
+    assert {key for _, key in left} == {f"i{n}" for n in range(501, 600)} | {f"j{n}" for n in range(600)} | {
         *("odd", "list", "last")
     }
-    assert left[-1][0] == 1704
+    assert left[-1][0] == 1705
     log.close()
