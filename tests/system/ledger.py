@@ -36,14 +36,16 @@ def of(config: Config, impressions: Sequence[Record], feedback: Sequence[Record]
     windows = {kind: (task.name, task.window_s * 1000) for task in config.tasks for kind in task.types}
     positives: set[tuple[str, str, str]] = set()
     outcomes: Counter[str] = Counter()
-    histories: dict[str, dict[str, set[tuple[int, str]]]] = defaultdict(lambda: defaultdict(set))
+    histories: dict[str, dict[str, dict[str, tuple[int, int, int]]]] = defaultdict(lambda: defaultdict(dict))
     for record in feedback:
         if record.value in bad:
             continue
         message = json.loads(record.value)
         kind = message["type"]
         if kind in config.features.history_types:
-            histories[message["user_id"]][kind].add((min(message["time_ms"], record.time_ms), message["event_id"]))
+            # Events of one time lie as they arrived.
+            place = min(message["time_ms"], record.time_ms), record.partition, record.offset
+            histories[message["user_id"]][kind].setdefault(message["event_id"], place)
         outcome = _outcome(message, record.time_ms, shown, windows)
         outcomes[outcome] += 1
         if outcome == "in_time" and kind in windows:
@@ -57,12 +59,15 @@ def of(config: Config, impressions: Sequence[Record], feedback: Sequence[Record]
     return Ledger(
         labels=labels,
         outcomes=outcomes,
-        histories={
-            user: [event_id for _, event_id in sorted(e for events in kinds.values() for e in sorted(events)[-newest:])]
-            for user, kinds in histories.items()
-        },
+        histories={user: _newest(kinds, newest) for user, kinds in histories.items()},
         num_impressions=len(shown),
     )
+
+
+def _newest(kinds: dict[str, dict[str, tuple[int, int, int]]], count: int) -> list[str]:
+    """Event ids of the newest of each type, in their order."""
+    kept = [event for events in kinds.values() for event in sorted((p, e) for e, p in events.items())[-count:]]
+    return [event_id for _, event_id in sorted(kept)]
 
 
 def _outcome(message: dict[str, Any], time_ms: int, shown: dict[str, Any], windows: dict[str, Any]) -> str:
@@ -109,8 +114,12 @@ def check_outcomes(system: Services, ledger: Ledger) -> None:
 
 def check_histories(system: Services, ledger: Ledger) -> None:
     """Every user's history holds the newest events of each type, each once, in order."""
-    wait_for(lambda: _behind(system, ledger) == [], "every history", LEARN_S)
 
+    def behind() -> list[str]:
+        return [user for user, events in ledger.histories.items() if system.history(user) != events]
 
-def _behind(system: Services, ledger: Ledger) -> list[str]:
-    return [user for user, events in ledger.histories.items() if system.history(user) != events]
+    try:
+        wait_for(lambda: not behind(), "every history", LEARN_S)
+    except AssertionError:
+        user = behind()[0]
+        raise AssertionError(f"{user} has {system.history(user)}, the log says {ledger.histories[user]}") from None
