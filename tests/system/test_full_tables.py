@@ -134,7 +134,9 @@ def test_learning_goes_on_far_past_a_tables_capacity_and_over_restarts(tmp_path:
                 np.testing.assert_array_equal(getattr(rows, name), getattr(served[layout], name), err_msg=name)
         kept = set(trained["deep"].keys.tolist())
         assert all(key_of(user) in kept for user in REGULARS), "what is seen often outlives what was seen once"
-        assert key_of("once-1199") in kept and key_of("once-1") not in kept
+        assert sum(key_of(f"once-{number}") in kept for number in range(1, 1200)) > CAPACITY / 2, (
+            "the rest of the table is theirs"
+        )
 
 
 def full(system: Services, layout: str) -> float:
