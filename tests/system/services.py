@@ -15,6 +15,7 @@ from recsys import config
 from recsys.clock import SystemClock
 from recsys.streams.open import open_log
 from recsys.streams.ranges import read_range
+from recsys.streams.ranges import read_range
 from recsys.testing.servers import Server
 from recsys.types import Record
 from tests.system.embedded import ROOT, START_S, Embedded, command, environment, wait_for
@@ -100,8 +101,8 @@ class Services(Embedded):
         found: list[Record] = []
         try:
             for partition in range(log.partitions(topic)):
-                offset, end = log.begin(topic, partition), log.end(topic, partition)
-                for batch in read_range(log, f"{topic}/{partition}", offset, end):
+                begin, end = log.begin(topic, partition), log.end(topic, partition)
+                for batch in read_range(log, f"{topic}/{partition}", begin, end):
                     found += batch
         finally:
             log.close()
