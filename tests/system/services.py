@@ -15,7 +15,6 @@ from recsys import config
 from recsys.clock import SystemClock
 from recsys.streams.open import open_log
 from recsys.streams.ranges import read_range
-from recsys.streams.ranges import read_range
 from recsys.testing.servers import Server
 from recsys.types import Record
 from tests.system.embedded import ROOT, START_S, Embedded, command, environment, wait_for
