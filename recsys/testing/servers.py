@@ -58,6 +58,11 @@ class Server:
         self._answers = answers
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Process id while it runs."""
+        return None if self._process is None else self._process.pid
+
     def start(self, timeout_s: float = 40.0) -> None:
         """Start and wait until it answers; RuntimeError with the end of its output when it does not."""
         with self._output.open("ab") as output:
@@ -93,7 +98,16 @@ def kafka_server(folder: Path, *, kafka_home: Path | None = None) -> Iterator[Se
     settings = folder / "server.properties"
     settings.write_text(_KAFKA_CONFIG.format(port=port, controller=free_port(), data=folder / "data"))
     run = [java, "-Xmx512m", "-Xms128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{jars}/*"]
-    storage = [*run, "kafka.tools.StorageTool", "format", "-t", _cluster_id(), "-c", str(settings)]
+    storage = [
+        *run,
+        "kafka.tools.StorageTool",
+        "format",
+        "--ignore-formatted",
+        "-t",
+        _cluster_id(),
+        "-c",
+        str(settings),
+    ]
     formatted = subprocess.run(storage, cwd=folder, capture_output=True, text=True, check=False)
     if formatted.returncode:
         raise RuntimeError(
