@@ -326,6 +326,7 @@ class Pipeline:
             request_id=request.request_id,
             items=items,
             reasons=reasons,
+            titles=tuple(self._catalogue.titles[work.rows[c.candidate]] for c in choices),
             degraded=tuple(work.degraded),
             policy=self.policy,
             model_version=model_version,

@@ -59,5 +59,7 @@ class Answer:
     generation: str
     parameters: AsOf
     impression: Impression
+    titles: tuple[str, ...] = ()
+    """Of the items, as they were when they were chosen."""
     note: str = ""
     """Why there are fewer items than asked for; empty when there are not."""

@@ -8,7 +8,6 @@ from typing import Any
 import orjson
 from fastapi import Response
 
-from recsys.features.catalogue import Catalogue
 from recsys.ranking.request import Answer, AsOf
 from recsys.types import UserState
 from services.ranking.parse import Refused
@@ -103,13 +102,10 @@ def outcomes(found: Sequence[dict[str, str]], rows: Sequence[object]) -> Respons
     return json({"outcomes": found})
 
 
-def dump(answer: Answer, contains: Mapping[str, AsOf], catalogue: Catalogue) -> bytes:
+def dump(answer: Answer, contains: Mapping[str, AsOf]) -> bytes:
     """The body of an answer; `contains` is its `as_of`."""
     items = []
-    with catalogue.reading():
-        rows = [catalogue.row(shown.item_id) for shown in answer.items]
-        titles = ["" if row is None else catalogue.titles[row] for row in rows]
-    for shown, title, reason in zip(answer.items, titles, answer.reasons, strict=True):
+    for shown, title, reason in zip(answer.items, answer.titles, answer.reasons, strict=True):
         items.append(
             {
                 "item_id": shown.item_id,

@@ -152,7 +152,7 @@ def _recommend_route(app: FastAPI, service: RankingService, pools: Pools, read: 
         answer, contains = await pools.score.run(lambda: service.recommend(asked))
         metrics.RECOMMEND_SECONDS.observe(time.perf_counter() - started)
         return Response(
-            answers.dump(answer, contains, service.sources.catalogue),
+            answers.dump(answer, contains),
             headers={"X-Request-ID": answer.request_id},
             media_type="application/json",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -137,8 +136,8 @@ def named(system: Services, day: int) -> list[str]:
 
 def catalogue_bytes(system: Services) -> int:
     """Of the newest file; the one before it is kept, too."""
-    folder = system.data / "ranking"
-    return (folder / json.loads((folder / "catalogue.json").read_text())["file"]).stat().st_size
+    files = [path.stat() for path in (system.data / "ranking").glob("catalogue-*.columns")]
+    return max(files, key=lambda file: file.st_mtime_ns).st_size
 
 
 def test_catalogue_of_ranking_follows_the_items_alive_and_no_row_shows_two_items(tmp_path: Path) -> None:
