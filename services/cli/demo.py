@@ -102,9 +102,8 @@ class Shop:
     def load(self) -> None:
         """Put the catalogue, then clicks of 150 people who like two kinds each; wait until both are known."""
         self.http.put("/v1/items", json={"items": self.items}).raise_for_status()
-        self._wait(
-            lambda: self.http.get("/v1/items", params={"cursor": len(self.items) - 1}).json()["items"], "the catalogue"
-        )
+        last = f"/v1/items/{self.items[-1]['item_id']}"
+        self._wait(lambda: self.http.get(last).status_code == 200, "the catalogue")
         now_ms = SystemClock().now_ms()
         events = []
         ranks = 1.0 / np.arange(1, PER_KIND + 1)
