@@ -74,6 +74,7 @@ UNMOVED = {
 """What good traffic leaves at 0: nothing expired, failed, was logged as an error or waits."""
 
 QUIET = {
+    "recsys_users_left_total",
     "recsys_log_gaps_total",
     "recsys_damaged_records_total",
     "recsys_stuck_waits_total",
