@@ -87,7 +87,7 @@ def upkeep(report: Report, result: dict[str, Any]) -> None:
     days = result["days"]
     memory = [[day["private"] for day in days], [sum(day["own"].values()) for day in days]]
     report.add("month_memory_growth", max(map(growth, memory)))
-    report.add("month_disk_growth", growth([sum(day["disk"].values()) for day in days]))
+    report.add("month_disk_growth", growth([day["disk_mean"] for day in days]))
     items = result["new_items"]
     report.add("month_new_item_rows", items["with_row"] / items["shown"] if items["shown"] else None)
     report.add("new_items_judged", items["shown"], "items", "higher")

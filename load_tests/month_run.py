@@ -120,6 +120,8 @@ class Run:
         self._queue: list[tuple[int, int, Any]] = []
         self._queued = 0
         self._failed: list[str] = []
+        self._disk: list[int] = []
+        """Of each hour of the day."""
         self._days_seen: list[dict[str, Any]] = []
         self._counts = Counter[str]()
 
@@ -159,6 +161,8 @@ class Run:
         for visit in hour.visits:
             self._at(visit.at_ms, lambda visit=visit: self._visit(visit))
         self._to(start + HOUR_MS - 1)
+        # Files are merged and cut now and then: one look a day would see that, not growth.
+        self._disk.append(sum(disk_bytes(self._system.config.data_dir).values()))
 
     def _at(self, at_ms: int, act: Any) -> None:
         self._queued += 1
@@ -236,7 +240,8 @@ class Run:
         if reason := system.ranking.not_ready():
             self._failed.append(f"day {day}: ranking is not ready: {reason}")
         seen = {"private": private, "closed": closed, "own": own, "disk": disk, "rows": rows, "steps": steps}
-        seen["seconds"] = took_s
+        seen["seconds"], seen["disk_mean"] = took_s, sum(self._disk) / len(self._disk)
+        self._disk.clear()
         self._days_seen.append(seen)
         say(
             f"day {day + 1}: {took_s:.0f} s, {private / 2**20:.0f} MiB ({closed / 2**20:.0f} closed), own {sum(own.values()) / 2**20:.1f}, "

@@ -187,6 +187,12 @@ def private_bytes() -> int:
 def disk_bytes(folder: Path) -> dict[str, int]:
     """Bytes of each file or folder of the data folder."""
     return {
-        path.name: sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
-        for path in sorted(folder.iterdir())
+        path.name: sum(map(_size, [path] if path.is_file() else path.rglob("*"))) for path in sorted(folder.iterdir())
     }
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # renamed by a thread that writes a checkpoint
+        return 0
