@@ -29,8 +29,8 @@ TURN_MS = 300_000
 """The trainer takes what came, and serving what it learned, this often: at 667 requests a day as many as in 2 s of 3 million a month."""
 LEFT_MS, STAYED_MS = 50_000, 520_000
 """A page sends its clicks together so long after it was shown, its likes and purchases so long after."""
-DOWN_MS = 20_000
-"""Of a restart."""
+DOWN_MS = 5_000
+"""Of a restart: what was clicked before it still comes inside of its window."""
 DRAIN_MS = 700_000
 """After the last hour: longer than the longest label window."""
 PUT_ITEMS, SHOWN = 1000, 20
