@@ -17,7 +17,7 @@ from recsys.keys import key_of
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.types import Feedback, Impression, Item, ShownItem
-from tests.system.embedded import wait_for
+from tests.system.embedded import START_S, wait_for
 from tests.system.services import Services, now_ms
 
 pytestmark = pytest.mark.system
@@ -105,7 +105,7 @@ def test_towers_learn_the_same_items_after_compactions_and_restarts(tmp_path: Pa
         system.wait_ready("trainer")
         wait_for(lambda: read_all(system), "all records read")
         system.processes["trainer"].terminate()
-        system.processes["trainer"].wait(30)
+        system.processes["trainer"].wait(START_S)
         assert not tower_items(system, shown)  # they all wait
         assert system.records("item")[0].offset == 0
         with writing(system) as log:
@@ -141,8 +141,8 @@ def catalogue_bytes(system: Services) -> int:
 
 
 def test_catalogue_of_ranking_follows_the_items_alive_and_no_row_shows_two_items(tmp_path: Path) -> None:
-    days, count = 30, 2000
-    with contextlib.closing(Services(tmp_path / "ranking", "capacity.memory_bytes = 100000000\n")) as system:
+    days, count = 30, 500
+    with contextlib.closing(Services(tmp_path / "ranking", "capacity.memory_bytes = 25000000\n")) as system:
         system.spawn("ranking")
         system.wait_ready("ranking")
         for day in range(days):
@@ -153,12 +153,12 @@ def test_catalogue_of_ranking_follows_the_items_alive_and_no_row_shows_two_items
         last = {f"day{days - 1}-{n}" for n in range(count)}
         wait_for(lambda: set(named(system, days)) <= last and named(system, days), "the last day's items are shown")
         wait_for(lambda: system.metric("recsys_catalogue_items") == count, "all deletions are read")
-        # Two days at once and what is kept of deleted items, of 10 MB; all that ever were would be beyond it.
+        # Two days at once and what is kept of deleted items, of 2.5 MB; all that ever were would be beyond it.
         assert 0.1 < system.metric("recsys_catalogue_full_ratio") < 0.4
         system.processes["ranking"].terminate()
-        system.processes["ranking"].wait(30)
+        system.processes["ranking"].wait(START_S)
         size = catalogue_bytes(system)
-        assert 0 < size < 2_000_000
+        assert 0 < size < 300_000
         system.spawn("ranking")
         system.wait_ready("ranking")
         assert set(named(system, days)) <= last and system.metric("recsys_catalogue_items") == count
@@ -168,5 +168,5 @@ def test_catalogue_of_ranking_follows_the_items_alive_and_no_row_shows_two_items
             put(log, day_of(days, "", 10))
         wait_for(lambda: len(named(system, days)) == 10, "only the ten items left are shown")
         system.processes["ranking"].terminate()
-        system.processes["ranking"].wait(30)
+        system.processes["ranking"].wait(START_S)
         assert 0 < catalogue_bytes(system) < size / 4
