@@ -191,6 +191,7 @@ class Loop:
         while True:
             try:
                 self._runner.start(accept_gap=accept_gap)
+                self._show()  # whoever finds it ready finds its gauges, and an open breaker, too
             except (LogUnavailable, LogFull) as error:
                 logger.warning("%s", error)
                 self._stop.wait(0.5)
@@ -201,7 +202,6 @@ class Loop:
             "trainer epoch %d at step %d, %d items", runner.epoch, runner.trainer.steps, len(runner.trainer.catalogue)
         )
         logger.info("tables have room for %s", sizes(table.layout for table in runner.trainer.tables.values()))
-        self._tables.show(runner.trainer.tables)
 
     def run(self) -> None:
         """Until told to stop; then publish and checkpoint what was learned."""
