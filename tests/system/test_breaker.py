@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from recsys.clock import ManualClock, SystemClock
-from tests.system.embedded import START_S, recsys, wait_for
-from tests.system.trainer_alone import ITEMS, LABELS, SMALL, TrainerAlone, click
+from tests.system.embedded import recsys, wait_for
+from tests.system.trainer_alone import ITEMS, LABELS, SMALL, START_S, TrainerAlone, click
 
 pytestmark = pytest.mark.system
 

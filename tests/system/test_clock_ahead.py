@@ -9,8 +9,8 @@ import pytest
 
 from recsys.clock import ManualClock, SystemClock
 from recsys.streams.sqlite import SqliteLog
-from tests.system.embedded import START_S, wait_for
-from tests.system.trainer_alone import LABELS, TrainerAlone, click
+from tests.system.embedded import wait_for
+from tests.system.trainer_alone import LABELS, START_S, TrainerAlone, click
 
 pytestmark = pytest.mark.system
 

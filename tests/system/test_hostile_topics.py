@@ -13,8 +13,8 @@ import pytest
 from recsys.bandit.served import Served
 from recsys.features.build import encode
 from tests.mutations import mutated
-from tests.system.embedded import START_S, wait_for
-from tests.system.trainer_alone import ITEMS, LABELS, SMALL, TrainerAlone, click, features
+from tests.system.embedded import wait_for
+from tests.system.trainer_alone import ITEMS, LABELS, SMALL, START_S, TrainerAlone, click, features
 
 pytestmark = pytest.mark.system
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from recsys.training.journal import Journal
-from tests.system.embedded import START_S, wait_for
-from tests.system.trainer_alone import LABELS, TrainerAlone, click
+from tests.system.embedded import wait_for
+from tests.system.trainer_alone import LABELS, START_S, TrainerAlone, click
 
 pytestmark = pytest.mark.system
 
@@ -61,7 +61,7 @@ def test_a_step_that_ended_two_processes_is_learned_by_the_third_without_what_en
     for _ in range(2):
         assert process.wait(START_S) == -9, trainer.said()
         process = trainer.spawn()
-    wait_for(trainer.ready, "the third process ready", 3 * START_S)
+    wait_for(trainer.ready, "the third process ready", START_S)
     trainer.learns(LABELS)
     assert trainer.metric('recsys_examples_total{label="1",task="click"}') == 1
     (letter,) = trainer.letters()[before:]

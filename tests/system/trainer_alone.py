@@ -17,12 +17,14 @@ from recsys.features.build import Features, UserFeatures, encode
 from recsys.features.schema import Schema
 from recsys.streams.sqlite import SqliteLog
 from recsys.types import Feedback, Impression, Record, ShownItem
-from tests.system.embedded import ROOT, START_S, command, environment, free_ports, wait_for
+from tests.system.embedded import ROOT, command, environment, free_ports, wait_for
 
 SMALL = """
 tasks = [{ name = "click", types = ["click"], window_s = 0.8 }, { name = "like", types = ["like"], window_s = 0.9, prior = 0.01 }]
 model = { dim = 4, expert_hidden = [8, 4], attention = [8], tower_dim = 4 }
 """
+START_S = 300.0
+"""On a busy machine, until a process is ready or has learned; nobody waits longer than it takes."""
 ITEMS = 4
 """Of each impression."""
 
