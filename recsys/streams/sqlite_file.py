@@ -240,6 +240,8 @@ class LogFile:
                 "restore the file, or go on behind the gap with `--accept-gap`"
             )
         numbers = [row[0] for row in rows]
+        if numbers and numbers[-1] >= end:
+            end = self.end()  # more was appended between the two statements
         if not rows or numbers[-1] >= end or any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
             raise Damaged(f"log file {str(self.path)!r} is damaged: its rows are out of order from {offset} on")
         whole = [row[:4] for row in rows if is_whole(row, self._since)]

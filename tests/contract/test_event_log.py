@@ -33,6 +33,7 @@ from recsys.streams.open import open_log
 from recsys.streams.positions import identities, keys_of, resume, split
 from recsys.streams.ranges import read_range
 from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_file import LogFile
 from recsys.testing.servers import Server, free_port, kafka_server
 from recsys.types import TOPICS, Batch, Record
 
@@ -479,6 +480,28 @@ def test_a_flipped_bit_costs_its_record_and_no_restart(tmp_path: Path, caplog: p
         assert numbers(log) == [n for n in range(300) if n != 123]
         log.close()
     assert "1 damaged records" in caplog.text
+
+
+def test_what_is_appended_while_it_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end is asked for first; what came after it is read, too."""
+
+    def opened(folder: Path) -> SqliteLog:
+        return SqliteLog(folder, clock=ManualClock(1000))
+
+    with contextlib.closing(opened(tmp_path)) as log, contextlib.closing(opened(tmp_path)) as other:
+        log.append("feedback", [("u", b"1")])
+        end = LogFile.end
+
+        def late(file: LogFile) -> int:
+            found = end(file)
+            monkeypatch.undo()
+            other.append("feedback", [("u", b"2")])
+            return found
+
+        monkeypatch.setattr(LogFile, "end", late)
+        batch = log.read("feedback", 0, 0)
+        assert [record.value for record in batch] == [b"1", b"2"] and batch.next == 2
+    assert not list(tmp_path.glob("*.damaged-*"))
 
 
 def test_a_damaged_page_is_repaired_and_the_log_stays_the_same(tmp_path: Path) -> None:
