@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -24,6 +24,7 @@ from recsys.errors import SnapshotCorrupt
 BLOCK_BYTES = 2**20
 """Bytes of a file under one CRC-32."""
 COPY = ".copy"
+_TRUSTED = ("trusted.json", "trusted.previous.json")
 _PIECE = 4 * 2**20
 logger = logging.getLogger("recsys")
 
@@ -212,15 +213,79 @@ class Manifests:
             return None
         return [each[field] for each in found]
 
-    def sweep(self, *patterns: str) -> None:
-        """Delete files of these patterns that neither names."""
+    def sweep(self, *patterns: str, kept: Iterable[Any] = ()) -> None:
+        """Delete files of these patterns that neither names, nor what else is `kept`."""
         found = list(self.look())
         if len(found) < self.newest.exists() + self.previous.exists():
             return  # what the unreadable one names may still be of use to whoever mends it
-        kept = set().union(*map(_named, found))
+        kept = set().union(*map(_named, [*found, *kept]))
         for path in (found for pattern in patterns for found in self._folder.glob(pattern)):
             if path.name.removesuffix(COPY) not in kept:
                 path.unlink(missing_ok=True)
+
+
+class KeptManifests:
+    """Manifests of older checkpoints that stay: what `recsys rollback` goes back to, and the last good one while a model is held back.
+
+    Each is the manifest that it had, in `<trainer's folder>/kept`; nobody deletes the files that are named there. One writer."""
+
+    def __init__(self, trainer_folder: Path) -> None:
+        self._trainer, self._folder = trainer_folder, trainer_folder / "kept"
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """All that can be read, the newest first, each once."""
+        found: dict[int, dict[str, Any]] = {}
+        for path in self._folder.glob("*.json"):
+            with contextlib.suppress(ValueError, OSError, KeyError):
+                fields = unseal(path.read_bytes())
+                found[int(fields["step"])] = fields
+        return [found[step] for step in sorted(found, reverse=True)]
+
+    def keep(self, fields: Mapping[str, Any], most: int, every_ms: float) -> None:
+        """Keep a checkpoint that is as far from the newest kept one in log time; of more than `most` the oldest go."""
+        paths = sorted(path for path in self._folder.glob("*.json") if path.name not in _TRUSTED)
+        newest = next((f for f in self.manifests() if self._path(f["step"]) in paths), None)
+        if most and (newest is None or abs(fields["covers_ms"] - newest["covers_ms"]) >= every_ms):
+            paths.append(self._write(self._path(fields["step"]), fields))
+        for path in paths[: max(0, len(paths) - most)]:
+            path.unlink(missing_ok=True)
+
+    def trust(self, fields: Mapping[str, Any], far: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Keep it, and the one that was kept so before, if it is `far` from that: whatever begins to be wrong before the next one, the
+        one before is from before that."""
+        newest, previous = (self._folder / name for name in _TRUSTED)
+        try:
+            last = unseal(newest.read_bytes())
+        except (ValueError, OSError):
+            last = None
+        if last is not None and not far(last):
+            return
+        if last is not None:
+            newest.replace(previous)
+        self._write(newest, fields)
+
+    def forget_after(self, step: int) -> None:
+        """What was kept of later steps is of a past that somebody left."""
+        for path in self._folder.glob("*.json"):
+            with contextlib.suppress(ValueError, OSError, KeyError):
+                if unseal(path.read_bytes())["step"] > step:
+                    path.unlink()
+
+    def every(self) -> Iterator[dict[str, Any]]:
+        """What one can go back to, the newest first: the two that a restart uses, then those that were kept."""
+        seen: set[int] = set()
+        for fields in (*Manifests(self._trainer).look(), *self.manifests()):
+            if fields.get("step") not in seen:
+                seen.add(fields["step"])
+                yield fields
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{step:012d}.json"
+
+    def _write(self, path: Path, fields: Mapping[str, Any]) -> Path:
+        self._folder.mkdir(exist_ok=True)
+        write_file(path, seal(fields))
+        return path
 
 
 def _named(fields: Any) -> set[str]:

@@ -273,6 +273,10 @@ STEP_FAILURES = _counter(
     "Trainer steps that raised, and were run again without the records that made them fail.",
 )
 BREAKER_OPEN = _gauge("recsys_breaker_open", "1 while learning waits because the feedback looks broken, else 0.")
+MODEL_HELD = _gauge(
+    "recsys_model_held",
+    "1 while what is learned is not served, because it is worse than the last good checkpoint, else 0.",
+)
 TRAINER_EPOCH = _gauge("recsys_trainer_epoch", "Epoch of this trainer: one more at each start; the higher one wins.")
 CHECKPOINT_SECONDS = _histogram(
     "recsys_checkpoint_seconds", "Time to write a checkpoint, from the copy to the cut journal.", buckets=WORK_BUCKETS_S

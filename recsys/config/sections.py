@@ -123,6 +123,15 @@ class TrainingConfig(Section):
     at all, or as rarely for what is shown: answers that nobody waited for are load."""
     breaker_examples: int = Field(2000, ge=100)
     """Examples behind the breaker's rate."""
+    hold_margin: float = Field(0.1, ge=0)
+    """A task that was good and whose loss exceeds by this share what always predicting its rate would cost is no longer served: the last
+    good checkpoint is, until the model is good again; 0: whatever was learned is served."""
+    hold_examples: int = Field(2000, ge=100)
+    """Last labels of a task that tell how good its predictions are."""
+    kept_checkpoints: int = Field(2, ge=0)
+    """Older good checkpoints that `recsys rollback` can go back to; each may take as much disk as the tables."""
+    keep_every_s: float = Field(21_600.0, gt=0)
+    """So far apart in log time they are."""
     pool_negatives: int = Field(50, ge=1)
     """Replay of a click log: candidates not clicked that a request is learned from, drawn by a hash."""
     two_tower: bool = True

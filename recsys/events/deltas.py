@@ -76,8 +76,11 @@ class Delta:
     dense_version: int = 0
     number: int = 0
     """Deltas of one epoch are counted from 1, so that one that is missing is found; 0: written before they were."""
+    whole: str = ""
+    """`begin` and `end` of a state that is published whole: rows of before that do not come in between are gone."""
 
 
+WHOLE_BEGIN, WHOLE_END = "begin", "end"
 _ROW_FIELDS = ("slots", "keys", "values", "last_seen_ms", "removed_slots", "removed_keys")
 _DEFAULT_FIELDS = ("default_slots", "default_values")
 _KINDS = {
@@ -110,7 +113,7 @@ def encode_delta(delta: Delta) -> list[bytes]:
         "dense_version": str(delta.dense_version),
         "number": str(delta.number),
         "chunks": str(len(parts)),
-    }
+    } | ({"whole": delta.whole} if delta.whole else {})
     return [save(arrays, head | {"chunk": str(i)}) for i, arrays in enumerate(parts)]
 
 
@@ -173,6 +176,7 @@ class _Head:
     schema: str
     chunks: int
     number: int
+    whole: str
 
 
 def _head(said: Mapping[str, str]) -> tuple[_Head, int]:
@@ -183,8 +187,13 @@ def _head(said: Mapping[str, str]) -> tuple[_Head, int]:
     counted = _number("number", said.get("number", "0"))
     if not number["chunk"] < number["chunks"] <= MAX_CHUNKS:
         raise ValueError(f"chunk {number['chunk']} of {number['chunks']}")
+    whole = said.get("whole", "")
+    if whole not in ("", WHOLE_BEGIN, WHOLE_END):
+        raise ValueError(f"whole is {whole[:40]!r}")
     version = Version(epoch=number["epoch"], step=number["step"])
-    head = _Head(version, number["dense_version"], number["covers_ms"], said["schema"], number["chunks"], counted)
+    head = _Head(
+        version, number["dense_version"], number["covers_ms"], said["schema"], number["chunks"], counted, whole
+    )
     return head, number["chunk"]
 
 
@@ -331,6 +340,7 @@ def _whole(head: _Head, parts: Sequence[Arrays]) -> Delta:
         dense=b"".join(part["dense"].tobytes() for part in parts if "dense" in part),
         dense_version=head.dense_version,
         number=head.number,
+        whole=head.whole,
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_arrays
 
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.events.deltas import Version
-from recsys.files import Manifests, fresh, read_file, write_file
+from recsys.files import KeptManifests, Manifests, fresh, read_file, write_file
 from recsys.ranking.parameters import Counted, ParameterState, ParameterStore
 from recsys.table import segments
 from recsys.table.base import Rows
@@ -127,7 +127,9 @@ def load_checkpoint(store: ParameterStore, folder: Path, schema: str) -> int | N
 
     For when deltas are missing: what the log still has is applied after it, whatever version the store had.
     """
-    for manifest in Manifests(folder).look():
+    for manifest in KeptManifests(folder).every():
+        if not manifest.get("good", True):
+            continue  # it was held back
         try:
             if manifest["schema"] != schema:
                 return None

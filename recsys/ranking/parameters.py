@@ -12,13 +12,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 
 from recsys.errors import BadInput, SchemaMismatch
-from recsys.events.deltas import Delta, RowDelta, Version, believable
+from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, believable
 from recsys.model.plan import Block
 from recsys.table import segments
-from recsys.table.base import Layout, Rows
+from recsys.table.base import Layout, Rows, Table
 from recsys.table.fit import restore_within
 from recsys.table.tables import Implementation, Tables
-from recsys.types import Float32, Int32
+from recsys.types import Float32, Int32, Int64
+
+WHOLE, EVERY = "whole", "every"
+"""Cursors: what came since a whole state began to come; every row there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,8 @@ class ParameterStore:
         self._changes = 0
         """Odd while a delta is being applied."""
         self.counted = Counted()
+        self.receiving = 0
+        """The epoch whose whole state is coming; 0: none."""
         self.missing = 0
         self.found = 0
 
@@ -127,14 +132,31 @@ class ParameterStore:
             self._check_fits(rows)
         if delta.dense_version:
             _check_dense(delta.dense)
+        gone = self._begin_or_end(delta)
         with self._whole:
             self._changes += 1
             try:
+                for layout, (slots, keys) in gone.items():
+                    self.tables[layout].remove(slots, keys)
                 self._apply(delta)
             finally:
                 self._changes += 1
         self.counted = self.counted.after(delta, after_gap=after_gap)
         return True
+
+    def _begin_or_end(self, delta: Delta) -> dict[str, tuple[Int32, Int64]]:
+        """Note where a whole state begins; at its end, the rows of before (slots, keys) that did not come with it."""
+        if delta.version.epoch != self.receiving:
+            self.receiving = 0  # its trainer died amid it
+        if delta.whole == WHOLE_BEGIN:
+            self.receiving = delta.version.epoch
+            for table in self.tables.values():
+                table.release(WHOLE)
+            segments.skip(self.tables, WHOLE)
+        if delta.whole != WHOLE_END or not self.receiving:
+            return {}
+        self.receiving = 0
+        return {name: _not_touched(table) for name, table in self.tables.items()}
 
     def _check_fits(self, rows: RowDelta) -> None:
         if rows.layout not in self.tables:
@@ -167,12 +189,17 @@ class ParameterStore:
                 restore_within(table, given)
             if len(rows.default_slots):
                 table.restore_defaults(_defaults(rows.default_slots, rows.default_values))
+        covers_ms = max(delta.covers_ms, self.state.covers_ms)
+        if self.receiving:  # it may be an older state: as long as it is not whole, the older of both times holds
+            covers_ms = min(delta.covers_ms, self.state.covers_ms)
+        elif delta.whole:
+            covers_ms = delta.covers_ms
         with self._lock:
             if delta.dense_version:
                 self._dense = delta.dense
             self.state = ParameterState(
                 version=delta.version,
-                covers_ms=max(delta.covers_ms, self.state.covers_ms),
+                covers_ms=covers_ms,
                 dense_version=delta.dense_version or self.state.dense_version,
             )
 
@@ -202,6 +229,18 @@ def _check_dense(data: bytes) -> None:
         raise BadInput(f"delta's dense weights cannot be read ({error})", field="dense") from None
     if wrong:
         raise BadInput(f"delta's dense weights are not finite in {wrong[0][:80]!r}", field="dense")
+
+
+def _not_touched(table: Table) -> tuple[Int32, Int64]:
+    """Slots and keys of the rows that did not change since `WHOLE` began."""
+    changed, every = table.touched(WHOLE), table.touched(EVERY)
+    for cursor in (WHOLE, EVERY):
+        table.release(cursor)
+    pair = np.dtype([("slot", np.int32), ("key", np.int64)])
+    old, new = np.empty(len(every.keys), pair), np.empty(len(changed.keys), pair)
+    old["slot"], old["key"], new["slot"], new["key"] = every.slots, every.keys, changed.slots, changed.keys
+    left = ~np.isin(old, new)
+    return every.slots[left], every.keys[left]
 
 
 def _defaults(slots: Int32, values: Float32) -> Rows:

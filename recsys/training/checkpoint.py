@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ import safetensors.torch
 import torch
 
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
-from recsys.files import Manifests, fresh, read_file, write_file
+from recsys.files import KeptManifests, Manifests, fresh, read_file, write_file
 from recsys.table import segments
-from recsys.table.segments import SegmentFile
+from recsys.table.segments import LayoutDelta, SegmentFile
 from recsys.training.journal import Journal
 from recsys.training.trainer import Trainer
 
@@ -45,6 +46,28 @@ class Captured:
     positions: dict[str, int]
     spilled: list[str]
     """Minutes of spilled features that its open impressions need."""
+    covers_ms: int
+    good: bool
+    """Nothing was held back: it may be served."""
+    judged: dict[str, int]
+    """Labels of each task that the guard had seen."""
+    origin: int | None
+    """The step of the checkpoint that was gone back to, if it does not follow from the one before it."""
+
+
+def _far(newer: Mapping[str, Any], labels: int, older: Mapping[str, Any]) -> bool:
+    """Whether so many labels of a task were seen between two checkpoints."""
+    then = older.get("judged", {})
+    return any(n - then.get(task, 0) >= labels for task, n in newer["judged"].items())
+
+
+class Opened(NamedTuple):
+    """What a checkpoint's files hold."""
+
+    step: int
+    rows: list[dict[str, LayoutDelta]]
+    small: dict[str, Any]
+    dense: dict[str, torch.Tensor]
 
 
 class _Kept(NamedTuple):
@@ -59,11 +82,19 @@ class Checkpoints:
         self, folder: Path, trainer: Trainer, journal: Journal, crash: Callable[[str], None] = lambda _: None
     ) -> None:
         self._folder, self.trainer, self._journal, self._crash = folder, trainer, journal, crash
+        self.rolled_back = ""
+        """Name of the last `recsys rollback` that was followed."""
+        self.found = False
+        """Whether there was one to load."""
+        self.good = True
+        """Whether what `load` found, or the state of now, may be served."""
         self.logs: dict[str, str] = {}
         """Which log each position of what `load` found belongs to; empty where an earlier release wrote it."""
         self._segments: list[SegmentFile] = []
         self._saved_step = -1
+        self._origin: int | None = None
         self._manifests = Manifests(folder)
+        self.kept = KeptManifests(folder)
         self._newest, self._before = _Kept(0, {}), _Kept(0, {})
         """The checkpoints on disk; step 0: the trainer's beginning."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -79,6 +110,7 @@ class Checkpoints:
         # 1. Copy what changed, the networks and the small state: a consistent cut between two steps.
         captured = self._capture(positions, logs)
         self._crash("captured")
+        self._origin = None
         # 2. From here on, steps go to a new journal file; both are needed until the manifest is renamed.
         self._journal.begin(captured.step + 1)
         self._saved_step = captured.step
@@ -102,10 +134,21 @@ class Checkpoints:
                 for table in self.trainer.tables.values():
                     table.release(CURSOR)
             return None
+        # A rollback's does not follow from the one before it: that one is gone back to no more.
+        if captured.origin is not None:
+            self._manifests.forget_previous()
+            self.kept.forget_after(captured.origin)
+            self._newest = _Kept(captured.step, captured.positions)
         # 6. Only now is anything forgotten: touched rows; journal and older files but for the checkpoint before this one.
         segments.acknowledge(self.trainer.tables, CURSOR, captured.versions)
         self._crash("acknowledged")
         self._before, self._newest = self._newest, _Kept(captured.step, captured.positions)
+        training = self.trainer.config.training
+        if captured.good:
+            for fields in self._manifests.look():
+                if fields["step"] == captured.step:
+                    self.kept.keep(fields, training.kept_checkpoints, training.keep_every_s * 1000)
+                    self.kept.trust(fields, partial(_far, fields, training.hold_examples))
         self._tidy()
         return self.kept_positions
 
@@ -115,10 +158,12 @@ class Checkpoints:
         return self._before.positions
 
     def _tidy(self) -> None:
-        """Delete what neither of the two checkpoints needs, nor what is in memory now."""
+        """Delete what neither of the two checkpoints needs, nor an older one that is kept, nor what is in memory now."""
         self._journal.cut(self._before.step + 1)
-        self._manifests.sweep("segment-*", "dense-*", "small-*")
+        kept = self.kept.manifests()
+        self._manifests.sweep("segment-*", "dense-*", "small-*", kept=kept)
         if (spilled := self._manifests.values("spilled")) is not None:
+            spilled += [fields["spilled"] for fields in kept]
             self.trainer.joiner.sweep_spill({minute for minutes in spilled for minute in minutes})
 
     def close(self) -> None:
@@ -136,6 +181,10 @@ class Checkpoints:
             small=orjson.dumps(small, option=orjson.OPT_SERIALIZE_NUMPY),
             positions=dict(positions),
             spilled=sorted(small["trainer"]["joiner"]["spill"]),
+            covers_ms=trainer.covers_ms,
+            good=self.good,
+            judged=dict(trainer.guard.judged),
+            origin=self._origin,
         )
 
     def _write(self, captured: Captured, older: list[SegmentFile]) -> list[SegmentFile]:
@@ -156,6 +205,10 @@ class Checkpoints:
                 "schema": self.trainer.schema.hash,
                 "positions": captured.positions,
                 "spilled": captured.spilled,
+                "covers_ms": captured.covers_ms,
+                "good": captured.good,
+                "judged": captured.judged,
+                "rolled_back": self.rolled_back,
                 "segments": chain,
                 **files,
             }
@@ -170,6 +223,7 @@ class Checkpoints:
         SchemaMismatch when the configuration changed its slots.
         """
         self._segments, self._saved_step = [], -1
+        self.found, self.good = False, True
         self._newest, self._before = _Kept(0, {}), _Kept(0, {})
         bad: SnapshotCorrupt | None = None
         for manifest in self._manifests.read():
@@ -184,7 +238,21 @@ class Checkpoints:
             )
         return {}
 
-    def _load(self, manifest: Mapping[str, Any]) -> dict[str, int]:
+    def go_back(self, manifest: Mapping[str, Any]) -> dict[str, int]:
+        """Load an older checkpoint, which `open` opened before, into a new trainer; its log positions."""
+        positions = self._load(manifest)
+        self._saved_step, self._origin = -1, int(manifest["step"])
+        return positions
+
+    def good_before(self, began: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The checkpoints that may be served, the newest first: those from before so many labels of each task had been seen, when it began
+        to be worse; where there is none, the oldest."""
+        good = [fields for fields in self.kept.every() if fields.get("good", True)]
+        before = [f for f in good if all(f.get("judged", {}).get(task, 0) <= n for task, n in began.items())]
+        return before or good[-1:]
+
+    def open(self, manifest: Mapping[str, Any]) -> Opened:
+        """A checkpoint's files, known to be whole. SnapshotCorrupt, SchemaMismatch; nothing is changed."""
         trainer, path = self.trainer, self._manifests.newest
         try:
             step, schema = int(manifest["step"]), manifest["schema"]
@@ -198,17 +266,24 @@ class Checkpoints:
                     f"{path} was written with schema {schema}, the configuration makes {trainer.schema.hash}: restore the old "
                     "catalogue and features sections, or choose another data_dir"
                 )
-            # Everything is read, and known to be whole, before anything is changed.
-            chain = segments.read_chain(self._folder, manifest["segments"])
-            small = orjson.loads(self._read(manifest["small"]))
-            dense = safetensors.torch.load(self._read(manifest["dense"]))
+            return Opened(
+                step,
+                segments.read_chain(self._folder, manifest["segments"]),
+                orjson.loads(self._read(manifest["small"])),
+                safetensors.torch.load(self._read(manifest["dense"])),
+            )
         except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise SnapshotCorrupt(f"{path} is no manifest of a checkpoint ({error}): restore it") from None
+
+    def _load(self, manifest: Mapping[str, Any]) -> dict[str, int]:
+        trainer = self.trainer
+        step, chain, small, dense = self.open(manifest)  # everything is read before anything is changed
         segments.resume(trainer.tables, chain, CURSOR, "publish")
         trainer.restore_small(small["trainer"])
         _restore_dense(trainer, dense)
         self._segments, self._saved_step = manifest["segments"], step
-        self.logs = small.get("logs", {})
+        self.rolled_back = manifest.get("rolled_back", "")
+        self.logs, self.good, self.found = small.get("logs", {}), manifest.get("good", True), True
         positions: dict[str, int] = small["positions"]
         self._newest = self._before = _Kept(step, dict(positions))
         for older in self._manifests.look():
@@ -249,11 +324,15 @@ def _restore_dense(trainer: Trainer, state: dict[str, torch.Tensor]) -> None:
         trainer.bandit.restore(arrays)
 
 
-def network_bytes(trainer: Trainer) -> bytes:
-    """What serving needs beside rows: safetensors with names `ranker.model.…`, `towers.model.…` and `clusters.…`."""
+def network_bytes(trainer: Trainer, dense: Mapping[str, torch.Tensor] | None = None) -> bytes:
+    """What serving needs beside rows: safetensors with names `ranker.model.…`, `towers.model.…` and `clusters.…`; the networks of a
+    checkpoint (`dense`), or as they are now."""
     state: dict[str, torch.Tensor] = {}
-    for name, part in _networks(trainer).items():
-        state |= {f"{name}.model.{key}": value.contiguous() for key, value in part.model.state_dict().items()}
+    if dense is not None:
+        state |= {name: value for name, value in dense.items() if ".model." in name}
+    else:
+        for name, part in _networks(trainer).items():
+            state |= {f"{name}.model.{key}": value.contiguous() for key, value in part.model.state_dict().items()}
     if trainer.bandit:
         state |= {f"clusters.{key}": torch.from_numpy(array) for key, array in trainer.bandit.published().items()}
     return saved(state)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from recsys import metrics
 from recsys.clock import Clock, bounded_ms
 from recsys.streams.base import EventLog
 from recsys.streams.positions import identities, resume, split
@@ -13,6 +15,7 @@ from recsys.streams.ranges import read_range
 from recsys.training.journal import log_ms
 from recsys.types import Batch, Record
 
+logger = logging.getLogger("recsys")
 CONSUMER = "trainer"
 TOPICS = ("item", "impression", "feedback")
 READ_LIMIT = 1000
@@ -129,6 +132,21 @@ class Intake:
         """Records not yet read, by (topic, partition)."""
         places = {split(key): offset for key, offset in self.positions.items()}
         return {place: max(0, self._log.end(*place) - offset) for place, offset in places.items()}
+
+
+def log_time(before_ms: int, polled: Polled) -> int:
+    """Log time after these records: it never goes back, but from more than the bound ahead of the wall clock, which was once wrong,
+    or is."""
+    latest_ms = bounded_ms(2**62, polled.wall_ms)
+    if before_ms <= latest_ms:
+        return max(before_ms, polled.all_read_ms)
+    metrics.TIME_SET_BACK.inc()
+    logger.error(
+        "log time was %.0f s ahead of this machine's clock, by a clock that was ahead: it goes on from now",
+        (before_ms - polled.wall_ms) / 1000,
+    )
+    times = [log_ms(record, polled.wall_ms) for record in polled.records]
+    return polled.all_read_ms or min(times, default=polled.wall_ms)
 
 
 def _ordered(keys: Mapping[str, int]) -> list[str]:

@@ -21,6 +21,7 @@ from recsys.model.ranker import RankerInputs, choices, losses
 from recsys.table.tables import Tables
 from recsys.training.delayed import Importance
 from recsys.training.dense import DenseOptimizer
+from recsys.training.guard import MOST
 from recsys.types import Bool, Float32
 
 
@@ -48,6 +49,8 @@ class Learner:
         self._importance = Importance(config.tasks)
         self._choice = torch.tensor([task.loss == "softmax" for task in config.tasks])
         self._last: Sequence[Features] = ()
+        self.losses: Float32 = np.zeros((0, len(schema.tasks)), np.float32)
+        """Of each label of the last batch before it was learned [M, T], `guard.MOST` at most."""
 
     def learn(self, batch: Batch, now_ms: int) -> tuple[str, ...]:
         """One step. When the gradient is not finite nothing is changed but admission counts and running statistics, and the
@@ -63,6 +66,7 @@ class Learner:
         log_odds = self.model.log_odds(logits)
         weights = self._importance.weights(torch.sigmoid(log_odds), labels)
         each = self._losses(log_odds, labels, mask, weights, torch.from_numpy(lay.request))
+        self.losses = self._capped(log_odds, labels, mask, torch.from_numpy(lay.request))
         self.optimizer.zero()
         each.sum().backward(retain_graph=True)
         gradients = [_gradient(rows, len(labels)) for rows in (deep, wide)]
@@ -91,6 +95,17 @@ class Learner:
             return each
         known = torch.where(mask, labels, 0.0) * weights
         return torch.where(self._choice, -(known * choices(log_odds, request)).sum(0) / len(labels), each)
+
+    @torch.no_grad()
+    def _capped(
+        self, log_odds: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, request: torch.Tensor
+    ) -> Float32:
+        known = torch.where(mask, labels, 0.0)
+        each = torch.nn.functional.binary_cross_entropy_with_logits(log_odds, known, reduction="none")
+        if self._choice.any():
+            each = torch.where(self._choice, -known * choices(log_odds, request), each)
+        capped: Float32 = each.clamp(max=MOST).numpy()
+        return capped
 
     def _finite(self, gradients: Sequence[Float32]) -> bool:
         return bool(torch.isfinite(self.optimizer.gradient).all()) and all(np.isfinite(g).all() for g in gradients)

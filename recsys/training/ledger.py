@@ -80,6 +80,7 @@ class Ledger:
     def passed_gap(self, place: str, position: int, next_position: int) -> None:
         """What the log lost before `next_position` is not to be had: the partition is counted anew from there."""
         self.gaps[place] += max(0, next_position - position)
+        self.settled[CARRIED] -= self.records.get(place, Counter())[HELD]
         self.since[place] = next_position
         self.records[place] = Counter()
 

@@ -12,21 +12,21 @@ from dataclasses import replace
 from typing import Any
 
 from recsys import metrics
-from recsys.clock import Clock, bounded_ms
+from recsys.clock import Clock
 from recsys.config import Config
-from recsys.errors import Fenced, StepFailed, Stopped
+from recsys.errors import LogTruncated, SchemaMismatch, SnapshotCorrupt, StepFailed, Stopped
 from recsys.events.dead_letters import letter as dead_letter
 from recsys.streams.base import EventLog
 from recsys.streams.positions import split
 from recsys.training.breaker import SKIP, forget_command, read_command
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.deaths import Deaths, Trials
-from recsys.training.epochs import newest_taken, take_epoch
-from recsys.training.intake import CONSUMER, Intake, Polled
-from recsys.training.journal import Entry, Journal, log_ms
+from recsys.training.intake import CONSUMER, Intake, log_time
+from recsys.training.journal import Entry, Journal
 from recsys.training.old_towers import first_upserts
-from recsys.training.publish import Publisher
 from recsys.training.recovery import without_culprits
+from recsys.training.release import Release
+from recsys.training.rollback import Rollback, find, forget_rollback, read_rollback, stand
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from recsys.types import Record
@@ -58,7 +58,7 @@ class Runner:
         self.trainer = Trainer(config, self.folder)
         self.journal = Journal(self.folder)
         self.checkpoints = Checkpoints(self.folder, self.trainer, self.journal, crash)
-        self.publisher = Publisher(log, self.trainer)
+        self.release = Release(self.folder, log, self.trainer, self.checkpoints)
         self.intake = Intake(log, clock, self._leave_off)
         self._deaths = Deaths(self.folder)
         self._letters: list[tuple[str, bytes]] = []
@@ -73,24 +73,26 @@ class Runner:
         """Whether the next step's entry says where it begins."""
         self._report: StepReport | None = None
         """Of the last attempt."""
-        self._last = {"rows": 0.0, "dense": 0.0, "resume": 0.0, "checkpoint": clock.monotonic_s()}
+        self._last = dict.fromkeys(("rows", "dense", "resume", "rollback"), 0.0) | {"checkpoint": clock.monotonic_s()}
 
     def start(self, *, accept_gap: bool = False, publish: bool = True) -> None:
         """Take the next epoch, load, run the journal's steps again without publishing, then publish what they changed.
 
         Raises LogTruncated when the log no longer has what the checkpoint needs, unless `accept_gap`; LogUnavailable: call again.
         """
-        self.publisher.epoch = self.publisher.epoch or take_epoch(self.folder, self._log, self.served_epoch)
+        if not self.epoch:
+            self.release.take_epoch(self.served_epoch)
         self._accept_gap = accept_gap
         self.journal.trim_torn_tail()
+        if publish and (command := read_rollback(self.folder)) is not None and self._roll_back(command):
+            return
         try:
             self._restore()
         finally:
             self._deaths.survived()  # what raises did not end the process
         self._crash("replayed")
         if publish:
-            self.publisher.publish_rows()  # before the dense weights, whose version says that rows are as new
-            self.publisher.publish_dense()
+            self.release.begin()
 
     def _restore(self) -> None:
         """The state after the journal's last step."""
@@ -113,19 +115,24 @@ class Runner:
             self._run(entry)
             yield self.trainer.steps
 
-    def _load(self) -> None:
-        """The state of the last checkpoint."""
+    def _begin_anew(self) -> None:
+        """A trainer into which nothing was loaded."""
         self.whole = False
         order = _order_of(self._log)
         if not self._fresh or order != self.trainer.order:
             if (positions := self.checkpoints.poll(wait=True)) is not None:
                 self._commit(positions)
             self.trainer.close()
-            del self.trainer, self.checkpoints.trainer, self.publisher.trainer
+            publisher = self.release.publisher
+            del self.trainer, self.checkpoints.trainer, publisher.trainer
             gc.collect()  # the tables of before, whose memory those of now need
             self.trainer = self.checkpoints.trainer = Trainer(self.config, self.folder, order)
-            self.publisher.follow(self.trainer)
+            publisher.follow(self.trainer)
         self._fresh = False
+
+    def _load(self) -> None:
+        """The state of the last checkpoint."""
+        self._begin_anew()
         kept = self.checkpoints.load()
         saved, logs = kept, self.checkpoints.logs
         first = next(self.journal.entries(self.trainer.steps + 1), None)
@@ -226,6 +233,7 @@ class Runner:
         """One turn of the loop; False when there was nothing to do (then wait a little)."""
         if not self.whole:  # the log could not be read while a step that failed was looked into
             self._restore()
+        self._look_for_rollback()
         breaker = self.trainer.breaker
         if command := self._command():
             worked = self._step(learn=command["how"] != SKIP, resume=command)
@@ -259,7 +267,7 @@ class Runner:
     ) -> bool:
         self._send_letters()
         polled = self.intake.poll({} if resume else until)
-        now_ms = self._log_time(polled)
+        now_ms = log_time(self.trainer.covers_ms, polled)
         moved = polled.records or resume or now_ms < self.trainer.covers_ms or self.trainer.joiner.due(now_ms)
         if not moved and not (learn and self.trainer.breaker.skipping):
             self.intake.passed(polled.ends)  # behind what is no record: nothing to run again
@@ -289,19 +297,6 @@ class Runner:
         self._bury(report)
         return True
 
-    def _log_time(self, polled: Polled) -> int:
-        """It never goes back, but from more than the bound ahead of the wall clock: that was once wrong, or is."""
-        before_ms, latest_ms = self.trainer.covers_ms, bounded_ms(2**62, polled.wall_ms)
-        if before_ms <= latest_ms:
-            return max(before_ms, polled.all_read_ms)
-        metrics.TIME_SET_BACK.inc()
-        logger.error(
-            "log time was %.0f s ahead of this machine's clock, by a clock that was ahead: it goes on from now",
-            (before_ms - polled.wall_ms) / 1000,
-        )
-        times = [log_ms(record, polled.wall_ms) for record in polled.records]
-        return polled.all_read_ms or min(times, default=polled.wall_ms)
-
     def _bury(self, report: StepReport) -> None:
         for letter in report.dead_letters:
             key, value = dead_letter(letter.record, letter.reason)
@@ -317,20 +312,45 @@ class Runner:
             )  # when the log is full they wait here, and learning with them
             self._letters = []
 
+    def _look_for_rollback(self) -> None:
+        if self._clock.monotonic_s() - self._last["rollback"] < RESUME_S:
+            return
+        self._last["rollback"] = self._clock.monotonic_s()
+        command = read_rollback(self.folder)
+        if command is not None and command.name != self.checkpoints.rolled_back:
+            self._roll_back(command)
+
+    def _roll_back(self, command: Rollback) -> bool:
+        """Go back to a checkpoint. False when that cannot be: then nothing was changed."""
+        try:
+            manifest = find(self.checkpoints, self._log, command)
+        except (LogTruncated, SnapshotCorrupt, SchemaMismatch) as error:
+            logger.error("no rollback to checkpoint %d: %s", command.step, error)
+            forget_rollback(self.folder)
+            return False
+        newest = max(self.trainer.steps, *(fields["step"] for fields in self.checkpoints.kept.every()))
+        newest = max([newest, *(entry.step for entry in self.journal.entries(newest + 1))])
+        self._begin_anew()
+        saved = self.checkpoints.go_back(manifest)
+        stand(self.trainer, self.intake, saved, self.checkpoints.logs, skip=command.skips)
+        self._read_catalogue(saved)
+        self.trainer.steps, self.checkpoints.rolled_back = newest + 1, command.name
+        self.whole = self._starting = True
+        self.release.take_epoch()
+        self.release.publish_whole()
+        self._crash("rolled back")
+        self.checkpoint(wait=True)
+        logger.warning("rolled back to checkpoint %d; what came after it: %s", command.step, command.how)
+        return True
+
     def _publish(self, *, force: bool = False) -> None:
         training, now, bandit = self.config.training, self._clock.monotonic_s(), self.trainer.bandit
         force = force or (bandit is not None and bandit.moved)
         dense = force or now - self._last["dense"] >= training.dense_publish_s
         if dense or now - self._last["rows"] >= training.publish_ms / 1000:
-            if (newest := newest_taken(self.folder)) > self.epoch:
-                raise Fenced(
-                    f"epoch {newest} took over from epoch {self.epoch}: this trainer stops; run one trainer a folder"
-                )
-            with metrics.PUBLISH_SECONDS.time():
-                self.publisher.publish_rows()
+            self.release.publish(dense=dense)
             self._last["rows"] = now
         if dense:
-            self.publisher.publish_dense()
             self._last["dense"] = now
             if bandit is not None:
                 bandit.moved = False
@@ -359,7 +379,7 @@ class Runner:
 
     @property
     def epoch(self) -> int:
-        return self.publisher.epoch
+        return self.release.publisher.epoch
 
     def _commit(self, positions: Mapping[str, int]) -> None:
         for key, offset in positions.items():

@@ -25,6 +25,7 @@ from recsys.table.tables import Tables
 from recsys.training import ledger
 from recsys.training.bandit import BanditLearner
 from recsys.training.breaker import Breaker
+from recsys.training.guard import Guard
 from recsys.training.joiner import Joiner
 from recsys.training.journal import Entry, log_ms
 from recsys.training.learner import Batch, Learner
@@ -70,6 +71,7 @@ class Trainer:
         self.steps = 0
         self.covers_ms = 0
         self.breaker = Breaker(config)
+        self.guard = Guard(config)
         self.buried: set[str] = set()
         """Contents of `item` records with which a step failed: a restart, which reads that topic again, leaves them out, too."""
 
@@ -294,16 +296,17 @@ class Trainer:
     def _learn_batch(
         self, batch: Sequence[tuple[Emission, Index]], first: bool, report: StepReport, now_ms: int
     ) -> None:
+        labels, mask, served = (
+            np.concatenate([part[rows] for part, rows in parts])
+            for parts in zip(*(((e.labels, r), (e.mask, r), (e.predictions, r)) for e, r in batch), strict=True)
+        )
         with blaming(lambda: [REQUEST + emission.request_id for emission, _ in batch]):
-            culprits = self.learner.learn(
-                Batch(
-                    features=[decode(self.schema, e.features).take(rows) for e, rows in batch],
-                    labels=np.concatenate([e.labels[rows] for e, rows in batch]),
-                    mask=np.concatenate([e.mask[rows] for e, rows in batch]),
-                    first=first,
-                ),
-                now_ms,
-            )
+            features = [decode(self.schema, e.features).take(rows) for e, rows in batch]
+            culprits = self.learner.learn(Batch(features=features, labels=labels, mask=mask, first=first), now_ms)
+        if first and not culprits:
+            requests = [(len(rows), emission.time_ms) for emission, rows in batch]
+            self.guard.add(self.learner.losses, labels, mask, served, requests, now_ms)
+        self.guard.skipped(culprits, now_ms)
         for task in culprits:
             report.skipped(task)
 
@@ -325,6 +328,7 @@ class Trainer:
             "steps": self.steps,
             "covers_ms": self.covers_ms,
             "breaker": self.breaker.state(),
+            "guard": self.guard.state(),
             "buried": sorted(self.buried),
             "joiner": self.joiner.state(),
             "ledger": self.ledger.state(),
@@ -338,6 +342,8 @@ class Trainer:
             self.breaker.restore(state["breaker"])
         else:  # of a release whose breaker knew only labels: it is judged anew
             self.breaker.is_open = state["breaker_open"]
+        if "guard" in state:
+            self.guard.restore(state["guard"])
         self.buried = set(state.get("buried", ()))
         self.joiner.restore(state["joiner"])
         if "ledger" in state:

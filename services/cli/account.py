@@ -59,7 +59,8 @@ def account(config: Config, log: EventLog, progress: Progress = lambda *_: None)
         buried = letters.get(key, set())
         read = _read(log, key, trainer["ledger"]["since"].get(key, cut), cut, buried, progress)
         items += read.items
-        whole &= read.begin <= trainer["ledger"]["since"].get(key, cut) or not key.startswith("impression/")
+        aged = read.begin > trainer["ledger"]["since"].get(key, cut) or key in trainer["ledger"]["gaps"]
+        whole &= not (aged and key.startswith("impression/"))
         _partition(found, key, cut, read, trainer["ledger"], buried)
     labels = _labels(found, trainer, items if whole else None)
     held = _held(found, trainer)

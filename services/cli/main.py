@@ -138,6 +138,10 @@ def _service_commands(commands: Any) -> None:
             action="store_true",
             help="go on although the log was made anew, or lost records that a saved position points at",
         )
+    _operator_commands(commands)
+
+
+def _operator_commands(commands: Any) -> None:
     show = commands.add_parser("config", help="show or check a configuration").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -152,6 +156,28 @@ def _service_commands(commands: Any) -> None:
     how = resume.add_mutually_exclusive_group(required=True)
     how.add_argument("--learn", action="store_true", help="the feedback is right: learn from what waited")
     how.add_argument("--skip", action="store_true", help="the feedback was broken: go on after it without learning")
+
+    checkpoint = commands.add_parser("checkpoint", help="the trainer's checkpoints").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    _command(
+        checkpoint,
+        "list",
+        _of("checkpoint"),
+        "what `recsys rollback` can go back to",
+        "recsys checkpoint list --config my.toml",
+    )
+    rollback = _command(
+        commands,
+        "rollback",
+        _of("rollback"),
+        "let trainer and serving go back to a checkpoint",
+        "recsys rollback --to 81234 --skip",
+    )
+    rollback.add_argument("--to", type=int, required=True, metavar="ID", help="of `recsys checkpoint list`")
+    after = rollback.add_mutually_exclusive_group(required=True)
+    after.add_argument("--learn", action="store_true", help="learn again what came after it")
+    after.add_argument("--skip", action="store_true", help="leave out what came after it, up to now")
 
     audit = _command(
         commands,

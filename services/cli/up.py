@@ -23,8 +23,8 @@ from recsys.streams.positions import REMEDY
 from services.cli.client import url_of
 from services.common.process import STOP_S, FolderLock, Stop, bind, logger
 
-_WAITS = "breaker open"
-"""Beginning of the reason for which the trainer is not ready, but runs: answers need not wait for an operator."""
+_WAITS = ("breaker open", "model held back")
+"""Beginnings of reasons for which the trainer is not ready, but runs: answers need not wait for an operator."""
 ORDER = ("parameter", "trainer", "ranking")
 BACKOFF_S = (1.0, 30.0)
 """What died is started again after the first; each death in a row doubles that, up to the second."""

@@ -14,7 +14,7 @@ from recsys.clock import Clock, SystemClock, bounded_ms
 from recsys.config import Config
 from recsys.errors import BadInput, LogError, LogTruncated, SchemaMismatch, SnapshotCorrupt
 from recsys.events.dead_letters import letter
-from recsys.events.deltas import DeltaReader
+from recsys.events.deltas import WHOLE_BEGIN, DeltaReader
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts, sizes
 from recsys.ranking.parameter_files import Place, Snapshots, load_checkpoint
@@ -48,6 +48,8 @@ class ParameterService:
         self._snapshots = Snapshots(config.data_dir / "parameter", self.schema.hash)
         self._reader = DeltaReader()
         self._position = 0
+        self._whole_at = 0
+        """Where the whole state that is coming begins."""
         self._gap = ""
         self._after_gap = False
         self._ignored = Ignored()
@@ -126,6 +128,7 @@ class ParameterService:
 
     def _take(self, record: Record) -> str:
         """Apply one message; why it is a dead letter, or nothing."""
+        begun = self._reader.begins()
         try:
             delta = self._reader.feed(record.value, record.offset)
             if delta is None:
@@ -149,6 +152,8 @@ class ParameterService:
             return ""
         self._after_gap = False
         self._ignored = Ignored()
+        if delta.whole == WHOLE_BEGIN:
+            self._whole_at = record.offset if begun is None else begun
         metrics.DELTAS_APPLIED.inc()
         metrics.PARAMETER_VERSION_STEP.set(delta.version.step)
         metrics.FRESHNESS_SECONDS.labels("parameters").observe(max(0, self._clock.now_ms() - delta.covers_ms) / 1000)
@@ -178,8 +183,9 @@ class ParameterService:
     def _save(self) -> None:
         if self._gap:
             return
-        begins = self._reader.begins()
-        place = Place(self._position if begins is None else begins, self._log.identity(TOPIC, 0))
+        begins = [self._reader.begins(), self._whole_at if self.store.receiving else None]
+        position = min([self._position, *(at for at in begins if at is not None)])
+        place = Place(position, self._log.identity(TOPIC, 0))
         if place.position == self._saved_at:
             return
         try:

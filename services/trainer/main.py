@@ -36,6 +36,7 @@ WINDOW = 5000
 SAY_EVERY_S = 60.0
 """What stays wrong is said this often."""
 BREAKER_OPEN = "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
+HELD = "model held back; learning goes on, and what it learns is served again once it is good, or `recsys rollback`"
 
 
 class Progressive:
@@ -118,9 +119,11 @@ def gauges(runner: Runner, published: list[int]) -> None:
     metrics.BREAKER_OPEN.set(runner.trainer.breaker.is_open)
     metrics.TRAINER_EPOCH.set(runner.epoch)
     metrics.CHECKPOINT_AGE_SECONDS.set(runner.checkpoint_age_s)
-    metrics.PUBLISHED_ROWS.inc(runner.publisher.rows - published[0])
-    metrics.PUBLISHED_TOMBSTONES.inc(runner.publisher.tombstones - published[1])
-    published[:] = runner.publisher.rows, runner.publisher.tombstones
+    metrics.MODEL_HELD.set(bool(runner.release.held))
+    publisher = runner.release.publisher
+    metrics.PUBLISHED_ROWS.inc(publisher.rows - published[0])
+    metrics.PUBLISHED_TOMBSTONES.inc(publisher.tombstones - published[1])
+    published[:] = publisher.rows, publisher.tombstones
     for (topic, partition), lag in runner.intake.lag().items():
         metrics.CONSUMER_LAG.labels(topic, str(partition), CONSUMER).set(lag)
 
@@ -228,12 +231,12 @@ class Loop:
         return worked
 
     def _show(self) -> None:
-        is_open = self._runner.trainer.breaker.is_open
-        self.reason = BREAKER_OPEN if is_open else ""
-        metrics.READY.set(not is_open)
-        if is_open and time.monotonic() - self._open_s > SAY_EVERY_S:
+        held = self._runner.release.held
+        self.reason = BREAKER_OPEN if self._runner.trainer.breaker.is_open else f"{HELD}: {held}" if held else ""
+        metrics.READY.set(not self.reason)
+        if self.reason and time.monotonic() - self._open_s > SAY_EVERY_S:
             self._open_s = time.monotonic()
-            logger.error("%s", BREAKER_OPEN)
+            logger.error("%s", self.reason)
         if time.monotonic() - self._shown_s > 1.0:
             self._shown_s = time.monotonic()
             self._progressive.show()

@@ -15,6 +15,7 @@ NO_UNIT = {
     "recsys_expert_scale",
     "recsys_ready",
     "recsys_breaker_open",
+    "recsys_model_held",
     "recsys_trainer_epoch",
     "recsys_parameter_version_step",
     "recsys_parameter_device_info",

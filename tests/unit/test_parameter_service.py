@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -191,6 +192,36 @@ def test_each_kind_of_wrong_delta_is_a_dead_letter_and_the_next_is_applied(world
     letters = [orjson.loads(record.value) for record in world.log.read("dead_letter", 0, 0, 100)]
     assert all(one["topic"] == TOPIC and one["reason"] for one in letters)
     assert service.not_ready() == ""
+
+
+def test_a_whole_state_takes_the_place_of_what_was_there(world: World) -> None:
+    """Under a newer epoch and an older step; a snapshot amid it, and a kill, change nothing."""
+    service = world.service()
+    world.publish(world.delta(50, keys=range(10)))
+    service.turn()
+    world.clock.advance(60)
+    covered = service.store.state.covers_ms
+    world.publish(
+        replace(world.delta(20, epoch=2, keys=[]), whole="begin", covers_ms=covered - 5000),
+        replace(world.delta(20, epoch=2, keys=range(3, 6)), covers_ms=covered - 5000),
+    )
+    service.turn()
+    assert world.served(service, range(10)) == [50, 50, 50, 20, 20, 20, 50, 50, 50, 50]
+    assert service.store.state.covers_ms == covered - 5000, "the older of both, as long as they are mixed"
+    service.maintain(force=True)
+    service = world.service()
+    world.publish(replace(world.delta(20, epoch=2, keys=[]), whole="end", covers_ms=covered - 5000))
+    service.turn()
+    assert world.served(service, range(10)) == [-1, -1, -1, 20, 20, 20, -1, -1, -1, -1]
+    assert service.store.state.version == Version(epoch=2, step=20) and service.store.state.covers_ms == covered - 5000
+
+
+def test_a_whole_state_whose_trainer_died_removes_nothing(world: World) -> None:
+    service = world.service()
+    world.publish(world.delta(50, keys=range(4)), replace(world.delta(20, epoch=2, keys=[0]), whole="begin"))
+    world.publish(replace(world.delta(60, epoch=3, keys=[1]), whole="end"), world.delta(61, epoch=3, keys=[2]))
+    service.turn()
+    assert world.served(service, range(4)) == [20, 60, 61, 50]
 
 
 def test_two_thousand_mutations_crash_nothing_and_valid_deltas_are_applied(world: World) -> None:

@@ -1,0 +1,92 @@
+"""`recsys rollback`: a command left in a file for the trainer, which goes back to a checkpoint that is still there.
+
+The rolled-back state gets a step above all there were, so that no journal of before is run after it, and an epoch of its own, under
+which everything is published. Whatever ends the process in between: the command is still there, and is followed from its start.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recsys.errors import SnapshotCorrupt
+from recsys.files import Manifests
+from recsys.streams.base import EventLog
+from recsys.streams.positions import resume
+from recsys.training import ledger
+from recsys.training.breaker import LEARN, SKIP
+from recsys.training.checkpoint import Checkpoints
+from recsys.training.intake import CONSUMER, TOPICS, Intake
+from recsys.training.trainer import Trainer
+
+_FILE = "rollback"
+
+
+class Rollback(NamedTuple):
+    """Go back to the checkpoint of a step, and `learn` again what came after it, or `skip` it."""
+
+    name: str
+    step: int
+    how: str
+
+    @property
+    def skips(self) -> bool:
+        return self.how == SKIP
+
+
+def leave_rollback(folder: Path, step: int, how: str) -> None:
+    """Tell the trainer that keeps its state in this folder."""
+    temporary = folder / f"{_FILE}.new"
+    temporary.write_text(json.dumps({"name": uuid.uuid4().hex, "step": step, "how": how}))
+    temporary.replace(folder / _FILE)
+
+
+def read_rollback(folder: Path) -> Rollback | None:
+    """What was left and not followed yet; one that was is forgotten."""
+    try:
+        found = json.loads((folder / _FILE).read_text())
+        command = Rollback(str(found["name"]), int(found["step"]), SKIP if found["how"] == SKIP else LEARN)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        forget_rollback(folder)
+        return None
+    if any(fields.get("rolled_back") == command.name for fields in Manifests(folder).look()):
+        forget_rollback(folder)
+        return None
+    return command
+
+
+def forget_rollback(folder: Path) -> None:
+    """It was followed, or cannot be."""
+    (folder / _FILE).unlink(missing_ok=True)
+
+
+def find(checkpoints: Checkpoints, log: EventLog, command: Rollback) -> dict[str, Any]:
+    """The checkpoint to go back to. Raises SnapshotCorrupt and SchemaMismatch when it cannot be loaded, LogTruncated when what came after
+    it is to be learned again and the log no longer has that. Nothing is changed."""
+    manifest = next((fields for fields in checkpoints.kept.every() if fields["step"] == command.step), None)
+    if manifest is None:
+        raise SnapshotCorrupt(f"there is no checkpoint {command.step} any more: see `recsys checkpoint list`")
+    opened = checkpoints.open(manifest)
+    if not command.skips:
+        resume(log, CONSUMER, TOPICS, opened.small["positions"], opened.small.get("logs", {}), accept_gap=False)
+    return manifest
+
+
+def stand(trainer: Trainer, intake: Intake, saved: Mapping[str, int], logs: Mapping[str, str], *, skip: bool) -> None:
+    """Let the trainer, which holds a checkpoint's state, go on at its positions; or at the log's ends: what lies between is a gap that
+    somebody accepted. Items are never skipped."""
+    intake.begin(saved, logs, accept_gap=skip)
+    if not skip:
+        return
+    trainer.breaker.close()
+    trainer.ledger.lost(trainer.joiner.waiting(), ledger.UNLEARNED)
+    trainer.joiner.drop_all()
+    for key, end in intake.ends().items():
+        if not key.startswith("item/"):
+            trainer.ledger.passed_gap(key, saved.get(key, 0), end)
+            intake.passed({key: end})

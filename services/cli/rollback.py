@@ -1,0 +1,32 @@
+"""`recsys rollback`: let trainer and serving go back to a checkpoint that is kept."""
+
+from __future__ import annotations
+
+import argparse
+
+from recsys import config
+from recsys.errors import BadInput
+from recsys.files import KeptManifests
+from recsys.training.breaker import LEARN, SKIP
+from recsys.training.rollback import leave_rollback
+from services.cli.checkpoint import folder_of
+from services.cli.main import DONE, emit
+
+
+def run(options: argparse.Namespace) -> int:
+    """Leave the command for the trainer. BadInput names the checkpoints that there are."""
+    folder = folder_of(config.load(options.config))
+    steps = [manifest["step"] for manifest in KeptManifests(folder).every()]
+    if options.to not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise BadInput(
+            f"--to {options.to}: there is no such checkpoint, there are {there}: see `recsys checkpoint list`"
+        )
+    leave_rollback(folder, options.to, SKIP if options.skip else LEARN)
+    after = "what came after it is left out" if options.skip else "what came after it is learned again"
+    emit(
+        options,
+        {"ok": True, "to": options.to, "after": SKIP if options.skip else LEARN},
+        f"trainer and serving go back to checkpoint {options.to} within some seconds, or when the trainer is started; {after}",
+    )
+    return DONE
