@@ -43,7 +43,7 @@ ranking.deadline_ms = 10000
 """
 
 
-def schedule(mode: str, kills: int, seed: int) -> list[tuple[str, str, float]]:
+def schedule(mode: str, kills: int, seed: int, longest_freeze_s: float = 30.0) -> list[tuple[str, str, float]]:
     """(process, how, seconds of a freeze) of each kill: the same for the same seed."""
     rng = random.Random(seed)
     targets = list(SERVICES + (SERVERS if mode == "kafka" else ()))
@@ -51,7 +51,7 @@ def schedule(mode: str, kills: int, seed: int) -> list[tuple[str, str, float]]:
     while len(found) < kills:
         deck = targets + [rng.choice(targets) for _ in range(EACH_WITHIN - len(targets))]
         rng.shuffle(deck)
-        found += [(target, rng.choice(HOW), rng.uniform(2.0, 30.0)) for target in deck]
+        found += [(target, rng.choice(HOW), rng.uniform(2.0, longest_freeze_s)) for target in deck]
     return found[:kills]
 
 
@@ -75,7 +75,7 @@ class Chaos:
         started = time.monotonic()
         wait_for(lambda: self.probes.healthy(started), "every probe comes through", RECOVER_S)
         self._note("descriptors_before", descriptors(self.system))
-        plan = schedule(self.options.mode, self.options.kills, self.options.seed)
+        plan = schedule(self.options.mode, self.options.kills, self.options.seed, self.options.longest_freeze)
         rng = random.Random(self.options.seed + self.state["kills"])
         for target, how, freeze_s in plan[self.state["kills"] :]:
             time.sleep(rng.uniform(0.5, 4.0))
@@ -241,6 +241,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--mode", choices=("embedded", "kafka"), default="embedded")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--longest-freeze", type=float, default=30.0, help="seconds of a SIGSTOP, 2 to this")
     parser.add_argument("--resume", type=Path, help="progress; a run that was cut off goes on from it, in its folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object alone on stdout")
     options = parser.parse_args(arguments)

@@ -104,7 +104,10 @@ def test_an_honest_system_closes_and_its_state_is_what_the_log_makes(audited: Au
     assert shown["accepted"] == shown["learned"] > 0 and feedback["accepted"] == feedback["taken"]
     assert feedback["waiting"] == 1  # whose request was invented
     click, like = ledger["labels"]["click"], ledger["labels"]["like"]
-    assert click["opened"] == audited.shown == click["positive"] + click["negative"] + click["waiting"]
+    assert click["opened"] == click["positive"] + click["negative"] + click["waiting"]
+    assert audited.shown - 3 * SHOWN <= click["opened"] <= audited.shown, (
+        "the stop may have come before the last answers"
+    )
     assert like["waiting"] == like["opened"]
     code, again = audit(audited, "--replay")
     assert code == 0 and again["equal"] and again["to_step"] > again["from_step"], again
