@@ -92,4 +92,4 @@ def audit(running: Running, *more: str) -> tuple[dict[str, Any], float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run("audit", arguments, measure))
+    sys.exit(run("audit", measure, arguments))

@@ -1,4 +1,4 @@
-"""Costs against another commit: what is no checkout is refused before anything is measured."""
+"""Costs against another commit: what is no checkout is refused before anything is measured; ratios have intervals."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from load_tests.common import Report
 
 
 def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    options = argparse.Namespace(old=tmp_path, alternations=1, seed=0)
+    options = argparse.Namespace(old=tmp_path, turns=1, seed=0)
     with pytest.raises(SystemExit, match="no checkout of this project"):
         versus.measure(options, Report("versus", {}))
 
 
-def test_figure_is_the_geometric_mean_of_the_turns_with_an_interval(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "services").mkdir()
-    costs = {versus.ROOT: 2.0, tmp_path.resolve(): 1.0}
-
-    def serve(options: argparse.Namespace, root: Path, turn: int) -> dict[str, float]:
-        return dict.fromkeys(versus.FIGURES, costs[root] * (1.1 if turn else 1.0))
-
-    monkeypatch.setattr(versus, "serve", serve)
+def test_figure_is_the_ratio_of_the_sums_with_an_interval() -> None:
+    drift = [1.0, 1.5, 2.0, 1.2]
+    turns = [dict.fromkeys(("request_cpu", "event_cpu", "idle_cpu"), slow) for slow in drift]
     report = Report("versus", {})
-    versus.measure(argparse.Namespace(old=tmp_path, alternations=3, seed=0), report)
+    versus.judge([{name: 3 * value for name, value in turn.items()} for turn in turns], turns, 0, report)
     rows = {row["name"]: row["value"] for row in report.finish()["results"]}
-    assert rows["versus_request_cpu"] == rows["versus_request_cpu_low"] == rows["versus_event_cpu_high"] == 2.0
+    assert rows["versus_request_cpu"] == pytest.approx(3.0), "a machine that drifts slows both"
+    assert rows["versus_request_cpu_low"] == rows["versus_event_cpu_high"] == pytest.approx(3.0)
+    noisy = [
+        {**turn, "event_cpu": turn["event_cpu"] * factor} for turn, factor in zip(turns, (0.5, 1, 1, 2), strict=True)
+    ]
+    report = Report("versus", {})
+    versus.judge(noisy, turns, 0, report)
+    rows = {row["name"]: row["value"] for row in report.finish()["results"]}
+    assert rows["versus_event_cpu_low"] < rows["versus_event_cpu"] < rows["versus_event_cpu_high"]
