@@ -26,7 +26,7 @@ from recsys.clock import SystemClock
 from recsys.streams.open import open_log
 from recsys.testing.servers import Server, kafka_server, redis_server
 from tests.system.chaos_load import WINDOW_S, Accepted, Probes, Traffic
-from tests.system.embedded import Embedded, cmdline, recsys, wait_for
+from tests.system.embedded import ROOT, Embedded, cmdline, recsys, wait_for
 
 SERVICES = ("trainer", "parameter", "ranking", "builder", "up")
 SERVERS = ("broker", "redis")
@@ -244,6 +244,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--longest-freeze", type=float, default=30.0, help="seconds of a SIGSTOP, 2 to this")
     parser.add_argument("--resume", type=Path, help="progress; a run that was cut off goes on from it, in its folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object alone on stdout")
+    parser.add_argument("--save", action="store_true", help="also write load_tests/results/chaos_MODE.json")
     options = parser.parse_args(arguments)
     resumed = options.resume is not None and options.resume.exists()
     options.state = (
@@ -273,6 +274,9 @@ def good(result: dict[str, Any]) -> bool:
 
 def main() -> int:
     result = run(sys.argv[1:])
+    if "--save" in sys.argv:
+        path = ROOT / f"load_tests/results/chaos_{result['mode']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result) if "--json" in sys.argv else json.dumps(result, indent=1))
     return 0 if good(result) else 1
 

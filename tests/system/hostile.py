@@ -1,12 +1,14 @@
 """Hostile input into every door of a running system: `python -m tests.system.hostile --each 10000 --seed 1 --json`.
 
-Doors: HTTP routes, the five topics, gRPC, files that commands read. After each, the same processes must run (0 crashes), a
-click, an item and a label must come through (0 stalls), and memory must be back to where it was.
+Doors: HTTP routes, the five topics, gRPC, files that commands read, what is typed after commands. After each, the same
+processes must run (0 crashes), a click, an item and a label must come through (0 stalls), and memory must be back to where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -25,9 +27,10 @@ from recsys.clock import SystemClock
 from recsys.errors import BadInput
 from recsys.streams.open import open_log
 from recsys.types import TOPICS
+from services.cli.main import main as command_line
 from services.common import parameter_pb2 as pb
 from tests.system.chaos_load import WINDOW_S, Accepted, Probes, Traffic
-from tests.system.embedded import Embedded, recsys, wait_for
+from tests.system.embedded import ROOT, Embedded, wait_for
 from tests.system.mutate import KINDS, Mutator
 
 OPTIONS = f"""
@@ -57,6 +60,15 @@ COMMANDS = (
     ("config", "check", "--config", "{file}"),
     ("table", "inspect", "{file}"),
     ("replay", "--events", "{file}"),
+)
+TYPED = (
+    *COMMANDS,
+    ("config", "show", "--config", "{file}"),
+    ("audit", "--config", "{file}"),
+    ("checkpoint", "list", "--config", "{file}"),
+    ("rollback", "--config", "{file}", "--to", "3", "--skip"),
+    ("evaluate", "policy", "--log", "{file}", "--policy", "{file}", "--clip", "1"),
+    ("evaluate", "compare", "{file}", "{file}", "--events", "{file}", "--set", "model.dim=4"),
 )
 SETTLE_S = 60.0
 GROWTH_BYTES = 96 * 2**20
@@ -89,6 +101,7 @@ class Hostile:
             yield f"topic {topic}", lambda t=topic: self._topic(t)
         yield "grpc", self._grpc
         yield "files", self._files
+        yield "typed", self._typed
 
     def _door(self, name: str, work: Callable[[], Counter[str]]) -> dict[str, Any]:
         pids, before = self.system.pids(), self._memory()
@@ -101,7 +114,7 @@ class Hostile:
         after = self._memory()
         row = {
             "door": name,
-            "sent": self.each if name != "files" else sum(answers.values()),
+            "sent": self.each,
             "answers": dict(answers),
             "crashes": sum(self.system.pids().get(service) != pid for service, pid in pids.items())
             + answers["crashed"],
@@ -182,17 +195,43 @@ class Hostile:
         return answers
 
     def _files(self) -> Counter[str]:
-        """Every command that reads a file, on every kind: exit 0 or 2, one line, no traceback."""
+        """Every command that reads a file, on every kind."""
         answers: Counter[str] = Counter()
         valid = json.dumps({"item_id": "file-1", "title": "x"}).encode() + b"\n"
-        for kind in KINDS:
-            path = self.system.folder / f"wrong-{kind}.jsonl"
-            path.write_bytes(self.mutator.make(kind, valid * 3))
-            for command in COMMANDS:
-                done = recsys(*(part.format(file=path) for part in command), "--json", timeout_s=120)
-                answers[f"exit {done.returncode}"] += 1
-                answers["crashed"] += "Traceback" in done.stderr or done.returncode not in (0, 1, 2)
+        path = self.system.folder / "wrong.jsonl"
+        for number in range(self.each):
+            path.write_bytes(self.mutator.make(KINDS[number % len(KINDS)], valid * 3))
+            command = COMMANDS[number // len(KINDS) % len(COMMANDS)]
+            self._run([part.format(file=path) for part in command], answers)
         return answers
+
+    def _typed(self) -> Counter[str]:
+        """Commands with one word of them changed, left out or doubled."""
+        answers: Counter[str] = Counter()
+        path = self.system.folder / "wrong.toml"
+        path.write_text("nothing = 1")
+        for number in range(self.each):
+            words = [part.format(file=path) for part in TYPED[number % len(TYPED)]]
+            at = number // len(TYPED) % (len(words) - 1) + 1
+            word = self.mutator.any(words[at].encode())[:5000].replace(b"\0", b"").decode(errors="surrogateescape")
+            words[at : at + 1] = [[word], [], [words[at], word]][number // 7 % 3]
+            self._run(words, answers)
+        return answers
+
+    def _run(self, words: list[str], answers: Counter[str]) -> None:
+        """One command as `recsys` runs it, in this process: exit 0, 1 or 2, with a message, and nothing raised."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            try:
+                code: Any = command_line([*words, "--json"])
+            except SystemExit as ended:  # of the parser
+                code = ended.code
+            except Exception as error:  # noqa: BLE001 - it is what is counted
+                code = f"raised {type(error).__name__}"
+        answers[f"exit {code}"] += 1
+        if code not in (0, 1, 2) or (code and not said.getvalue().strip()):
+            answers["crashed"] += 1
+            print(f"{code}: {words!r}: {said.getvalue()[-500:]}", file=sys.stderr)
 
 
 def good(rows: Sequence[dict[str, Any]]) -> bool:
@@ -225,9 +264,12 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=10_000, help="messages into each door")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object alone on stdout")
+    parser.add_argument("--save", action="store_true", help="also write load_tests/results/hostile.json")
     options = parser.parse_args()
     rows = run(options.each, options.seed, Path(tempfile.mkdtemp(prefix="hostile-")))
     result = {"each": options.each, "seed": options.seed, "ok": good(rows), "doors": rows}
+    if options.save:
+        (ROOT / "load_tests/results/hostile.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result) if options.json else json.dumps(result, indent=1))
     return 0 if result["ok"] else 1
 
