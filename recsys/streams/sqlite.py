@@ -22,6 +22,9 @@ from recsys.types import Batch, Record
 _log = logging.getLogger(__name__)
 _GROUP_MESSAGES = 20_000
 """Most messages of one commit: about 100 ms, so that one huge append does not keep a click waiting for seconds."""
+LOOK_S = 0.05
+"""Whether a file is still the one that readers opened is looked at this often: half asks the system twice as much, and whoever appends
+looks in any case."""
 _T = TypeVar("_T")
 _Append = tuple[str, Sequence[tuple[str, bytes]], "Future[None]"]
 
@@ -68,7 +71,8 @@ class SqliteLog:
             if self._pid != os.getpid():  # forked: threads do not come along, and SQLite forbids even closing what does
                 self._parents_files, self._files = self._files, {}
                 self._start()
-            if topic not in self._files or self._files[topic].replaced():
+            file = self._files.get(topic)
+            if file is None or file.replaced(LOOK_S):
                 path = self._folder / f"{topic}.db"
                 try:
                     file = self._files[topic] = self._open(topic, path)
@@ -76,7 +80,7 @@ class SqliteLog:
                         _log.error("log file %s was replaced while it was in use: what is read from it is a gap", path)
                 except OSError as error:
                     raise LogFull(f"log file {str(path)!r} cannot be made ({error}): free disk space") from error
-            return self._files[topic]
+            return file
 
     def _open(self, topic: str, path: Path) -> LogFile:
         if repaired(path).exists():
@@ -97,6 +101,7 @@ class SqliteLog:
         except Damaged as error:
             _log.error("%s: it is repaired, as far as it can be read", error)
             mend(file.path, file.inode)
+        file.replaced()
         file = self._known(topic)
         with file.lock, mapped(file.path):
             return question(file)

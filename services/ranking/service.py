@@ -48,6 +48,8 @@ from services.ranking.intake import Intake
 from services.ranking.parse import Refused
 
 POLL_S = 0.005
+FREE_S = 0.1
+"""Where nothing comes: rows of deleted items rest for some time before they are free."""
 CONSUMER = "state"
 COMPILE_AFTER_S = 3.0
 """Requests are scored op by op for this long: a trainer beside this process compiles first, and what it compiled is read from the cache."""
@@ -100,7 +102,7 @@ class RankingService:
         """Of what there was at the start: once it is read, the catalogue is ready."""
         self._catalogue_saved: dict[int, int] = {}
         self._changes_saved = 0
-        self._catalogue_saved_s = 0.0
+        self._catalogue_saved_s = self._freed_s = 0.0
         self.intake = Intake(config, log, clock, self.sources, lambda: self.catalogue_ready and self.state_ready)
         self.consumer.on_feedback = self.intake.heard
         self.patching = threading.Lock()
@@ -284,9 +286,11 @@ class RankingService:
                 logger.error("%d new items of topic item are not in the catalogue: %s", len(refused), refused[-1])
             self._item_positions[partition] = records.next
             worked |= records.next > position
-        self.sources.free_rows()
-        metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
-        metrics.CATALOGUE_FULL.set(self.sources.catalogue.full_ratio)
+        if worked or self.clock.monotonic_s() - self._freed_s > FREE_S:
+            self._freed_s = self.clock.monotonic_s()
+            self.sources.free_rows()
+            metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
+            metrics.CATALOGUE_FULL.set(self.sources.catalogue.full_ratio)
         self.catalogue_ready |= all(self._item_positions[p] >= end for p, end in self._item_ends.items())
         return worked
 
