@@ -273,6 +273,7 @@ def good(result: dict[str, Any]) -> bool:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
     result = run(sys.argv[1:])
     if "--save" in sys.argv:
         path = ROOT / f"load_tests/results/chaos_{result['mode']}.json"

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -266,6 +267,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object alone on stdout")
     parser.add_argument("--save", action="store_true", help="also write load_tests/results/hostile.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
     rows = run(options.each, options.seed, Path(tempfile.mkdtemp(prefix="hostile-")))
     result = {"each": options.each, "seed": options.seed, "ok": good(rows), "doors": rows}
     if options.save:
