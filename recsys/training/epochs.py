@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from recsys.errors import BadInput
+from recsys.errors import BadInput, LogTruncated
 from recsys.events.deltas import Version, believable, version_of
 from recsys.streams.base import EventLog
 from recsys.streams.ranges import read_range
@@ -14,6 +15,8 @@ TOPIC = "parameters"
 _TAIL, _LONGEST_TAIL = 64, 16_384
 """Of the topic so many records are looked at, and more as long as none of them has a version: of half a megabyte each at most."""
 _READ_LIMIT = 8
+_AGAIN = 10
+"""So often the topic may be shortened while it is looked at."""
 
 
 def take_epoch(folder: Path, log: EventLog, served: int = 0) -> int:
@@ -45,18 +48,31 @@ def newest_taken(folder: Path) -> int:
 def newest_published(log: EventLog, known: int) -> int:
     """The newest epoch among the last deltas published that can be believed, or `known` where that is newer."""
     for partition in range(log.partitions(TOPIC)):
-        begin, end = log.begin(TOPIC, partition), log.end(TOPIC, partition)
-        tail, found = _TAIL, False
+        tail, again, found = _TAIL, _AGAIN, False
         while not found and tail <= _LONGEST_TAIL:
+            begin, end = log.begin(TOPIC, partition), log.end(TOPIC, partition)
             start = max(begin, end - tail)
-            for batch in read_range(log, f"{TOPIC}/{partition}", start, end, limit=_READ_LIMIT):
-                for record in batch:
-                    epoch = _epoch_of(record.value)
-                    if epoch is not None and believable(Version(epoch=epoch), Version(epoch=known)):
-                        known, found = max(known, epoch), True
+            try:
+                epochs = list(_epochs(log, partition, start, end))
+            except (
+                LogTruncated
+            ):  # the parameter service let go of what its snapshots have since we asked for the beginning
+                if not (again := again - 1):
+                    raise
+                continue
+            for epoch in epochs:
+                if believable(Version(epoch=epoch), Version(epoch=known)):
+                    known, found = max(known, epoch), True
             found = found or start == begin
             tail *= 4
     return known
+
+
+def _epochs(log: EventLog, partition: int, start: int, end: int) -> Iterator[int]:
+    for batch in read_range(log, f"{TOPIC}/{partition}", start, end, limit=_READ_LIMIT):
+        for record in batch:
+            if (epoch := _epoch_of(record.value)) is not None:
+                yield epoch
 
 
 def _epoch_of(value: bytes) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from recsys.config import Config
-from recsys.errors import BadInput, SnapshotCorrupt, StateUnavailable
+from recsys.errors import BadInput, LogTruncated, SnapshotCorrupt, StateUnavailable
 from recsys.events.deltas import numbered
 from recsys.files import Manifests, read_file
 from recsys.state.open import open_state
@@ -194,6 +194,27 @@ def _held(found: _Account, trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parameters(found: _Account, config: Config, log: EventLog, progress: Progress) -> dict[str, Any]:
     """Deltas are counted by epoch: none is missing between two of the log, and none never came to the serving copy."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            seen, wanted = _published(log, progress)
+        except LogTruncated:  # the parameter service let go of what its snapshots have since we asked for the beginning
+            if not left:
+                raise
+        else:
+            break
+    missing = sum(_incomplete(epoch, numbers, wanted) for epoch, numbers in seen.items())
+    deltas = len(wanted)
+    served = next(iter(Manifests(config.data_dir / "parameter").look()), {}).get("counted", {})
+    if missing:
+        found.why.append(f"parameters/0: {missing} deltas are missing from the log")
+    if served.get("missed"):
+        found.why.append(f"parameters/0: {served['missed']} deltas never came to the serving copy")
+    closes = not missing and not served.get("missed")
+    return {"deltas": deltas, "missing": missing, "served": served, "closes": closes}
+
+
+def _published(log: EventLog, progress: Progress) -> tuple[dict[int, dict[int, set[int]]], dict[tuple[int, int], int]]:
+    """Chunks by epoch and number of their delta, and how many each delta has."""
     seen: dict[int, dict[int, set[int]]] = {}
     wanted: dict[tuple[int, int], int] = {}
     begin, end = log.begin("parameters", 0), log.end("parameters", 0)
@@ -207,15 +228,7 @@ def _parameters(found: _Account, config: Config, log: EventLog, progress: Progre
         if one.number:
             seen.setdefault(one.version.epoch, {}).setdefault(one.number, set()).add(one.chunk)
             wanted[one.version.epoch, one.number] = one.chunks
-    missing = sum(_incomplete(epoch, numbers, wanted) for epoch, numbers in seen.items())
-    deltas = len(wanted)
-    served = next(iter(Manifests(config.data_dir / "parameter").look()), {}).get("counted", {})
-    if missing:
-        found.why.append(f"parameters/0: {missing} deltas are missing from the log")
-    if served.get("missed"):
-        found.why.append(f"parameters/0: {served['missed']} deltas never came to the serving copy")
-    closes = not missing and not served.get("missed")
-    return {"deltas": deltas, "missing": missing, "served": served, "closes": closes}
+    return seen, wanted
 
 
 def _incomplete(epoch: int, numbers: Mapping[int, set[int]], wanted: Mapping[tuple[int, int], int]) -> int:

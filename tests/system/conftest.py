@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from recsys.testing.servers import Server
+from tests.system.crash_matrix import Crashed, Matrix, at_once, closing, gaps_of
+from tests.system.crashing import Nursery
 from tests.system.embedded import ITEMS, Embedded, embedded
 from tests.system.services import Services, on_servers
 
@@ -19,6 +21,22 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
         system.call("PUT", "/v1/items", {"items": ITEMS})
         system.call("GET", "/v1/items/item-199")
         yield system
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Forks services that have everything loaded."""
+    with contextlib.closing(Nursery()) as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def crashed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Crashed:
+    """A system that died at every gap there is."""
+    folder = tmp_path_factory.mktemp("crashed")
+    with closing(Matrix(folder / "system", "", nursery)) as system:
+        result = at_once(system, gaps_of("embedded"), folder / "kept")
+        return Crashed(result, folder / "kept", system.loaded)
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,10 @@ class Ledger:
 def of(config: Config, impressions: Sequence[Record], feedback: Sequence[Record], bad: Sequence[bytes] = ()) -> Ledger:
     """The ledger of these records, without those whose values are known to be bad."""
     shown = {}
-    for record in impressions:
-        if record.value not in bad:
+    for record in sorted(impressions, key=lambda record: record.time_ms):
+        if record.value not in bad:  # of copies the first counts
             message = json.loads(record.value)
-            shown[message["request_id"]] = (record.time_ms, {item["item_id"] for item in message["items"]})
+            shown.setdefault(message["request_id"], (record.time_ms, {item["item_id"] for item in message["items"]}))
     windows = {kind: (task.name, task.window_s * 1000) for task in config.tasks for kind in task.types}
     positives: set[tuple[str, str, str]] = set()
     outcomes: Counter[str] = Counter()

@@ -417,6 +417,22 @@ def test_a_trainer_whose_folder_was_deleted_outranks_what_it_published(log: Memo
     assert newest_published(log, 3) == 3, "nothing was published"
 
 
+def test_a_topic_that_is_shortened_while_epochs_are_looked_for_is_looked_at_again() -> None:
+    class Shortened(MemoryLog):
+        times = 0
+
+        def read(self, topic: str, partition: int, offset: int, limit: int) -> Any:
+            self.times += 1
+            if self.times == 2:
+                raise LogTruncated("parameters/0: offset 0 is outside 33..43")
+            return super().read(topic, partition, offset, limit)
+
+    published = Shortened(ManualClock(0))
+    delta = Delta(version=Version(epoch=6, step=1), covers_ms=0, schema="", dense=b"x", dense_version=1)
+    published.append("parameters", [("0", chunk) for chunk in encode_delta(delta)] * 20)
+    assert newest_published(published, 0) == 6 and published.times > 2
+
+
 def test_an_item_with_which_a_step_failed_is_left_out_of_the_catalogue_of_a_restart(
     log: MemoryLog, tmp_path: Path
 ) -> None:
