@@ -97,8 +97,9 @@ def test_only_a_missing_device_or_data_skips_a_test(path: Path) -> None:
         if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") in skipping):
             continue
         text = f"{named(path)} {ast.unparse(node)}".lower()
-        assert re.search(r"cuda|gpu|shared", text), (
-            f"{named(path)}:{node.lineno}: raise what is missing and how to install it; only a missing GPU or shared data may skip"
+        assert re.search(r"cuda|gpu|shared|tmpfs", text), (
+            f"{named(path)}:{node.lineno}: raise what is missing and how to install it; only a missing GPU, shared data or the "
+            "right to mount a tmpfs may skip"
         )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import orjson
 
+from recsys import metrics
 from recsys.types import HistoryEvent, UserState, UserUpdate
+
+_log = logging.getLogger("recsys")
+_T = TypeVar("_T")
 
 Seen = dict[str, tuple[int, int]]
 """Item id → (log time when it was last shown, ms; how often it was), oldest first."""
@@ -111,12 +118,49 @@ def _place(event: HistoryEvent) -> tuple[int, int, str]:
     return event.place
 
 
+_NOTHING = b"[]"
+_SEAL_BYTES = 9
+
+
+def _seal(body: bytes) -> bytes:
+    return b"#%08x" % zlib.crc32(body)
+
+
+def _sealed(value: Any) -> bytes:
+    """JSON and its checksum; nothing stays `[]`, which stores do not keep."""
+    body = orjson.dumps(value)
+    return body if body == _NOTHING else body + _seal(body)
+
+
+def _opened(data: bytes | None, what: str, build: Callable[[Any], _T]) -> _T:
+    """What was sealed; of bytes that are not what was written, aloud, what nothing gives. Earlier versions wrote no checksum."""
+    body, seal = data or _NOTHING, b""
+    if body[-_SEAL_BYTES:-8] == b"#":
+        body, seal = body[:-_SEAL_BYTES], body[-_SEAL_BYTES:]
+    try:
+        if seal and seal != _seal(body):
+            raise ValueError("its checksum is another one")
+        return build(orjson.loads(body))
+    except (ValueError, TypeError, AttributeError) as error:
+        metrics.DAMAGED_RECORDS.labels("state").inc()
+        _log.error(
+            "the %s of a user are damaged (%s) and begin anew: to read all users from the log, delete the store",
+            what,
+            error,
+        )
+        return build([])
+
+
 def pack_history(history: Iterable[HistoryEvent]) -> bytes:
-    return orjson.dumps([(e.time_ms, e.event_id, e.item_id, e.type, e.session_id, e.arrival) for e in history])
+    return _sealed([(e.time_ms, e.event_id, e.item_id, e.type, e.session_id, e.arrival) for e in history])
 
 
 def unpack_history(data: bytes | None) -> list[HistoryEvent]:
     """As packed; of rows without arrival, as earlier versions wrote them, it is not known."""
+    return _opened(data, "events", _history)
+
+
+def _history(rows: Any) -> list[HistoryEvent]:
     return [
         HistoryEvent(
             time_ms=time_ms,
@@ -126,22 +170,25 @@ def unpack_history(data: bytes | None) -> list[HistoryEvent]:
             session_id=session_id,
             arrival=arrival[0] if arrival else 0,
         )
-        for time_ms, event_id, item_id, kind, session_id, *arrival in orjson.loads(data or b"[]")
+        for time_ms, event_id, item_id, kind, session_id, *arrival in rows
     ]
 
 
 def pack_seen(seen: Seen) -> bytes:
     """Ids, times as differences (most are 0: one answer's items share theirs), counts; nothing for nobody."""
     if not seen:
-        return b"[]"
+        return _NOTHING
     times = [time_ms for time_ms, _ in seen.values()]
     steps = [after - before for before, after in zip([0, *times], times, strict=False)]
-    return orjson.dumps([list(seen), steps, [count for _, count in seen.values()]])
+    return _sealed([list(seen), steps, [count for _, count in seen.values()]])
 
 
 def unpack_seen(data: bytes | None) -> Seen:
     """As packed; of a plain list of ids, as earlier versions wrote it, no time is known and each was shown once."""
-    found = orjson.loads(data or b"[]")
+    return _opened(data, "seen items", _seen)
+
+
+def _seen(found: Any) -> Seen:
     if not found or isinstance(found[0], str):
         return dict.fromkeys(found, (0, 1))
     ids, steps, counts = found
@@ -151,11 +198,15 @@ def unpack_seen(data: bytes | None) -> Seen:
 def pack_items(acted: Acted, hidden: Iterable[str]) -> bytes:
     """Items acted upon, with time and session of the last event, and hidden ones; nothing for nobody."""
     items = [[item_id, *last] for item_id, last in acted.items()], list(hidden)
-    return orjson.dumps(items) if any(items) else b"[]"
+    return _sealed(items) if any(items) else _NOTHING
 
 
 def unpack_items(data: bytes | None) -> tuple[Acted, dict[str, None]]:
-    acted, hidden = orjson.loads(data) if data and data != b"[]" else ((), ())
+    return _opened(data, "items", _items)
+
+
+def _items(found: Any) -> tuple[Acted, dict[str, None]]:
+    acted, hidden = found or ((), ())
     return {item_id: (time_ms, session) for item_id, time_ms, session in acted}, dict.fromkeys(hidden)
 
 

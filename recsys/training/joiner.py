@@ -328,6 +328,7 @@ class Joiner:
             "early": self._waiting.state(),
             "requests": {name: array.tolist() for name, array in self._requests.state().items()},
             "spill": self._spill.sizes(),
+            "spill_begun": self._spill.begun,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -346,7 +347,8 @@ class Joiner:
                 queue.append(request_id)
         self._waiting.restore(state["early"])
         self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
-        self._spill.restore(state["spill"], [entry.place for entry in self._open.values()])
+        places = [entry.place for entry in self._open.values()]
+        self._spill.restore(state["spill"], places, state.get("spill_begun"))  # an earlier release did not keep it
         if over:
             logger.warning(
                 "%d open impressions are over by the shorter windows of today: their last labels are not learned", over

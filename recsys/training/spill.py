@@ -37,7 +37,7 @@ class Spill:
         """Open ones, the one used last at the end."""
         self._sizes: dict[int, int] = {}
         self._open: Counter[int] = Counter()
-        self._begun: int | None = None
+        self.begun: int | None = None
         """The minute of log time in which the newest file was begun; its name may be later."""
 
     def append(self, now_ms: int, data: bytes) -> Place:
@@ -53,16 +53,16 @@ class Spill:
     def _minute(self, now: int) -> int:
         """The file to append to: the newest, or one behind it where that is of an earlier minute."""
         newest = max(self._sizes, default=None)
-        if newest is None or now > (newest if self._begun is None else self._begun):
-            self._begun = now
+        if newest is None or now > (newest if self.begun is None else self.begun):
+            self.begun = now
             return now if newest is None else max(now, newest + 1)
-        if self._begun is None:
-            self._begun = now
+        if self.begun is None:
+            self.begun = now
         return newest
 
     def set_back(self) -> None:
         """Log time went back: a new minute of it begins a new file, though files of later names are there."""
-        self._begun = None
+        self.begun = None
 
     def read(self, place: Place) -> bytes:
         """What was appended there. SnapshotCorrupt when it is torn or flipped: only this impression is lost."""
@@ -99,8 +99,9 @@ class Spill:
             file.flush()
         return {str(minute): size for minute, size in self._sizes.items()}
 
-    def restore(self, sizes: dict[str, int], places: Iterable[Place]) -> None:
+    def restore(self, sizes: dict[str, int], places: Iterable[Place], begun: int | None) -> None:
         """Go on from `sizes()`, with the places of the impressions that were open then."""
+        self.begun = begun
         self._sizes = {int(minute): size for minute, size in sizes.items()}
         self._open = Counter(place.minute for place in places)
 

@@ -27,7 +27,7 @@ from recsys.training.runner import Runner
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from services.common.grpc_parameters import GrpcParameters
-from services.common.process import FolderLock, HealthServer, Interrupted, Stop, logger
+from services.common.process import NO_SPACE, FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.tables import TableGauges
 
 WINDOW = 5000
@@ -224,7 +224,13 @@ class Loop:
             with contextlib.nullcontext() if fused.ready() else self._stop.interrupts():
                 worked = self._runner.turn()
             self._show()
-        except (LogUnavailable, LogFull) as error:
+        except (LogUnavailable, LogFull, OSError) as error:
+            if isinstance(
+                error, OSError
+            ):  # of a step that was begun nothing stays: it is run again when there is space
+                if error.errno not in NO_SPACE:
+                    raise
+                self.reason = f"{error}: learning waits for space"
             logger.warning("%s", error)
             self._stop.wait(0.5)
             return False
@@ -246,7 +252,7 @@ class Loop:
     def _close(self) -> None:
         try:
             self._runner.close()
-        except (LogUnavailable, LogFull) as error:
+        except (LogUnavailable, LogFull, OSError) as error:
             logger.warning("no last checkpoint, the journal has every step since the one before: %s", error)
 
     def _on_step(self, report: StepReport, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
 import threading
@@ -361,6 +362,22 @@ def test_damaged_sqlite_state_names_the_file_and_the_remedy(tmp_path: Path) -> N
     (tmp_path / "state.db").write_bytes(b"not a database" * 100)
     with pytest.raises(StateUnavailable, match=r"state\.db.*delete it"):
         SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+
+
+def test_a_damaged_value_costs_that_users_history_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = SqliteState(tmp_path / "state.db", HISTORY_LEN, SEEN_LEN)
+    store.apply([click("u", 1), click("other", 1)], {"feedback/0": 2})
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db")) as file, file:
+        (value,) = file.execute("SELECT value FROM history WHERE user_id = 'u'").fetchone()
+        for at in range(len(value)):
+            damaged = value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+            file.execute("UPDATE history SET value = ? WHERE user_id = 'u'", (damaged,))
+            file.commit()
+            assert store.get("u").history == ()
+    assert "damaged" in caplog.text and len(store.get("other").history) == 1
+    store.apply([click("u", 2)], {"feedback/0": 3})
+    assert len(store.get("u").history) == 1
+    store.close()
 
 
 def test_unreachable_redis_is_unavailable_at_once_and_open_does_not_need_it(tmp_path: Path) -> None:

@@ -118,14 +118,10 @@ def test_saved_index_answers_the_same_and_a_torn_one_is_refused(small: tuple[Int
         np.testing.assert_array_equal(one, other)
     whole = path.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["items.index"]
-    for damaged in (
-        b"",
-        whole[:10],
-        whole[: len(whole) // 2],
-        whole[:-1],
-        whole[:-20],
-        whole[:500] + b"\xff\x00" + whole[502:],
-    ):
+    cuts = [whole[:at] for at in (*range(0, len(whole), 4096), 10, len(whole) - 20, len(whole) - 1)]
+    places = {*range(0, len(whole), len(whole) // 60), *range(len(whole) - 40, len(whole))}
+    flips = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in sorted(places)]
+    for damaged in cuts + flips:
         path.write_bytes(damaged)
         with pytest.raises(SnapshotCorrupt, match=r"items\.index"):
             ItemIndex.load(path)

@@ -51,6 +51,25 @@ def test_torn_tail_is_cut_and_appending_goes_on(tmp_path: Path, cut: int, caplog
     again.close()
 
 
+def test_torn_at_any_page_the_frames_before_it_stay(tmp_path: Path) -> None:
+    messages = [(f"key-{n}", bytes([n]) * 700) for n in range(60)]
+    spool = Spool(tmp_path / "whole", 2**20)
+    spool.append("t", messages)
+    spool.close()
+    (file,) = (tmp_path / "whole").glob("*.spool")
+    whole = file.read_bytes()
+    size = len(whole) // len(messages)
+    for at in range(0, len(whole), 4096):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        (folder / file.name).write_bytes(whole[:at])
+        again = Spool(folder, 2**20)
+        again.append("t", [("new", b"after")])
+        kept = at // size
+        assert [(key, value) for _, key, value in drain(again, 0)] == [*messages[:kept], ("new", b"after")], at
+        again.close()
+
+
 def test_tail_lost_behind_the_acknowledged_position_starts_anew(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 2**20)
     spool.append("t", [("a", b"first")])
