@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from recsys import metrics
 from recsys.errors import ConfigError, ParametersUnavailable
@@ -97,6 +98,14 @@ def _block(block: Any) -> Block:
     return Block(layout=block.layout, slots=slots, keys=keys)
 
 
+def _parsed(kind: Any, data: bytes, context: grpc.ServicerContext) -> Any:
+    """A request; INVALID_ARGUMENT when it is none."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(data)} bytes are no {kind.__name__} ({error})")
+
+
 def _status(error: grpc.RpcError) -> str:
     return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
 
@@ -104,7 +113,8 @@ def _status(error: grpc.RpcError) -> str:
 def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
     """Start serving `store`; ConfigError naming the address when it cannot be bound."""
 
-    def lookup(request: Any, context: grpc.ServicerContext) -> Any:
+    def lookup(data: bytes, context: grpc.ServicerContext) -> Any:
+        request = _parsed(pb.LookupRequest, data, context)
         if request.schema != schema:
             context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -129,7 +139,8 @@ def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
             dense_version=state.dense_version,
         )
 
-    def dense(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+    def dense(asked: bytes, context: grpc.ServicerContext) -> Iterator[Any]:
+        _parsed(pb.DenseRequest, asked, context)
         version, data = store.dense()
         for start in range(0, max(len(data), 1), CHUNK_BYTES):
             yield pb.DenseChunk(dense_version=version, data=data[start : start + CHUNK_BYTES])
@@ -138,12 +149,9 @@ def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
         ThreadPoolExecutor(2, thread_name_prefix="lookup"), options=[*_OPTIONS, ("grpc.so_reuseport", 0)]
     )
     handlers = {
-        "Lookup": grpc.unary_unary_rpc_method_handler(
-            lookup, pb.LookupRequest.FromString, pb.LookupReply.SerializeToString
-        ),
-        "Dense": grpc.unary_stream_rpc_method_handler(
-            dense, pb.DenseRequest.FromString, pb.DenseChunk.SerializeToString
-        ),
+        # Requests are parsed by the methods: of one that cannot be, grpc keeps 14 kB for ever.
+        "Lookup": grpc.unary_unary_rpc_method_handler(lookup, None, pb.LookupReply.SerializeToString),
+        "Dense": grpc.unary_stream_rpc_method_handler(dense, None, pb.DenseChunk.SerializeToString),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("recsys.v1.Parameters", handlers),))
     try:

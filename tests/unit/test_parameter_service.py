@@ -448,6 +448,14 @@ def test_requests_and_replies_of_wrong_lengths_end_neither_side(world: World) ->
             with pytest.raises(grpc.RpcError) as failed:
                 client._lookup(request, timeout=10.0)
             assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT, failed.value.details()
+        with grpc.insecure_channel(address) as channel:
+            lookup = channel.unary_unary("/recsys.v1.Parameters/Lookup")
+            dense = channel.unary_stream("/recsys.v1.Parameters/Dense")
+            for call in (lookup, lambda data, timeout: list(dense(data, timeout))):
+                with pytest.raises(grpc.RpcError) as failed:
+                    call(b"\xff no message", timeout=10.0)
+                # Not INTERNAL: the library's own parsing leaks what it could not parse.
+                assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT, failed.value.details()
         assert client.lookup([good]).values[0].tolist() == [[1.0] * dim] * 2
         for values in ([], [bytes(4), bytes(4)], [b"123"], [bytes(4 * dim - 4)], [b""]):
             client._lookup = lambda *_, values=values, **__: pb.LookupReply(values=values)
