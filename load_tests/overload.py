@@ -26,6 +26,7 @@ import psutil
 
 from load_tests.client import Client, open_loop, poisson
 from load_tests.common import Report, Running, percentile, run, say, services
+from load_tests.serve import SETTINGS
 
 USERS, KINDS = 2000, 40
 SHOWN, CLICK_RATE = 20, 0.08
@@ -35,22 +36,9 @@ FIRST_RATE, FASTER, STEP_S, REFUSED = 20.0, 1.5, 3.0, 0.05
 PROBES, NORMAL = 5, 3.0
 """Normal again: so many answers in a row within so many times the median of before, and nothing left to learn from."""
 GIVE_UP_S = 60.0
-WINDOW_S = 1.0
 GAUGES_S = 2.0
 """The trainer's gauges are at most so old."""
 TASKS = 2
-SETTINGS = f"""
-[[tasks]]
-name = "click"
-types = ["click"]
-window_s = {WINDOW_S}
-[[tasks]]
-name = "like"
-types = ["like", "purchase"]
-window_s = {WINDOW_S}
-weight = 0.5
-prior = 0.01
-"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
