@@ -72,6 +72,18 @@ def layouts(config: Config, schema: Schema, order: int | None = None) -> tuple[L
     return tuple(replace(each, capacity=rows_of(config, each), spare=SPARE, order=order) for each in made)
 
 
+def parameters_name(config: Config, schema: Schema | None = None) -> str:
+    """Names what parameters mean between processes: the slot list, and how wide the rows are."""
+    schema = schema or Schema.of(config)
+    return ".".join([schema.hash, "-".join(str(made.dim) for made in layouts(config, schema))])
+
+
+def same_parameters(one: str, other: str) -> bool:
+    """Whether two names are of one thing; releases of before said the slot list alone."""
+    (hashed, _, widths), (with_hash, _, with_widths) = one.partition("."), other.partition(".")
+    return hashed == with_hash and (not widths or not with_widths or widths == with_widths)
+
+
 def rows_of(config: Config, layout: Layout) -> int:
     """Rows that a table may hold."""
     if config.table.capacity:

@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_arrays
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.events.deltas import Version
 from recsys.files import KeptManifests, Manifests, fresh, read_file, write_file
+from recsys.model.layouts import same_parameters
 from recsys.ranking.parameters import Counted, ParameterState, ParameterStore
 from recsys.table import segments
 from recsys.table.base import Rows
@@ -42,6 +43,9 @@ class Snapshots:
         self._last: Place | None = None
         self.kept: Place | None = None
         """Of the older one of the two on disk: the log must keep what comes after it."""
+
+        self.left: Place | None = None
+        """Where a snapshot of another configuration stood, if that is the newest."""
 
     def save(self, store: ParameterStore, place: Place) -> None:
         """Write one. OSError, SnapshotCorrupt: then the one before stays, and the next is tried from all rows."""
@@ -106,10 +110,12 @@ class Snapshots:
             )
             place = Place(int(manifest["position"]), manifest.get("log", ""))
             chain, dense = manifest["segments"], manifest["dense"]
-            if schema != self._schema:
+            if not same_parameters(schema, self._schema):
+                self._last = self.kept = self.left = place
+                store.restore(replace(state, dense_version=0), b"")  # by its version others are believed
                 raise SchemaMismatch(
-                    f"{self._manifests.newest} was written with schema {schema}, the configuration makes {self._schema}: choose another "
-                    "data_dir"
+                    f"{self._manifests.newest} was written with schema {schema}, the configuration makes {self._schema}: rows "
+                    "come from the trainer, once it has carried its own over"
                 )
             weights = read_file(self._folder / dense["name"], dense["checksum"])
             deltas = segments.read_chain(self._folder, chain)
@@ -131,7 +137,7 @@ def load_checkpoint(store: ParameterStore, folder: Path, schema: str) -> int | N
         if not manifest.get("good", True):
             continue  # it was held back
         try:
-            if manifest["schema"] != schema:
+            if not same_parameters(manifest.get("parameters", manifest["schema"]), schema):
                 return None
             dense = load_arrays(read_file(folder / manifest["dense"]["name"], manifest["dense"]["checksum"]))
             deltas = [_without_state(delta) for delta in segments.read_chain(folder, manifest["segments"])]

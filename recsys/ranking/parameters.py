@@ -13,6 +13,7 @@ from safetensors.numpy import load as load_arrays
 
 from recsys.errors import BadInput, SchemaMismatch
 from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, believable
+from recsys.model.layouts import same_parameters
 from recsys.model.plan import Block
 from recsys.table import segments
 from recsys.table.base import Layout, Rows, Table
@@ -117,7 +118,7 @@ class ParameterStore:
         Raises SchemaMismatch, and BadInput when it does not fit the tables or is too far ahead of the last one to be believed
         (`after_gap`: some are missing before it, so that any step may follow). Then nothing changed.
         """
-        if delta.schema != self._schema:
+        if not same_parameters(delta.schema, self._schema):
             raise SchemaMismatch(
                 f"delta {delta.version} has schema {delta.schema}, this service {self._schema}: restart all processes with one configuration"
             )

@@ -15,6 +15,7 @@ from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.events.deltas import metadata
 from recsys.features.schema import Schema
 from recsys.files import Manifests, fresh, read_file, write_file
+from recsys.ranking.count_units import converted, units
 from recsys.ranking.sources import Sources
 from recsys.ranking.state_consumer import StateConsumer
 
@@ -43,7 +44,7 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
     head = {
         "version": VERSION,
         "schema": schema.hash,
-        "units": _units(schema),
+        "units": units(schema),
         "saved_ms": str(saved_ms),
         "positions": orjson.dumps(positions).decode(),
         "logs": orjson.dumps(consumer.counter_logs).decode(),
@@ -55,14 +56,6 @@ def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
     return next((older["positions"] for older in list(manifests.look())[1:] if "positions" in older), positions)
 
 
-def _units(schema: Schema) -> str:
-    """What the counted keys and columns mean. Half-lives stand beside their sums: those are converted."""
-    layout = schema.counters
-    transitions = schema.transition_context if any(name.startswith("follows.") for name in schema.numbers) else None
-    counters = layout.slots, layout.columns, len(layout.half_lives_s)
-    return orjson.dumps([schema.context, schema.buckets, counters, transitions]).decode()
-
-
 def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema, now_ms: int) -> bool:
     """Restore the counters into fresh sources; False, loudly, when there are none that can be used: the log is read from its beginning."""
     for entry in Manifests(folder, NAME).read():
@@ -70,7 +63,7 @@ def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
             data = read_file(folder / entry["name"], entry["checksum"])
             head = metadata(data)
             _check(head, schema)
-            _restore(data, head, sources, now_ms)
+            _restore(data, head, sources, schema, now_ms)
         except SchemaMismatch as error:
             logger.error("counters not restored: %s; reading the log from its beginning", error)
             return False
@@ -84,7 +77,7 @@ def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
     return False
 
 
-def _restore(data: bytes, head: Mapping[str, str], sources: Sources, now_ms: int) -> None:
+def _restore(data: bytes, head: Mapping[str, str], sources: Sources, schema: Schema, now_ms: int) -> None:
     arrays = safetensors.numpy.load(data)
     rows = sources.catalogue.rows_of(arrays.pop("keys"))
     rows[~arrays.pop("found", rows == rows).astype(np.bool_)] = -1  # rows without an item have a key, too
@@ -92,6 +85,7 @@ def _restore(data: bytes, head: Mapping[str, str], sources: Sources, now_ms: int
     for name, array in arrays.items():
         part, field = name.split(".", 1)
         state.setdefault(part, {})[field] = array
+    state = converted(state, head["units"], schema) if "units" in head else state
     sources.restore(state, rows, now_ms, int(head.get("saved_ms", 0)))
 
 
@@ -100,7 +94,7 @@ def _check(head: Mapping[str, str], schema: Schema) -> None:
     before = head["version"] == "3"  # it named the whole schema, and no units
     if before and head["schema"] == schema.hash:
         logger.info("counters of an earlier version: their half-lives are taken to be those configured")
-    elif before or head["version"] != VERSION or head["units"] != _units(schema):
+    elif before or head["version"] != VERSION:
         raise SchemaMismatch(
             f"{NAME} (version {head['version']}, schema {head['schema']}) counts something else than schema {schema.hash}"
         )

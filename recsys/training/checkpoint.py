@@ -26,6 +26,7 @@ from recsys.files import KeptManifests, Manifests, fresh, read_file, write_file
 from recsys.table import segments
 from recsys.table.segments import LayoutDelta, SegmentFile
 from recsys.training.journal import Journal
+from recsys.training.migration.made_of import check, unit
 from recsys.training.trainer import Trainer
 
 logger = logging.getLogger("recsys")
@@ -53,6 +54,8 @@ class Captured:
     """Labels of each task that the guard had seen."""
     origin: int | None
     """The step of the checkpoint that was gone back to, if it does not follow from the one before it."""
+    made_of: Mapping[str, Any]
+    """What gives it its meaning: see `unit`."""
 
 
 def _far(newer: Mapping[str, Any], labels: int, older: Mapping[str, Any]) -> bool:
@@ -81,13 +84,15 @@ class Checkpoints:
     def __init__(
         self, folder: Path, trainer: Trainer, journal: Journal, crash: Callable[[str], None] = lambda _: None
     ) -> None:
-        self._folder, self.trainer, self._journal, self._crash = folder, trainer, journal, crash
+        self.folder, self.trainer, self._journal, self._crash = folder, trainer, journal, crash
         self.rolled_back = ""
         """Name of the last `recsys rollback` that was followed."""
         self.found = False
         """Whether there was one to load."""
         self.good = True
         """Whether what `load` found, or the state of now, may be served."""
+        self.unpublished = False
+        """Whether what `load` found was carried over from another configuration: nothing of it is published yet."""
         self.logs: dict[str, str] = {}
         """Which log each position of what `load` found belongs to; empty where an earlier release wrote it."""
         self._segments: list[SegmentFile] = []
@@ -185,16 +190,17 @@ class Checkpoints:
             good=self.good,
             judged=dict(trainer.guard.judged),
             origin=self._origin,
+            made_of=unit(trainer.config),
         )
 
     def _write(self, captured: Captured, older: list[SegmentFile]) -> list[SegmentFile]:
         step = f"{captured.step:012d}"
         # 3. New files under new names, each fsync'd and read back.
-        chain = segments.extend(self._folder, older, f"segment-{step}", captured.rows)
+        chain = segments.extend(self.folder, older, f"segment-{step}", captured.rows)
         self._crash("segment written")
         files = {
-            "dense": write_file(fresh(self._folder, f"dense-{step}", ".safetensors"), saved(captured.dense)),
-            "small": write_file(fresh(self._folder, f"small-{step}", ".json"), captured.small),
+            "dense": write_file(fresh(self.folder, f"dense-{step}", ".safetensors"), saved(captured.dense)),
+            "small": write_file(fresh(self.folder, f"small-{step}", ".json"), captured.small),
         }
         self._crash("small written")
         # 4. The manifest, under a temporary name, fsync'd and read back; 5. renamed, and the folder fsync'd.
@@ -202,7 +208,7 @@ class Checkpoints:
             {
                 "version": VERSION,
                 "step": captured.step,
-                "schema": self.trainer.schema.hash,
+                **captured.made_of,
                 "positions": captured.positions,
                 "spilled": captured.spilled,
                 "covers_ms": captured.covers_ms,
@@ -216,11 +222,15 @@ class Checkpoints:
         self._crash("manifest renamed")
         return chain
 
+    def replace(self, captured: Captured) -> None:
+        """Write what was carried over from another configuration; what it came from stays as the checkpoint before it."""
+        self._write(captured, [])
+
     def load(self) -> dict[str, int]:
         """Load the newest checkpoint whose files are whole into the trainer; returns its log positions, empty when there is none.
 
         The one before it, with its journal, leads to the same state. SnapshotCorrupt names the file when neither can be used,
-        SchemaMismatch when the configuration changed its slots.
+        Outgrown when it was made with another configuration, SchemaMismatch when nobody knows which.
         """
         self._segments, self._saved_step = [], -1
         self.found, self.good = False, True
@@ -234,8 +244,10 @@ class Checkpoints:
                 bad = error
         if self._manifests.exist() and not self._journal.begins_at_first_step():
             raise bad or SnapshotCorrupt(
-                f"{self._manifests.newest} is torn or flipped: restore it, or delete {self._folder} to start anew"
+                f"{self._manifests.newest} is torn or flipped: restore it, or delete {self.folder} to start anew"
             )
+        if next(self._journal.entries(1), None) is None:
+            self._journal.discard()  # steps of a configuration of which there is no checkpoint
         return {}
 
     def go_back(self, manifest: Mapping[str, Any]) -> dict[str, int]:
@@ -255,20 +267,16 @@ class Checkpoints:
         """A checkpoint's files, known to be whole. SnapshotCorrupt, SchemaMismatch; nothing is changed."""
         trainer, path = self.trainer, self._manifests.newest
         try:
-            step, schema = int(manifest["step"]), manifest["schema"]
+            step = int(manifest["step"])
             if manifest["version"] != VERSION:
                 raise SchemaMismatch(
                     f"{path} is of version {manifest['version']}, this release reads {VERSION}: start on an empty data_dir, where the "
                     "log of events is learned anew, or go back to the release that wrote it"
                 )
-            if schema != trainer.schema.hash:
-                raise SchemaMismatch(
-                    f"{path} was written with schema {schema}, the configuration makes {trainer.schema.hash}: restore the old "
-                    "catalogue and features sections, or choose another data_dir"
-                )
+            check(str(path), manifest, trainer.config)
             return Opened(
                 step,
-                segments.read_chain(self._folder, manifest["segments"]),
+                segments.read_chain(self.folder, manifest["segments"]),
                 orjson.loads(self._read(manifest["small"])),
                 safetensors.torch.load(self._read(manifest["dense"])),
             )
@@ -282,7 +290,7 @@ class Checkpoints:
         trainer.restore_small(small["trainer"])
         _restore_dense(trainer, dense)
         self._segments, self._saved_step = manifest["segments"], step
-        self.rolled_back = manifest.get("rolled_back", "")
+        self.rolled_back, self.unpublished = manifest.get("rolled_back", ""), bool(manifest.get("unpublished"))
         self.logs, self.good, self.found = small.get("logs", {}), manifest.get("good", True), True
         positions: dict[str, int] = small["positions"]
         self._newest = self._before = _Kept(step, dict(positions))
@@ -293,7 +301,7 @@ class Checkpoints:
         return positions
 
     def _read(self, entry: Mapping[str, Any]) -> bytes:
-        return read_file(self._folder / entry["name"], entry["checksum"])
+        return read_file(self.folder / entry["name"], entry["checksum"])
 
 
 def dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:

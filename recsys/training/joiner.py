@@ -7,9 +7,10 @@ labels became final. Legend: K items of an impression, T tasks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import orjson
 
 from recsys.capacity import bound_bytes
 from recsys.config import TaskConfig
+from recsys.errors import BadInput, SnapshotCorrupt
 from recsys.events import messages
 from recsys.events.recent import Recent, recent_limit
 from recsys.training.delayed import WAITS, helpers
@@ -94,6 +96,7 @@ class Joiner:
             shown=np.full(len(message.items), message.activation != "deferred"),
             predictions=np.array(predictions, np.float32),
             place=self._spill.append(now_ms, message.features),
+            followed=np.ones(len(names), np.bool_),
             num_bytes=num_bytes,
         )
         self._open_bytes += num_bytes
@@ -266,6 +269,7 @@ class Joiner:
 
     def _emission(self, request_id: str, mask: Bool, final: Bool) -> Emission:
         impression = self._open[request_id]
+        mask, final = mask & impression.followed, final & impression.followed
         trained = mask.any(1) & impression.shown
         emission = Emission(
             request_id=request_id,
@@ -286,11 +290,19 @@ class Joiner:
         total = np.zeros(len(self._tasks), np.int64)
         known = self._open if request_ids is None else {r: self._open[r] for r in request_ids if r in self._open}
         for entry in known.values():
-            left = np.ones(len(self._tasks), np.bool_)
+            left = entry.followed.copy()
             for _, final in self._due[: entry.closed]:
                 left &= ~final
             total += left * (len(entry.items) - (entry.observed & self._early).sum(0))
         return dict(zip((task.name for task in self._tasks), total.tolist(), strict=True))
+
+    def convert(self, features: Callable[[bytes], bytes]) -> None:
+        """Write the features of every open impression anew, behind what the files hold; one that cannot be read is left as it is."""
+        for entry in self._open.values():
+            with contextlib.suppress(SnapshotCorrupt, BadInput):  # its emission says so
+                data = features(self._spill.read(entry.place))
+                self._spill.release(entry.place)
+                entry.place = self._spill.append(entry.time_ms, data)
 
     @property
     def num_held(self) -> int:

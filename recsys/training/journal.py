@@ -34,6 +34,8 @@ class Entry:
     logs: Mapping[str, str] = field(default_factory=dict)
     wall_ms: int | None = None
     """What the wall clock said: by it, records' times are bounded. None: an earlier version, which did not bound them."""
+    made_of: str = ""
+    """The configuration of an entry that begins a journal, by `made_of.mark`: from it on, steps are that configuration's."""
     resume: Mapping[str, Any] = field(default_factory=dict)
     """An operator's word to the open breaker: `name`, `how` (learn or skip), and the `ends` to skip to."""
 
@@ -54,8 +56,9 @@ def log_ms(record: Record, wall_ms: int | None) -> int:
 class Journal:
     """Append-only files `journal-<first step>.jsonl`, a new one at each checkpoint. Survives kill -9: one write a line."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, made_of: str = "") -> None:
+        """`made_of`: the configuration that steps are run under (`made_of.mark`); "": any."""
+        self._folder, self._made_of = folder, made_of
         self._io: FileIO | None = None
 
     def begin(self, step: int) -> None:
@@ -64,6 +67,8 @@ class Journal:
         self._io = (self._folder / f"journal-{step:012d}.jsonl").open("ab", buffering=0)
 
     def append(self, entry: Entry) -> None:
+        if entry.starts:
+            entry = replace(entry, made_of=self._made_of)
         if self._io is None:
             self.begin(entry.step)
         assert self._io is not None
@@ -77,7 +82,8 @@ class Journal:
             raise
 
     def entries(self, from_step: int) -> Iterator[Entry]:
-        """Entries from `from_step` on; of several for one step the last. A torn last line is a step that never ran.
+        """Entries from `from_step` on, up to where another configuration begins; of several for one step the last. A torn last line is a
+        step that never ran.
 
         Where steps are missing or a line cannot be known, the journal ends, loudly: the records of the steps after it are in the
         log, and are learned in new steps.
@@ -96,6 +102,9 @@ class Journal:
                 else:
                     unknown = None
                     if entry.step >= from_step:
+                        if entry.made_of and self._made_of not in ("", entry.made_of):
+                            yield from found.values()
+                            return
                         found[entry.step] = entry
                         expected = max(expected, entry.step + 1)
         if unknown is not None:
@@ -168,6 +177,8 @@ def as_json(entry: Entry) -> dict[str, Any]:
         line["without"] = dict(entry.without)
     if entry.starts:
         line |= {"starts": dict(entry.starts), "logs": dict(entry.logs)}
+    if entry.made_of:
+        line["made_of"] = entry.made_of
     if entry.resume:
         line["resume"] = dict(entry.resume)
     if entry.wall_ms is not None:
@@ -186,6 +197,7 @@ def of_json(raw: dict[str, Any]) -> Entry:
         starts=raw.get("starts", {}),
         logs=raw.get("logs", {}),
         wall_ms=raw.get("wall_ms"),
+        made_of=raw.get("made_of", ""),
         resume=raw.get("resume", {}),
     )
 

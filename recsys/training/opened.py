@@ -51,6 +51,8 @@ class Opened:
     """[K] items that were emitted before."""
     predictions: Float32
     place: Place
+    followed: Bool
+    """[T] tasks whose feedback was looked at since it was opened: not of those that were declared later."""
     closed: int = 0
     """Ends that have passed."""
     num_bytes: int = 0
@@ -67,6 +69,7 @@ class Opened:
             list(self.place),
             self.closed,
             self.num_bytes,
+            *(() if self.followed.all() else (np.packbits(self.followed).tolist(),)),
         ]
 
 
@@ -86,6 +89,7 @@ def restored(state: Sequence[Any], tasks: int) -> tuple[str, Opened]:
         counted=counted,
         predictions=known.reshape(size, tasks),
         place=Place(*place),
+        followed=_unpacked(rest[1], (tasks,)) if len(rest) > 1 else np.ones(tasks, np.bool_),
         closed=closed,
         num_bytes=rest[0] if rest else OPEN_BYTES + ITEM_BYTES * size + place[2] // 4,
     )

@@ -131,7 +131,7 @@ class Publisher:
     def _now(self) -> Delta:
         trainer = self.trainer
         version = Version(epoch=self.epoch, step=trainer.steps)
-        return Delta(version=version, covers_ms=trainer.covers_ms, schema=trainer.schema.hash)
+        return Delta(version=version, covers_ms=trainer.covers_ms, schema=trainer.parameters)
 
     def _send_rows(self, rows: Sequence[RowDelta], as_of: Delta) -> None:
         for part in pieces(rows):

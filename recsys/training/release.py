@@ -31,7 +31,7 @@ class Release:
 
     def begin(self) -> None:
         """Publish what a restored trainer has; where serving may have more than that, all of it."""
-        served = self._checkpoints.good and self._checkpoints.found
+        served = self._checkpoints.good and self._checkpoints.found and not self._checkpoints.unpublished
         self.held = self._worse()
         if self.held:
             self._go_back()

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from recsys.clock import Clock
 from recsys.config import Config
 from recsys.errors import SnapshotCorrupt
 from recsys.files import Manifests, read_file
+from recsys.model.layouts import parameters_name, same_parameters
 from recsys.streams.base import EventLog
 from recsys.table import segments
 from recsys.table.base import Rows
@@ -57,12 +58,26 @@ class Rerun:
     """The serving copy's, compared at that step; -1: the journal does not have it, or there is no snapshot."""
 
 
+class _Unwritten:
+    """A log from which is read; what would be appended is not."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    def append(self, topic: str, messages: object) -> None:
+        """Do nothing."""
+
+
 def rerun(config: Config, log: EventLog, clock: Clock, scratch: Path, progress: Progress = lambda *_: None) -> Rerun:
     """Run the steps again below `scratch`, an empty folder. SnapshotCorrupt: there is nothing to compare, or to begin with."""
     folder = scratch / "trainer"
     newest = _copied(config.data_dir / "trainer", folder)
-    served = _snapshot(config.data_dir / "parameter")
-    runner = Runner(config.model_copy(update={"data_dir": scratch}), log, clock)
+    served = _snapshot(config.data_dir / "parameter", parameters_name(config))
+    runner = Runner(config.model_copy(update={"data_dir": scratch}), cast(EventLog, _Unwritten(log)), clock)
+    runner.succession.may_lose = True  # somebody asked for it when the newest was made
     differences: list[str] = []
     served_step = -1
     begin: int | None = None
@@ -122,11 +137,11 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any]) -> Kept:
     )
 
 
-def _snapshot(folder: Path) -> Kept | None:
-    """The serving copy's newest snapshot."""
+def _snapshot(folder: Path, parameters: str) -> Kept | None:
+    """The serving copy's newest snapshot, if it is of this configuration."""
     for _ in range(ATTEMPTS):
         manifest = next(iter(Manifests(folder).look()), None)
-        if manifest is None:
+        if manifest is None or not same_parameters(manifest.get("schema", ""), parameters):
             return None
         try:
             tables = segments.merged(segments.read_chain(folder, manifest["segments"]))

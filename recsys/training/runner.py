@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from recsys import metrics
@@ -21,8 +21,10 @@ from recsys.streams.positions import split
 from recsys.training.breaker import SKIP, forget_command, read_command
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.deaths import Deaths, Trials
-from recsys.training.intake import CONSUMER, Intake, log_time
+from recsys.training.intake import CONSUMER, Intake, log_time, order_of
 from recsys.training.journal import Entry, Journal
+from recsys.training.migration.made_of import mark
+from recsys.training.migration.succession import Succession
 from recsys.training.old_towers import first_upserts
 from recsys.training.recovery import without_culprits
 from recsys.training.release import Release
@@ -56,8 +58,9 @@ class Runner:
         self.folder = config.data_dir / "trainer"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.trainer = Trainer(config, self.folder)
-        self.journal = Journal(self.folder)
+        self.journal = Journal(self.folder, mark(config))
         self.checkpoints = Checkpoints(self.folder, self.trainer, self.journal, crash)
+        self.succession = Succession(partial(Runner, log=log, clock=clock, crash=crash, stopped=stopped), config)
         self.release = Release(self.folder, log, self.trainer, self.checkpoints)
         self.intake = Intake(log, clock, self._leave_off)
         self._deaths = Deaths(self.folder)
@@ -68,7 +71,7 @@ class Runner:
         """The trainer's state is that of after a step: it may be published and checkpointed."""
         self.served_epoch = 0
         """What the parameter service prefers already, where it was asked."""
-        self._accept_gap = False
+        self.accept_gap = False
         self._starting = False
         """Whether the next step's entry says where it begins."""
         self._report: StepReport | None = None
@@ -82,19 +85,19 @@ class Runner:
         """
         if not self.epoch:
             self.release.take_epoch(self.served_epoch)
-        self._accept_gap = accept_gap
+        self.accept_gap = accept_gap
         self.journal.trim_torn_tail()
         if publish and (command := read_rollback(self.folder)) is not None and self._roll_back(command):
             return
         try:
-            self._restore()
+            self.restore()
         finally:
             self._deaths.survived()  # what raises did not end the process
         self._crash("replayed")
         if publish:
             self.release.begin()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """The state after the journal's last step."""
         self._load()
         entries = list(self.journal.entries(self.trainer.steps + 1))
@@ -118,7 +121,7 @@ class Runner:
     def _begin_anew(self) -> None:
         """A trainer into which nothing was loaded."""
         self.whole = False
-        order = _order_of(self._log)
+        order = order_of(self._log)
         if not self._fresh or order != self.trainer.order:
             if (positions := self.checkpoints.poll(wait=True)) is not None:
                 self._commit(positions)
@@ -133,16 +136,16 @@ class Runner:
     def _load(self) -> None:
         """The state of the last checkpoint."""
         self._begin_anew()
-        kept = self.checkpoints.load()
+        kept = self.succession.load(self.checkpoints, accept_gap=self.accept_gap)
         saved, logs = kept, self.checkpoints.logs
         first = next(self.journal.entries(self.trainer.steps + 1), None)
         if first is not None:
             saved, logs = {**saved, **first.starts}, {**logs, **first.logs}
-        if self.intake.begin(saved, logs, accept_gap=self._accept_gap) and first is not None:
+        if self.intake.begin(saved, logs, accept_gap=self.accept_gap) and first is not None:
             logger.error("the steps since the checkpoint cannot be run again: what is left of them is read anew")
             self.journal.discard()
             first = None
-        self._accept_gap = False  # once
+        self.accept_gap = False  # once
         for key, position in self.intake.positions.items():
             if position != kept.get(key, position):
                 self.trainer.ledger.passed_gap(key, kept[key], position)
@@ -232,7 +235,7 @@ class Runner:
     def turn(self) -> bool:
         """One turn of the loop; False when there was nothing to do (then wait a little)."""
         if not self.whole:  # the log could not be read while a step that failed was looked into
-            self._restore()
+            self.restore()
         self._look_for_rollback()
         breaker = self.trainer.breaker
         if command := self._command():
@@ -391,9 +394,3 @@ class Runner:
             self.checkpoint(wait=True)
         self.checkpoints.close()
         self.journal.close()
-
-
-def _order_of(log: EventLog) -> int | None:
-    """The tables' order: the same whoever runs this log's steps again, and nothing that a sender of events could know."""
-    name = log.identity("impression", 0)
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1 if name else None

@@ -6,7 +6,7 @@ What the clock and polling decide (which records, in which order, what time it i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from recsys.events import messages
 from recsys.events.recent import too_late
 from recsys.features.build import Index, decode
 from recsys.features.catalogue import Catalogue
+from recsys.features.convert import Conversions
 from recsys.features.schema import Schema
-from recsys.model.layouts import layouts
+from recsys.model.layouts import layouts, parameters_name
 from recsys.table.tables import Tables
 from recsys.training import ledger
 from recsys.training.bandit import BanditLearner
@@ -29,6 +30,7 @@ from recsys.training.guard import Guard
 from recsys.training.joiner import Joiner
 from recsys.training.journal import Entry, log_ms
 from recsys.training.learner import Batch, Learner
+from recsys.training.migration.made_of import schemas
 from recsys.training.opened import Emission
 from recsys.training.steps import (
     EXPLORED,
@@ -58,6 +60,7 @@ class Trainer:
         self.catalogue = Catalogue(
             self.schema, bound_bytes(config.capacity.memory_bytes, "catalogue"), keep=0.0, texts=False
         )
+        self.parameters = parameters_name(config, self.schema)
         self.order = order
         seed = config.seed if order is None else order
         self.tables = Tables(layouts(config, self.schema, seed), config.table.implementation)
@@ -72,6 +75,9 @@ class Trainer:
         self.covers_ms = 0
         self.breaker = Breaker(config)
         self.guard = Guard(config)
+        self.earlier: list[Mapping[str, Any]] = []
+        """Configurations of before (`describe`): impressions that were written under them are read by the names of their features."""
+        self._conversions = Conversions({}, self.schema)
         self.buried: set[str] = set()
         """Contents of `item` records with which a step failed: a restart, which reads that topic again, leaves them out, too."""
 
@@ -214,11 +220,7 @@ class Trainer:
     def impression(self, impression: Impression, now_ms: int, report: StepReport) -> str:
         """Open an impression, and say what became of it; BadInput when it was written with another schema."""
         if impression.features and impression.schema != self.schema.hash:
-            raise BadInput(
-                f"schema {impression.schema!r} is unknown, this trainer has {self.schema.hash!r}: restart ranking and trainer with "
-                "one configuration",
-                field="schema",
-            )
+            impression = self._conversions.impression(impression)
         if impression.features:
             shown = len(decode(self.schema, impression.features).item_keys)
             if shown != len(impression.items):
@@ -330,6 +332,7 @@ class Trainer:
             "breaker": self.breaker.state(),
             "guard": self.guard.state(),
             "buried": sorted(self.buried),
+            **({"earlier": list(self.earlier)} if self.earlier else {}),
             "joiner": self.joiner.state(),
             "ledger": self.ledger.state(),
             "waiting": {"labels": self.joiner.waiting(), "held": self.joiner.num_held},
@@ -345,6 +348,8 @@ class Trainer:
         if "guard" in state:
             self.guard.restore(state["guard"])
         self.buried = set(state.get("buried", ()))
+        self.earlier = state.get("earlier", [])
+        self._conversions = Conversions(schemas(self.earlier, self.config), self.schema)
         self.joiner.restore(state["joiner"])
         if "ledger" in state:
             self.ledger.restore(state["ledger"])

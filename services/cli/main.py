@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"recsys {provenance.release()}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _service_commands(commands)
+    _checkpoint_commands(commands)
     _data_commands(commands)
     _offline_commands(commands)
     _evaluate_commands(commands)
@@ -157,6 +158,26 @@ def _operator_commands(commands: Any) -> None:
     how.add_argument("--learn", action="store_true", help="the feedback is right: learn from what waited")
     how.add_argument("--skip", action="store_true", help="the feedback was broken: go on after it without learning")
 
+    audit = _command(
+        commands,
+        "audit",
+        _of("audit"),
+        "is everything that was accepted accounted for; --replay: is the state what the log makes",
+        "recsys audit --replay --json",
+    )
+    audit.add_argument("--replay", action="store_true", help="run log and journal again, and compare bit by bit")
+    table = commands.add_parser("table", help="the embedding table").add_subparsers(required=True, metavar="ACTION")
+    inspect = _command(
+        table,
+        "inspect",
+        _of("table"),
+        "rows, load, bytes, rows by slot and age of a checkpoint or snapshot",
+        "recsys table inspect recsys-data/trainer --json",
+    )
+    inspect.add_argument("snapshot", type=Path, help="folder with a manifest.json, or that file")
+
+
+def _checkpoint_commands(commands: Any) -> None:
     checkpoint = commands.add_parser("checkpoint", help="the trainer's checkpoints").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -178,24 +199,9 @@ def _operator_commands(commands: Any) -> None:
     after = rollback.add_mutually_exclusive_group(required=True)
     after.add_argument("--learn", action="store_true", help="learn again what came after it")
     after.add_argument("--skip", action="store_true", help="leave out what came after it, up to now")
-
-    audit = _command(
-        commands,
-        "audit",
-        _of("audit"),
-        "is everything that was accepted accounted for; --replay: is the state what the log makes",
-        "recsys audit --replay --json",
-    )
-    audit.add_argument("--replay", action="store_true", help="run log and journal again, and compare bit by bit")
-    table = commands.add_parser("table", help="the embedding table").add_subparsers(required=True, metavar="ACTION")
-    inspect = _command(
-        table,
-        "inspect",
-        _of("table"),
-        "rows, load, bytes, rows by slot and age of a checkpoint or snapshot",
-        "recsys table inspect recsys-data/trainer --json",
-    )
-    inspect.add_argument("snapshot", type=Path, help="folder with a manifest.json, or that file")
+    what, example = "carry what was learned over to another configuration", "recsys checkpoint migrate --dry-run"
+    migrate = _command(checkpoint, "migrate", _of("migrate"), what, example)
+    migrate.add_argument("--dry-run", action="store_true", help="say what would be kept, dropped and begun anew")
 
 
 def _data_commands(commands: Any) -> None:

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from recsys import metrics
 from recsys.errors import ConfigError, ParametersUnavailable
 from recsys.events.deltas import CHUNK_BYTES, Version
+from recsys.model.layouts import same_parameters
 from recsys.model.plan import Block
 from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
 from recsys.types import Float32
@@ -115,7 +116,7 @@ def serve(store: ParameterStore, address: str, schema: str) -> grpc.Server:
 
     def lookup(data: bytes, context: grpc.ServicerContext) -> Any:
         request = _parsed(pb.LookupRequest, data, context)
-        if request.schema != schema:
+        if not same_parameters(request.schema, schema):
             context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"schema {request.schema!r}, this service has {schema!r}: use one configuration",

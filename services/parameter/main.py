@@ -16,7 +16,7 @@ from recsys.errors import BadInput, LogError, LogTruncated, SchemaMismatch, Snap
 from recsys.events.dead_letters import letter
 from recsys.events.deltas import WHOLE_BEGIN, DeltaReader
 from recsys.features.schema import Schema
-from recsys.model.layouts import layouts, sizes
+from recsys.model.layouts import layouts, parameters_name, sizes
 from recsys.ranking.parameter_files import Place, Snapshots, load_checkpoint
 from recsys.ranking.parameters import ParameterStore
 from recsys.streams.base import EventLog
@@ -44,8 +44,11 @@ class ParameterService:
         self.schema = Schema.of(config)
         self._device = placed(config.parameter.device, config.table.implementation)
         metrics.PARAMETER_DEVICE_INFO.labels(self._device).set(1)
-        self.store = ParameterStore(layouts(config, self.schema), self.schema.hash, self._device)
-        self._snapshots = Snapshots(config.data_dir / "parameter", self.schema.hash)
+        self.name = parameters_name(config, self.schema)
+        self.store = ParameterStore(layouts(config, self.schema), self.name, self._device)
+        self._snapshots = Snapshots(config.data_dir / "parameter", self.name)
+        self._outgrown = False
+        """The last snapshot was of another configuration: only the trainer has rows of this one."""
         self._reader = DeltaReader()
         self._position = 0
         self._whole_at = 0
@@ -71,13 +74,16 @@ class ParameterService:
         try:
             place = self._snapshots.load(self.store)
         except SchemaMismatch as error:
-            logger.error("snapshot not used: %s", error)
+            logger.warning("snapshot not used: %s", error)
+            self._outgrown, place = True, self._snapshots.left
         saved = {} if place is None else {KEY: place.position}
         logs = {KEY: place.log} if place is not None and place.log else {}
         resumed = resume(self._log, CONSUMER, (TOPIC,), saved, logs, accept_gap=True)
         self._position = resumed.positions[KEY]
         missing = resumed.gaps or (place is None and self._position > 0)
-        if missing and not self._bridge_gap() and resumed.gaps and not accept_gap:
+        if self._outgrown and load_checkpoint(self.store, self._config.data_dir / "trainer", self.name) is not None:
+            self._after_gap = True
+        elif missing and not self._bridge_gap() and resumed.gaps and not accept_gap:
             self._gap = str(gap_of(CONSUMER, resumed.gaps))
             logger.error("%s", self._gap)
         self._goal, self._read_s = self._log.end(TOPIC, 0), self._clock.monotonic_s()
@@ -86,7 +92,7 @@ class ParameterService:
         """Deltas are missing: what the trainer's newest checkpoint holds, then what the log still has. False without one."""
         self._after_gap = True
         folder = self._config.data_dir / "trainer"
-        step = load_checkpoint(self.store, folder, self.schema.hash)
+        step = load_checkpoint(self.store, folder, self.name)
         metrics.PARAMETER_GAPS.labels("log" if step is None else "checkpoint").inc()
         if step is None:
             logger.error(
@@ -142,6 +148,8 @@ class ParameterService:
             SchemaMismatch
         ) as error:  # of another configuration: thousands of them may follow each other, and none is wrong
             metrics.DEAD_LETTERS.labels(TOPIC, "schema").inc()
+            if self._waits_for_trainer:
+                return ""
             self._ignored.add(str(error), self._clock.monotonic_s())
             return ""
         if not applied:
@@ -176,12 +184,19 @@ class ParameterService:
             return self._gap
         if self._goal is None:
             return "reading the snapshot"
+        if self._waits_for_trainer:
+            return "rows of another configuration are not served: the trainer publishes all of them once it has carried them over"
         if now_s - self._read_s > UNREAD_S:
             return f"topic {TOPIC} could not be read for {now_s - self._read_s:.0f} s: see the log of this process"
         return self._ignored.reason(now_s) or ("" if self.caught_up else "reading the log")
 
+    @property
+    def _waits_for_trainer(self) -> bool:
+        """Whether nothing is known yet under this configuration; dense weights come behind all rows."""
+        return self._outgrown and not self.store.state.dense_version
+
     def _save(self) -> None:
-        if self._gap:
+        if self._gap or self._waits_for_trainer:
             return
         begins = [self._reader.begins(), self._whole_at if self.store.receiving else None]
         position = min([self._position, *(at for at in begins if at is not None)])
@@ -240,7 +255,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
         while not _tried(lambda: service.start(accept_gap=accept_gap), stop):
             if stop:
                 return
-        server = grpc_parameters.serve(service.store, config.parameter_address, service.schema.hash)
+        server = grpc_parameters.serve(service.store, config.parameter_address, service.name)
         rows = service.store.tables.num_rows()
         logger.info("parameter service on %s, %d rows", config.parameter_address, rows)
         logger.info("tables have room for %s", sizes(table.layout for table in service.store.tables.values()))

@@ -25,6 +25,7 @@ from recsys.config import Config
 from recsys.errors import ParametersUnavailable, RecsysError, SnapshotCorrupt
 from recsys.features.schema import Schema
 from recsys.model import build
+from recsys.model.layouts import parameters_name
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.generation import Job, build_index
 from recsys.ranking.scorer import Scorer
@@ -148,7 +149,7 @@ def main(folder: Path, name: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     config = Config.model_validate_json((folder / "config.json").read_bytes())
     schema = Schema.of(config)
-    scorer = Scorer(config, schema, GrpcParameters(config.parameter_address, schema.hash, LOOKUP_S))
+    scorer = Scorer(config, schema, GrpcParameters(config.parameter_address, parameters_name(config, schema), LOOKUP_S))
     towers = build.two_tower(config, schema)
     towers.load_state_dict(safetensors.torch.load_file(folder / "towers.safetensors"))
     rows, keys, mask = (np.load(folder / f"{array}.npy", mmap_mode="r") for array in _ARRAYS)

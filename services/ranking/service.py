@@ -27,6 +27,7 @@ from recsys.events import messages
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused
+from recsys.model.layouts import parameters_name
 from recsys.ranking import catalogue_file, recent_users, snapshot
 from recsys.ranking.bandit import Bandit
 from recsys.ranking.generation import Generations
@@ -78,7 +79,7 @@ class RankingService:
         self.store = open_state(config)
         self._channel: GrpcParameters | None = None
         if parameters is None:
-            parameters = self._channel = GrpcParameters(config.parameter_address, self.schema.hash)
+            parameters = self._channel = GrpcParameters(config.parameter_address, parameters_name(config, self.schema))
         self.sources = Sources(
             config, self.schema, Catalogue(self.schema, bound_bytes(config.capacity.memory_bytes, "catalogue"))
         )

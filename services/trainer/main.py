@@ -16,10 +16,9 @@ from recsys.clock import MAX_LEAD_MS, SystemClock
 from recsys.config import Config
 from recsys.errors import LogFull, LogTruncated, LogUnavailable, ParametersUnavailable, Stopped
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
-from recsys.features.schema import Schema
 from recsys.model import fused
 from recsys.model.home import Reading
-from recsys.model.layouts import sizes
+from recsys.model.layouts import parameters_name, sizes
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.training.intake import CONSUMER
@@ -165,7 +164,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
 
 def served_epoch(config: Config) -> int:
     """The epoch that the parameter service believes: this trainer's must come after it. 0 when it does not answer."""
-    client = GrpcParameters(config.parameter_address, Schema.of(config).hash, 2.0)
+    client = GrpcParameters(config.parameter_address, parameters_name(config), 2.0)
     try:
         return client.lookup([]).state.version.epoch
     except ParametersUnavailable:

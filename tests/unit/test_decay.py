@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_half_lives_that_changed_between_two_starts_convert_every_count(tmp_path
         np.testing.assert_allclose(is_now / was.max(), was / was.max() * left, rtol=0.05)
 
 
-@pytest.mark.parametrize("change", ["counters", "not_finite", "negative", "cut"])
+@pytest.mark.parametrize("change", ["transitions", "not_finite", "negative", "cut"])
 def test_what_cannot_be_converted_or_is_no_count_is_counted_anew_from_the_log(change: str, tmp_path: Path) -> None:
     clock = ManualClock(NOW_MS)
     log = MemoryLog(clock)
@@ -163,9 +164,7 @@ def test_what_cannot_be_converted_or_is_no_count_is_counted_anew_from_the_log(ch
     if change == "cut":
         path = tmp_path / "counters.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"checksum": "0"}))
-    config = (
-        parse({"features": {"counters": [{"of": ["item"]}, {"of": ["user"]}]}}) if change == "counters" else Config()
-    )
+    config = parse({"features": {"transitions": True}}) if change == "transitions" else Config()
     restarted = Ranking(log, clock, config, tmp_path)
     assert not restarted.restored
     trending, covisits, _ = restarted.counts()
@@ -177,13 +176,20 @@ def test_what_cannot_be_converted_or_is_no_count_is_counted_anew_from_the_log(ch
     ]
 
 
-def test_a_new_attribute_keeps_the_counts_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"catalogue": {"attributes": [*Config().catalogue.attributes, "brand"]}},
+        {"features": {"context": ["device"], "counters": [{"of": ["item"]}, {"of": ["category"]}, {"of": ["user"]}]}},
+        {"tasks": [{"name": "buy", "types": ["buy"]}, {"name": "click", "types": ["click"]}]},
+    ],
+)
+def test_another_list_of_features_or_tasks_keeps_the_counts_beside_it(change: dict[str, Any], tmp_path: Path) -> None:
     clock = ManualClock(NOW_MS)
     log = MemoryLog(clock)
     fill(log, NOW_MS)
     ranking = Ranking(log, clock, Config(), tmp_path)
     ranking.save()
-    more = parse({"catalogue": {"attributes": [*Config().catalogue.attributes, "brand"]}})
-    restarted = Ranking(MemoryLog(clock), clock, more, tmp_path)
+    restarted = Ranking(MemoryLog(clock), clock, parse(change), tmp_path)
     assert restarted.restored
     np.testing.assert_allclose(restarted.counts()[0], ranking.counts()[0])

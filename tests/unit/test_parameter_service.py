@@ -23,7 +23,7 @@ from recsys.errors import ParametersUnavailable
 from recsys.events.deltas import MAX_LEAD, UNFINISHED_BYTES, Delta, RowDelta, Version, encode_delta, metadata
 from recsys.features.schema import Schema
 from recsys.files import Manifests, write_file
-from recsys.model.layouts import layouts
+from recsys.model.layouts import layouts, parameters_name
 from recsys.model.plan import Block
 from recsys.streams.memory import MemoryLog
 from recsys.table import segments
@@ -33,16 +33,17 @@ from services.common import parameter_pb2 as pb
 from services.parameter.main import IGNORED_S, SOME, TOPIC, ParameterService
 
 
-def configuration(folder: Path) -> Config:
-    return parse({"data_dir": str(folder), "model": {"dim": 4}, "table": {"capacity": 5000}})
+def configuration(folder: Path, dim: int = 4) -> Config:
+    return parse({"data_dir": str(folder), "model": {"dim": dim}, "table": {"capacity": 5000}})
 
 
 class World:
     """A service on a log in memory; `publish` writes what a trainer would."""
 
-    def __init__(self, folder: Path) -> None:
-        self.config, self.clock = configuration(folder), ManualClock(1_700_000_000_000)
-        self.log, self.schema = MemoryLog(self.clock), Schema.of(self.config)
+    def __init__(self, folder: Path, dim: int = 4, log: MemoryLog | None = None) -> None:
+        self.config, self.clock = configuration(folder, dim), ManualClock(1_700_000_000_000)
+        self.log, self.schema = log or MemoryLog(self.clock), Schema.of(self.config)
+        self.name = parameters_name(self.config)
         self.widths = {layout.name: (min(layout.slots), layout.dim) for layout in layouts(self.config, self.schema)}
 
     def service(self) -> ParameterService:
@@ -61,7 +62,7 @@ class World:
         return Delta(
             version=Version(epoch=epoch, step=step),
             covers_ms=self.clock.now_ms(),
-            schema=self.schema.hash,
+            schema=self.name,
             rows=tuple(self.rows(name, step, keys) for name in self.widths),
             **more,
         )
@@ -423,6 +424,33 @@ def test_deltas_that_retention_dropped_are_made_up_for_by_the_trainers_checkpoin
     service = world.service()
     assert world.served(service, [*range(10), 50]) == [1] * 10 + [2] and "trainer's checkpoint, step 1" in caplog.text
     assert list(load_arrays(service.store.dense()[1])) == ["ranker.model.w"]
+
+
+def test_rows_of_another_configuration_are_not_served_and_the_trainers_are_waited_for(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = world.service()
+    world.publish(world.delta(7, epoch=2, dense=save({"w": np.ones(3, np.float32)}), dense_version=7))
+    world.drain(service)
+    service.maintain(force=True)
+    world.publish(*(world.delta(step, epoch=2) for step in range(8, 8 + 2 * SOME)))
+    wider = World(world.config.data_dir, 6, world.log)
+    assert wider.schema.hash == world.schema.hash and wider.name != world.name
+    caplog.clear()
+    service = wider.service()
+    wider.clock.advance(int(2000 * IGNORED_S))
+    assert "the trainer publishes all of them" in service.not_ready()
+    assert wider.served(service, [1, 2, 3]) == [-1, -1, -1]
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert world.log.end("dead_letter", 0) == 0
+    wider.publish(wider.delta(50, epoch=3, keys=[1, 2]))
+    wider.drain(service)
+    assert service.not_ready(), "dense weights come behind all rows"
+    wider.publish(wider.delta(50, epoch=3, keys=[3], dense=save({"w": np.ones(4, np.float32)}), dense_version=50))
+    wider.drain(service)
+    assert service.not_ready() == "" and wider.served(service, [1, 2, 3]) == [50, 50, 50]
+    service.maintain(force=True)
+    assert wider.served(wider.service(), [1, 2, 3]) == [50, 50, 50]
 
 
 def test_requests_and_replies_of_wrong_lengths_end_neither_side(world: World) -> None:
