@@ -96,7 +96,7 @@ class StateConsumer:
             if records.next > start:
                 read.append((key, stored[key], records))
         for key, begin, part in _in_order(read[::-1], self._most):  # impressions first
-            self.apply(part, store_from=begin, count_from=self.counter_positions[key], key=key)
+            self.apply(part, store_from=begin, count_from=self.counter_positions[key], key=key, after=stored[key])
             self.counter_positions[key] = max(self.counter_positions[key], part.next)
             stored[key] = max(begin, part.next, stored[key])
             count += len(part)
@@ -114,8 +114,8 @@ class StateConsumer:
             self._marks = {key: self._log.end(*positions.split(key)) for key in self._keys}
             self._marked_ms = now_ms
 
-    def apply(self, records: Batch, *, store_from: int, count_from: int, key: str) -> None:
-        """Records of one partition: to the store from offset `store_from` on, to the counters from `count_from` on.
+    def apply(self, records: Batch, *, store_from: int, count_from: int, key: str, after: int) -> None:
+        """Records of one partition: to the store, which stands `after`, from offset `store_from` on, to the counters from `count_from` on.
 
         1. Judge each: what it is, and whether it is a copy. 2. Write to the store. 3. Count. The store may fail, and then the same
         records come again: nothing is remembered before it has them.
@@ -128,7 +128,7 @@ class StateConsumer:
                 self._on_bad(record, str(error))
         if records.next > store_from:
             updates = [update for offset, update in batch.updates if offset >= store_from]
-            self._store.apply(updates, {key: records.next})
+            self._store.apply(updates, {key: records.next}, {key: after})
         for count in batch.counts:
             count()
         now_ms = self._clock.now_ms()

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from recsys.errors import StateUnavailable
 from recsys.types import UserState, UserUpdate
+
+
+def check_after(found: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """StateUnavailable unless the positions that were found are these."""
+    if any(found.get(key) != position for key, position in after.items()):
+        raise StateUnavailable(
+            f"the store lost its data: it stood at {dict(after)}, now at {dict(found)}; it is read again from the log"
+        )
 
 
 class StateStore(Protocol):
@@ -14,8 +23,13 @@ class StateStore(Protocol):
     Raises StateUnavailable from every method when the store cannot be reached.
     """
 
-    def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
+    def apply(
+        self, updates: Sequence[UserUpdate], positions: Mapping[str, int], after: Mapping[str, int] | None = None
+    ) -> None:
         """Apply the updates in order and set the positions ("topic/partition" -> next offset), all in one transaction.
+
+        `after`: positions that the store must have; when it has others, for it lost its data meanwhile, it raises StateUnavailable, and
+        nothing is applied: positions of now would hide that what came before them is gone.
 
         Idempotent: history is a set of (time_ms, event_id) ordered by time, then arrival, so applying a record again, or in
         another order, gives the same state. Keeps the newest `history_len` events of each type and the last `seen_len` distinct seen items

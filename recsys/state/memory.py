@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
+from recsys.state.base import check_after
 from recsys.state.merge import UserEntry
 from recsys.types import UserState, UserUpdate
 
@@ -22,9 +23,12 @@ class MemoryState:
         self._logs: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
+    def apply(
+        self, updates: Sequence[UserUpdate], positions: Mapping[str, int], after: Mapping[str, int] | None = None
+    ) -> None:
         users, history_len, seen_len = self._users, self._history_len, self._seen_len
         with self._lock:
+            check_after(self._positions, after or {})
             for update in updates:
                 entry = users.get(update.user_id)
                 if entry is None:

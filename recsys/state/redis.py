@@ -10,6 +10,7 @@ from typing import Any
 import redis
 
 from recsys.errors import ConfigError, StateUnavailable, masked
+from recsys.state.base import check_after
 from recsys.state.merge import (
     UserEntry,
     pack_history,
@@ -57,10 +58,15 @@ class RedisState:
     def _keys(self, user_id: str) -> tuple[str, str, str]:
         return f"{self._prefix}:h:{user_id}", f"{self._prefix}:s:{user_id}", f"{self._prefix}:i:{user_id}"
 
-    def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
+    def apply(
+        self, updates: Sequence[UserUpdate], positions: Mapping[str, int], after: Mapping[str, int] | None = None
+    ) -> None:
         user_ids = list(dict.fromkeys(update.user_id for update in updates))
         keys = [key for user_id in user_ids for key in self._keys(user_id)]
-        with self._mapped():
+        with self._mapped(), self._client.pipeline(transaction=True) as transaction:
+            if after:  # what happens to the positions from here on ends the transaction
+                transaction.watch(f"{self._prefix}:positions")
+                check_after(_numbers(transaction.hgetall(f"{self._prefix}:positions")), after)
             values = self._client.mget(keys) if keys else []
             entries = {
                 user_id: UserEntry(unpack_history(history), unpack_seen(seen), unpack_items(items))
@@ -68,18 +74,17 @@ class RedisState:
             }
             for update in updates:
                 entries[update.user_id].apply(update, self._history_len, self._seen_len)
-            changed = {update.user_id: None for update in updates if update.events or update.forget}
-            with self._client.pipeline(transaction=True) as transaction:
-                for user_id in changed:
-                    self._put(transaction, self._keys(user_id)[0], pack_history(entries[user_id].history))
-                for user_id in {update.user_id: None for update in updates if update.seen or update.forget}:
-                    self._put(transaction, self._keys(user_id)[1], pack_seen(entries[user_id].seen))
-                for user_id, entry in entries.items():
-                    if entry.items_changed:
-                        self._put(transaction, self._keys(user_id)[2], pack_items(entry.acted, entry.hidden))
-                if positions:
-                    transaction.hset(f"{self._prefix}:positions", mapping=dict(positions))
-                transaction.execute()
+            transaction.multi()
+            for user_id in {update.user_id: None for update in updates if update.events or update.forget}:
+                self._put(transaction, self._keys(user_id)[0], pack_history(entries[user_id].history))
+            for user_id in {update.user_id: None for update in updates if update.seen or update.forget}:
+                self._put(transaction, self._keys(user_id)[1], pack_seen(entries[user_id].seen))
+            for user_id, entry in entries.items():
+                if entry.items_changed:
+                    self._put(transaction, self._keys(user_id)[2], pack_items(entry.acted, entry.hidden))
+            if positions:
+                transaction.hset(f"{self._prefix}:positions", mapping=dict(positions))
+            transaction.execute()
 
     def _put(self, transaction: Any, key: str, value: bytes) -> None:
         if value == b"[]":
@@ -94,9 +99,7 @@ class RedisState:
 
     def positions(self) -> dict[str, int]:
         with self._mapped():
-            return {
-                name.decode(): int(value) for name, value in self._client.hgetall(f"{self._prefix}:positions").items()
-            }
+            return _numbers(self._client.hgetall(f"{self._prefix}:positions"))
 
     def logs(self) -> dict[str, str]:
         with self._mapped():
@@ -113,3 +116,7 @@ class RedisState:
 
     def close(self) -> None:
         self._client.close()
+
+
+def _numbers(found: Mapping[bytes, bytes]) -> dict[str, int]:
+    return {name.decode(): int(value) for name, value in found.items()}

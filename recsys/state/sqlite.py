@@ -10,6 +10,7 @@ from pathlib import Path
 
 from recsys import metrics
 from recsys.errors import StateUnavailable
+from recsys.state.base import check_after
 from recsys.state.merge import (
     UserEntry,
     pack_history,
@@ -86,8 +87,11 @@ class SqliteState:
                 "delete it with its -wal and -shm, it is rebuilt from the log"
             ) from error
 
-    def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
+    def apply(
+        self, updates: Sequence[UserUpdate], positions: Mapping[str, int], after: Mapping[str, int] | None = None
+    ) -> None:
         with self._transaction() as connection:
+            check_after(dict(connection.execute("SELECT name, value FROM positions").fetchall()), after or {})
             users = self._write(connection, updates)
             self._make_room(connection, max(_LEAVE, 2 * users))
             connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())

@@ -212,6 +212,16 @@ def test_positions_are_kept_per_partition(open_new: Open) -> None:
     assert store.positions() == {"feedback/0": 5, "impression/1": 2**40}
 
 
+def test_what_follows_positions_that_the_store_lost_is_not_applied(open_new: Open) -> None:
+    store = open_new()
+    store.apply([click("u", 1)], {"feedback/0": 5})
+    with pytest.raises(StateUnavailable, match="lost its data"):
+        store.apply([click("u", 2)], {"feedback/0": 7}, {"feedback/0": 6})
+    assert store.positions() == {"feedback/0": 5} and len(store.get("u").history) == 1
+    store.apply([click("u", 2)], {"feedback/0": 7}, {"feedback/0": 5})
+    assert store.positions() == {"feedback/0": 7} and len(store.get("u").history) == 2
+
+
 def test_positions_name_the_log_they_are_in(open_new: Open) -> None:
     store = open_new()
     store.apply([], {"feedback/0": 7})

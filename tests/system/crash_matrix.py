@@ -221,7 +221,7 @@ class Matrix(Services):
         logged = Counter(json.loads(r.value)["event_id"] for r in feedback if r.value != POISON)
         kept = self._histories(of_log)
         twice = sum(len(events) - len(set(events)) for events in kept.values())
-        otherwise = sum(kept[user] != events for user, events in of_log.histories.items())
+        otherwise = [user for user, events in of_log.histories.items() if kept[user] != events]
         audit, replay = self.audited(), self.replayed()
         labels = {
             (value, task): counts.get(name, 0)
@@ -236,14 +236,18 @@ class Matrix(Services):
             "lost": sum(event_id not in logged for event_id in self.accepted.ids),
             "imported": imported,
             "twice": twice,
-            "histories_wrong": otherwise,
+            "histories_wrong": len(otherwise),
             "labels": sum(of_log.labels.values()),
             "labels_wrong": sum(abs(labels.get(k, 0) - n) for k, n in of_log.labels.items()),
             "closes": bool(audit.get("closes")),
             "equal": bool(replay.get("equal")),
             "steps": [replay.get("from_step"), replay.get("to_step")],
             "served_step": replay.get("served_step"),
-            "why": [*audit["why"], *replay.get("differences", replay["why"])][:20],
+            "why": [
+                *(f"{user} has {kept[user]}, the log says {of_log.histories[user]}" for user in otherwise[:3]),
+                *audit["why"],
+                *replay.get("differences", replay["why"]),
+            ][:20],
         }
 
     def _histories(self, of_log: ledger.Ledger) -> dict[str, list[str]]:
@@ -381,15 +385,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object alone on stdout")
     parser.add_argument("--save", action="store_true", help=f"also write {RESULT.relative_to(ROOT)}")
     options = parser.parse_args()
-    results = {}
+    results: dict[str, Any] = {}
     for mode in ("embedded", "kafka") if options.mode == "both" else (options.mode,):
         wanted = [g for g in gaps_of(mode) if not options.gaps or g.name.startswith(tuple(options.gaps))]
-        results[mode] = run(mode, at_once if options.at_once else one_by_one, wanted)
-        results[mode]["good"] = good(results[mode])
-    found = {"date": date.today().isoformat(), "commit": head(ROOT), "modes": results}
-    print(json.dumps(found, indent=None if options.json else 1))
+        found = run(mode, at_once if options.at_once else one_by_one, wanted)
+        results[mode] = {"date": date.today().isoformat(), "commit": head(ROOT), "good": good(found), **found}
+    print(json.dumps(results, indent=None if options.json else 1))
     if options.save:
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+        RESULT.write_text(json.dumps({**before, **results}, indent=1) + "\n", encoding="utf-8")
     return 0 if all(each["good"] for each in results.values()) else 1
 
 

@@ -51,8 +51,10 @@ class EvenState(MemoryState):
         super().__init__(history_len, seen_len)
         self._last: dict[str, int] = {}
 
-    def apply(self, updates: Sequence[UserUpdate], positions: Mapping[str, int]) -> None:
-        super().apply([replace(u, events=tuple(map(self._even, u.events))) for u in updates], positions)
+    def apply(
+        self, updates: Sequence[UserUpdate], positions: Mapping[str, int], after: Mapping[str, int] | None = None
+    ) -> None:
+        super().apply([replace(u, events=tuple(map(self._even, u.events))) for u in updates], positions, after)
 
     def _even(self, event: HistoryEvent) -> HistoryEvent:
         name = event.session_id or ""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,10 +135,10 @@ def test_a_store_that_fails_loses_no_event(ranking: Ranking) -> None:
     click(ranking, "u", "i1")
     apply, failures = ranking.store.apply, [StateUnavailable("away")]
 
-    def fails(updates: object, positions: object) -> None:
+    def fails(*arguments: Any) -> None:
         if failures:
             raise failures.pop()
-        apply(updates, positions)  # type: ignore[arg-type]
+        apply(*arguments)
 
     ranking.store.apply = fails  # type: ignore[assignment,method-assign]
     with pytest.raises(StateUnavailable):
@@ -225,6 +226,29 @@ def test_a_store_that_lost_its_data_is_rebuilt_and_nothing_is_counted_twice(
         ranking.catch_up()
         assert [e.item_id for e in ranking.store.get("u").history] == ["i1"]
     assert ranking.popularity()[1] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_store_that_loses_its_data_amid_a_turn_is_rebuilt(ranking: Ranking) -> None:
+    """After its positions were asked for, before it is written to: a position of now would hide what is gone."""
+    click(ranking, "u", "i1")
+    ranking.catch_up()
+    click(ranking, "u", "i0", "later")
+    store = ranking.store
+    asked = store.positions
+
+    def loses() -> dict[str, int]:
+        found = asked()
+        store._users.clear()
+        store._positions.clear()
+        store.positions = asked  # type: ignore[method-assign]
+        return found
+
+    store.positions = loses  # type: ignore[method-assign]
+    with pytest.raises(StateUnavailable, match="lost its data"):
+        ranking.consumer.turn()
+    ranking.catch_up()
+    assert sorted(e.item_id for e in store.get("u").history) == ["i0", "i1"]
+    assert ranking.popularity() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_counters_restored_from_a_snapshot_go_on_where_they_were(
