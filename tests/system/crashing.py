@@ -165,7 +165,7 @@ _TRAINER = (
         where=(_STEP,),
         when="after",
         number=1,
-        inside="recsys.training.runner:Runner._restore",
+        inside="recsys.training.runner:Runner.restore",
         how="start",
     ),
     _seam("replayed", "restart", "start"),
