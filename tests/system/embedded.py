@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from recsys.testing.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S, STOP_S, WAIT_S = 90.0, 20.0, 20.0
@@ -48,11 +49,10 @@ def environment() -> dict[str, str]:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
+    found: dict[int, None] = {}
+    while len(found) < count:
+        found[free_port()] = None
+    return list(found)
 
 
 def cmdline(process: psutil.Process) -> list[str]:

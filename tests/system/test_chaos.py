@@ -11,7 +11,7 @@ import pytest
 from tests.system.chaos import EACH_WITHIN, HOW, SERVERS, SERVICES, schedule
 from tests.system.embedded import ROOT, environment
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.mark.parametrize("mode", ["embedded", "kafka"])

@@ -8,7 +8,7 @@ import pytest
 
 from tests.system.hostile import GROWTH_BYTES, run
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.alone]
 
 
 def test_wrong_messages_crash_nothing_stall_nothing_and_leave_memory_where_it_was(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def figures() -> dict[str, float | None]:
 
 @pytest.mark.system
 @pytest.mark.slow
+@pytest.mark.alone
 def test_overload_stops_neither_feedback_nor_learning_and_leaves_nothing_behind(
     figures: dict[str, float | None],
 ) -> None:
