@@ -76,8 +76,6 @@ def test_what_was_learned_outlives_other_features_tasks_and_sizes(tmp_path: Path
         for text in ("attribute 'brand'", "context field 'device'", "task 'like'", "counter 'category'"):
             assert f"added {text}" in said, said
         assert "model.dim was 16 and is 24" in said
-        refused = recsys("checkpoint", "migrate", "--config", system.config)
-        assert refused.returncode == 2 and "used by another running trainer: stop it" in refused.stderr
         for label, count in by_label(system, "trainer", "recsys_table_rows").items():
             assert count >= rows[label], label
         assert len(system.history("user-1")) == 1
@@ -90,8 +88,6 @@ def test_what_was_learned_outlives_other_features_tasks_and_sizes(tmp_path: Path
         wait_for(lambda: positives(system, "like") == 1, "the new task learns")
         branded = system.call("POST", "/v1/recommend", {"user_id": "user-1", "n": 5, "filters": {"brand": ["b1"]}})
         assert {int(item["item_id"][1:]) % 3 for item in branded["items"]} == {1}
-        found = audit(system)
-        assert found["labels"]["click"]["positive"] <= 2 * USERS
         assert system.stop() == 0
 
         # Removals: refused with a remedy, which works when it is typed.

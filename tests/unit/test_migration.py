@@ -1,5 +1,6 @@
 """Another configuration on a trainer's folder: rows stay what they are, predictions begin where they were, no label is lost."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from recsys.training.migration.succession import would
 from recsys.training.rerun import rerun
 from recsys.training.runner import Runner
 from recsys.training.trainer import Trainer
+from services.cli.main import main
+from services.common.process import FolderLock
 from tests.unit.test_trainer import END, EVERYTHING, Slowly, answered, configuration, turns
 
 MIDDLE = 1_000_000 + 40_000
@@ -180,9 +183,18 @@ def predictions_move(old: Learned, trainer: Trainer) -> float:
 
 
 @pytest.mark.parametrize("kind", ADDITIONS)
-def test_an_addition_keeps_rows_and_predictions_and_learns_every_label_once(
-    kind: str, learned: Learned, tmp_path: Path
-) -> None:
+def test_an_addition_keeps_rows_and_predictions(kind: str, learned: Learned, tmp_path: Path) -> None:
+    runner, view = learned.start(learned.copy(tmp_path, ADDITIONS[kind]))
+    assert runner.succession.done is not None and runner.trainer.steps == learned.steps
+    assert same_rows(learned.config, learned.rows, runner.trainer) > 100
+    assert predictions_move(learned, runner.trainer) <= (5e-3 if kind == "precision" else 1e-6)
+    assert len(runner.trainer.joiner) == learned.open
+    view._clock.advance(9000)
+    assert runner.turn(), "it learns on"
+
+
+@pytest.mark.parametrize("kind", ["attribute", "task in a group", "all at once"])
+def test_every_label_is_learned_once_across_a_change(kind: str, learned: Learned, tmp_path: Path) -> None:
     config = learned.copy(tmp_path, ADDITIONS[kind])
     emitted: list[tuple[str, int]] = []
 
@@ -191,11 +203,6 @@ def test_an_addition_keeps_rows_and_predictions_and_learns_every_label_once(
             emitted.extend((emission.request_id, task) for task in np.flatnonzero(emission.final.any(0)).tolist())
 
     runner, view = learned.start(config, on_step=on_step)
-    assert runner.succession.done is not None and runner.trainer.steps == learned.steps
-    assert same_rows(learned.config, learned.rows, runner.trainer) > 100
-    most = {"precision": 5e-3, "correctors": 1e-6}.get(kind, 1e-6)
-    assert predictions_move(learned, runner.trainer) <= most
-    assert len(runner.trainer.joiner) == learned.open
     go_on(view, runner)
     runner.close()
     # Every impression that was open or unread had the old features; each label is learned once.
@@ -259,6 +266,27 @@ def test_a_removal_is_refused_until_it_is_asked_for(kind: str, learned: Learned,
     runner, _ = learned.start(config)
     assert runner.succession.done is None and runner.trainer.steps == learned.steps
     same_rows(learned.config, learned.rows, runner.trainer)
+
+
+def test_the_command_says_what_it_would_do_and_waits_for_the_trainer_to_be_stopped(
+    learned: Learned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learned.copy(tmp_path, {})
+    file = tmp_path / "other.toml"
+    file.write_text(
+        f'data_dir = {json.dumps(str(tmp_path))}\nfeatures.counters = [{{ of = ["item"] }}]\ntable.admission = 2\n'
+        'tasks = [{ name = "click", types = ["click"], window_s = 2 }, '
+        '{ name = "like", types = ["like"], window_s = 5, prior = 0.02 }]\n'
+        "model = { dim = 4, expert_hidden = [8, 4], attention = [8], tower_dim = 4 }\n"
+    )
+    command = ["checkpoint", "migrate", "--json", "--config", str(file)]
+    assert main([*command, "--dry-run"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert not said["migrated"] and sum(said["kept"].values()) > 100 and not said["dropped"]
+    assert {"what": "removed counter 'user' of 86400 s: its weights are dropped", "loses": True} in said["changes"]
+    lock = FolderLock(tmp_path, "trainer")
+    assert main(command) == 2 and "another running trainer: stop it" in capsys.readouterr().err
+    lock.release()
 
 
 def test_what_no_migration_can_keep_is_refused_by_name(learned: Learned, tmp_path: Path) -> None:
