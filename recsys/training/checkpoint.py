@@ -149,7 +149,7 @@ class Checkpoints:
         self._crash("acknowledged")
         self._before, self._newest = self._newest, _Kept(captured.step, captured.positions)
         training = self.trainer.config.training
-        if captured.good:
+        if captured.good and captured.step:
             for fields in self._manifests.look():
                 if fields["step"] == captured.step:
                     self.kept.keep(fields, training.kept_checkpoints, training.keep_every_s * 1000)

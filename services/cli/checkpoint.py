@@ -51,7 +51,9 @@ def told(folder: Path, manifest: Mapping[str, Any], log: EventLog | None) -> dic
     covers_ms = manifest.get("covers_ms")
     return {
         "id": manifest["step"],
-        "as_of": None if covers_ms is None else datetime.fromtimestamp(covers_ms / 1000, UTC).isoformat(),
+        "as_of": None
+        if covers_ms is None
+        else datetime.fromtimestamp(covers_ms / 1000, UTC).isoformat(timespec="seconds"),
         "good": manifest.get("good", True),
         "whole": len(sizes) == len(names),
         "bytes": sum(sizes),
