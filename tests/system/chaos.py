@@ -34,6 +34,8 @@ HOW = ("kill", "stop", "term")
 EACH_WITHIN = 10
 """Every process is reached at least once in so many."""
 RECOVER_S = 120.0
+CALM_S = 8.0
+"""Before the first kill: in which it is seen how long probes take."""
 OPTIONS = f"""
 tasks = [{{ name = "click", types = ["click"], window_s = {WINDOW_S} }}]
 training.checkpoint_s = 5
@@ -74,6 +76,8 @@ class Chaos:
         self.probes.start()
         started = time.monotonic()
         wait_for(lambda: self.probes.healthy(started), "every probe comes through", RECOVER_S)
+        time.sleep(CALM_S)
+        self.probes.calm()
         self._note("descriptors_before", descriptors(self.system))
         plan = schedule(self.options.mode, self.options.kills, self.options.seed, self.options.longest_freeze)
         rng = random.Random(self.options.seed + self.state["kills"])
@@ -157,6 +161,7 @@ class Chaos:
             "equal": _said(replay, "equal"),
             "closes": _said(audit, "closes"),
             "untrue_health": len(self.state["untrue"]),
+            "through_s": round(self.probes.through_s, 1),
             "untrue": self.state["untrue"][:20],
             "recovery_s": {
                 name: {"median": sorted(took)[len(took) // 2], "max": max(took), "kills": len(took)}
