@@ -25,6 +25,7 @@ BLOCK_BYTES = 2**20
 """Bytes of a file under one CRC-32."""
 COPY = ".copy"
 _TRUSTED = ("trusted.json", "trusted.previous.json")
+_PINNED = "served.json"
 _PIECE = 4 * 2**20
 logger = logging.getLogger("recsys")
 
@@ -243,7 +244,7 @@ class KeptManifests:
 
     def keep(self, fields: Mapping[str, Any], most: int, every_ms: float) -> None:
         """Keep a checkpoint that is as far from the newest kept one in log time; of more than `most` the oldest go."""
-        paths = sorted(path for path in self._folder.glob("*.json") if path.name not in _TRUSTED)
+        paths = sorted(path for path in self._folder.glob("*.json") if path.name not in (*_TRUSTED, _PINNED))
         newest = next((f for f in self.manifests() if self._path(f["step"]) in paths), None)
         if most and (newest is None or abs(fields["covers_ms"] - newest["covers_ms"]) >= every_ms):
             paths.append(self._write(self._path(fields["step"]), fields))
@@ -263,6 +264,13 @@ class KeptManifests:
         if last is not None:
             newest.replace(previous)
         self._write(newest, fields)
+
+    def pin(self, fields: Mapping[str, Any]) -> None:
+        """Let this one stay until `unpin`: it is served."""
+        self._write(self._folder / _PINNED, fields)
+
+    def unpin(self) -> None:
+        (self._folder / _PINNED).unlink(missing_ok=True)
 
     def forget_after(self, step: int) -> None:
         """What was kept of later steps is of a past that somebody left."""

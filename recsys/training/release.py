@@ -62,6 +62,7 @@ class Release:
         self.held = self._unsound = ""
         if self._sent(self.publisher.publish_whole):
             self._checkpoints.good = True
+            self._checkpoints.kept.unpin()
 
     def _publish(self, *, dense: bool) -> None:
         # Rows before the dense weights, whose version says that rows are as new.
@@ -96,6 +97,7 @@ class Release:
             except (NotFinite, SnapshotCorrupt, SchemaMismatch) as error:
                 logger.error("checkpoint %d is not served: %s", good["step"], error)
                 continue
+            self._checkpoints.kept.pin(good)
             logger.error("the model is held back (%s): step %d is served, learning goes on", self.held, opened.step)
             return
         logger.error("the model is held back (%s); there is no good checkpoint: what was published stays", self.held)

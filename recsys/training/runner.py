@@ -123,8 +123,7 @@ class Runner:
         self.whole = False
         order = order_of(self._log)
         if not self._fresh or order != self.trainer.order:
-            if (positions := self.checkpoints.poll(wait=True)) is not None:
-                self._commit(positions)
+            self._finish_checkpoint()
             self.trainer.close()
             publisher = self.release.publisher
             del self.trainer, self.checkpoints.trainer, publisher.trainer
@@ -325,6 +324,7 @@ class Runner:
 
     def _roll_back(self, command: Rollback) -> bool:
         """Go back to a checkpoint. False when that cannot be: then nothing was changed."""
+        self._finish_checkpoint()  # after it is found nothing may be swept
         try:
             manifest = find(self.checkpoints, self._log, command)
         except (LogTruncated, SnapshotCorrupt, SchemaMismatch) as error:
@@ -383,6 +383,10 @@ class Runner:
     @property
     def epoch(self) -> int:
         return self.release.publisher.epoch
+
+    def _finish_checkpoint(self) -> None:
+        if (positions := self.checkpoints.poll(wait=True)) is not None:
+            self._commit(positions)
 
     def _commit(self, positions: Mapping[str, int]) -> None:
         for key, offset in positions.items():
