@@ -66,6 +66,7 @@ UNMOVED = {
     "recsys_unusable_vectors_total",
     "recsys_dead_units_ratio",
     "recsys_breaker_open",
+    "recsys_model_held",
     "recsys_published_tombstones_total",
     "recsys_spool_bytes",
     "recsys_consumer_lag_records",

@@ -222,7 +222,12 @@ def test_budgets_are_well_formed(test: str) -> None:
         assert budget["better"] in ("higher", "lower"), name
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in sorted(RESULTS.glob("*.json"))])
+def measured() -> list[Path]:
+    """Results of load tests; those of kills and of hostile input are tables of another form."""
+    return [path for path in sorted(RESULTS.glob("*.json")) if path.stem in read_budgets()]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in measured()])
 def test_committed_result_agrees_with_the_budgets(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in result["results"]}
