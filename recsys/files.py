@@ -287,6 +287,13 @@ class KeptManifests:
                 seen.add(fields["step"])
                 yield fields
 
+    def good_before(self, began: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The checkpoints that may be served, the newest first: those from before so many labels of each task had been seen, when it began
+        to be worse; where there is none, the oldest."""
+        good = [fields for fields in self.every() if fields.get("good", True)]
+        before = [f for f in good if all(f.get("judged", {}).get(task, 0) <= n for task, n in began.items())]
+        return before or good[-1:]
+
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:012d}.json"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 from recsys.testing import servers
 from recsys.testing.servers import Server, kafka_server, redis_server
 
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker is not None:
     first = 12_000 + 2_500 * (int(worker.removeprefix("gw")) % 8)
     servers.ports = range(first, first + 2_500)
 
@@ -22,15 +22,14 @@ if not Path("/dev/nvidiactl").exists():
 
 
 @pytest.fixture(autouse=True)
-def beside_others(request: pytest.FixtureRequest) -> Iterator[None]:
+def beside_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let a test marked `alone` have the machine to itself where others run beside it (pytest-xdist)."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
+    if worker is None:
         yield
         return
     alone = request.node.get_closest_marker("alone") is not None
-    folder = Path(tempfile.gettempdir())
-    with (folder / f"recsys-gate-{run}").open("w") as gate, (folder / f"recsys-tests-{run}").open("w") as tests:
+    folder = tmp_path_factory.getbasetemp().parent  # of all workers of this run
+    with (folder / "gate").open("w") as gate, (folder / "tests").open("w") as tests:
         fcntl.flock(gate, fcntl.LOCK_EX)  # who waits to be alone holds it, so that no further test begins
         fcntl.flock(tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         if not alone:

@@ -149,6 +149,11 @@ def _row_parts(rows: RowDelta) -> list[Arrays]:
     return parts
 
 
+def not_finite(weights: bytes) -> str:
+    """Name of the first array of a safetensors buffer that holds something else than numbers; empty: none."""
+    return next((name for name, array in load(weights).items() if not np.isfinite(array).all()), "")
+
+
 def metadata(data: bytes) -> dict[str, str]:
     """The header's metadata of a safetensors buffer. ValueError when there is none."""
     return _header(data)[1]

@@ -246,9 +246,14 @@ def _conditional(spec: RankerSpec) -> list[float]:
 
 def losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Each task's sum of weighted binary cross-entropy where `mask` holds, divided by M: [M, T] x 4 -> [T]."""
+    return (label_losses(logits, labels, mask) * weights).sum(0) / max(len(logits), 1)
+
+
+def label_losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of each label, 0 where `mask` does not hold: [M, T] x 3 -> [M, T]."""
     known = torch.where(mask, labels, 0.0)
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, known, reduction="none")
-    return (torch.where(mask, entropy, 0.0) * weights).sum(0) / max(len(logits), 1)
+    return torch.where(mask, entropy, 0.0)
 
 
 def choices(logits: torch.Tensor, request: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,9 @@ from typing import Protocol
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
 
 from recsys.errors import BadInput, SchemaMismatch
-from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, believable
+from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, believable, not_finite
 from recsys.model.layouts import same_parameters
 from recsys.model.plan import Block
 from recsys.table import segments
@@ -225,11 +224,11 @@ class ParameterStore:
 def _check_dense(data: bytes) -> None:
     """BadInput unless these are finite weights."""
     try:
-        wrong = [name for name, array in load_arrays(data).items() if not np.isfinite(array).all()]
+        wrong = not_finite(data)
     except (ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
         raise BadInput(f"delta's dense weights cannot be read ({error})", field="dense") from None
     if wrong:
-        raise BadInput(f"delta's dense weights are not finite in {wrong[0][:80]!r}", field="dense")
+        raise BadInput(f"delta's dense weights are not finite in {wrong[:80]!r}", field="dense")
 
 
 def _not_touched(table: Table) -> tuple[Int32, Int64]:

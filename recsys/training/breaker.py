@@ -5,44 +5,15 @@ What it judges is the log, by log time: a burst of requests, late feedback or a 
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from recsys.config import Config
+from recsys.training.commands import SKIP
 
 _MAX_SECONDS = 4096
 """Seconds that are counted apart; of more the oldest count together."""
-LEARN, SKIP = "learn", "skip"
-_FILE = "resume"
-
-
-def leave_command(folder: Path, how: str) -> None:
-    """Tell the trainer that keeps its state in this folder: `learn` from what waited, or `skip` it."""
-    temporary = folder / f"{_FILE}.new"
-    temporary.write_text(json.dumps({"name": uuid.uuid4().hex, "how": how}))
-    temporary.replace(folder / _FILE)
-
-
-def read_command(folder: Path) -> dict[str, Any] | None:
-    """The command that was left, if there is one. Earlier versions wrote a word alone."""
-    path = folder / _FILE
-    if not path.exists():
-        return None
-    text = path.read_text().strip()
-    try:
-        found = json.loads(text)
-        return {"name": str(found["name"]), "how": SKIP if found["how"] == SKIP else LEARN}
-    except (ValueError, KeyError, TypeError):
-        return {"name": text, "how": SKIP if text == SKIP else LEARN}
-
-
-def forget_command(folder: Path) -> None:
-    """The journal has it now, or nothing waits for it."""
-    (folder / _FILE).unlink(missing_ok=True)
 
 
 class Breaker:

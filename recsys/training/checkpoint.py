@@ -256,13 +256,6 @@ class Checkpoints:
         self._saved_step, self._origin = -1, int(manifest["step"])
         return positions
 
-    def good_before(self, began: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The checkpoints that may be served, the newest first: those from before so many labels of each task had been seen, when it began
-        to be worse; where there is none, the oldest."""
-        good = [fields for fields in self.kept.every() if fields.get("good", True)]
-        before = [f for f in good if all(f.get("judged", {}).get(task, 0) <= n for task, n in began.items())]
-        return before or good[-1:]
-
     def open(self, manifest: Mapping[str, Any]) -> Opened:
         """A checkpoint's files, known to be whole. SnapshotCorrupt, SchemaMismatch; nothing is changed."""
         trainer, path = self.trainer, self._manifests.newest

@@ -52,11 +52,10 @@ def newest_published(log: EventLog, known: int) -> int:
         while not found and tail <= _LONGEST_TAIL:
             begin, end = log.begin(TOPIC, partition), log.end(TOPIC, partition)
             start = max(begin, end - tail)
+            # The parameter service may let go of what its snapshots have since we asked for the beginning.
             try:
                 epochs = list(_epochs(log, partition, start, end))
-            except (
-                LogTruncated
-            ):  # the parameter service let go of what its snapshots have since we asked for the beginning
+            except LogTruncated:
                 if not (again := again - 1):
                     raise
                 continue

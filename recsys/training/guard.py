@@ -22,11 +22,13 @@ MOST = 8.0
 """Of one label, natural logarithm: a few requests that nobody could predict must not look like a bad model; of a network that broke
 every label costs as much."""
 ADOPTED_MS = 5000
-"""Answers so much later are made with what is served since a model was held back: half is too short for a large table."""
+"""Answers that are so much later are taken to be made with what is served since a model was held back: rows reach them in a tenth of a
+second, networks in half a second, a table of millions of rows, which is published whole then, in seconds."""
 SKIPPED = 20
-"""Batches in a row that were not learned because a gradient was not finite: of 5 two hostile requests may be the cause."""
+"""Batches in a row that were not learned because a gradient was not finite: one request that cannot be learned spoils one batch."""
 FEWEST = 20
-"""Labels of either kind without which a window says nothing: of 10 the loss of a good model is above the margin in one of 50."""
+"""Labels of either kind without which a window says nothing: of a calibrated model the loss of 1,000 labels with 5 positives was above
+the margin of .1 in 57 of 11,023 draws, with 10 in 3 of 10,441, with 20 in none of 9,617."""
 
 
 class Loss(NamedTuple):

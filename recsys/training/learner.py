@@ -17,7 +17,7 @@ from recsys.model import build, fused
 from recsys.model.assemble import ranker_inputs
 from recsys.model.home import Reading
 from recsys.model.plan import Block, Plan, plan
-from recsys.model.ranker import RankerInputs, choices, losses
+from recsys.model.ranker import RankerInputs, choices, label_losses
 from recsys.table.tables import Tables
 from recsys.training.delayed import Importance
 from recsys.training.dense import DenseOptimizer
@@ -65,8 +65,9 @@ class Learner:
         labels, mask = torch.from_numpy(batch.labels.astype(np.float32)), torch.from_numpy(batch.mask)
         log_odds = self.model.log_odds(logits)
         weights = self._importance.weights(torch.sigmoid(log_odds), labels)
-        each = self._losses(log_odds, labels, mask, weights, torch.from_numpy(lay.request))
-        self.losses = self._capped(log_odds, labels, mask, torch.from_numpy(lay.request))
+        losses = self._losses(log_odds, labels, mask, torch.from_numpy(lay.request))
+        self.losses = losses.detach().clamp(max=MOST).numpy()
+        each = (losses * weights).sum(0) / len(labels)
         self.optimizer.zero()
         each.sum().backward(retain_graph=True)
         gradients = [_gradient(rows, len(labels)) for rows in (deep, wide)]
@@ -82,30 +83,14 @@ class Learner:
         return ()
 
     def _losses(
-        self,
-        log_odds: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
-        weights: torch.Tensor,
-        request: torch.Tensor,
+        self, log_odds: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, request: torch.Tensor
     ) -> torch.Tensor:
-        """Each task's loss [T]; of a task that is a choice, cross-entropy over the items of each request."""
-        each = losses(log_odds, labels, mask, weights)
+        """The loss of each label [M, T], 0 where it is not known: cross-entropy; of a task that is a choice, that of choosing the item
+        among those of its request."""
+        each = label_losses(log_odds, labels, mask)
         if not self._choice.any():
             return each
-        known = torch.where(mask, labels, 0.0) * weights
-        return torch.where(self._choice, -(known * choices(log_odds, request)).sum(0) / len(labels), each)
-
-    @torch.no_grad()
-    def _capped(
-        self, log_odds: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, request: torch.Tensor
-    ) -> Float32:
-        known = torch.where(mask, labels, 0.0)
-        each = torch.nn.functional.binary_cross_entropy_with_logits(log_odds, known, reduction="none")
-        if self._choice.any():
-            each = torch.where(self._choice, -known * choices(log_odds, request), each)
-        capped: Float32 = each.clamp(max=MOST).numpy()
-        return capped
+        return torch.where(self._choice, -torch.where(mask, labels, 0.0) * choices(log_odds, request), each)
 
     def _finite(self, gradients: Sequence[Float32]) -> bool:
         return bool(torch.isfinite(self.optimizer.gradient).all()) and all(np.isfinite(g).all() for g in gradients)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import safetensors.numpy
 import torch
 
-from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, encode_delta, pieces
+from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, encode_delta, not_finite, pieces
 from recsys.streams.base import EventLog
 from recsys.table.base import Rows
 from recsys.table.segments import LayoutDelta
@@ -155,7 +154,6 @@ def _check_rows(rows: Sequence[RowDelta]) -> None:
 
 
 def _checked(weights: bytes) -> bytes:
-    for name, array in safetensors.numpy.load(weights).items():
-        if not np.isfinite(array).all():
-            raise NotFinite(f"{name} is not finite")
+    if name := not_finite(weights):
+        raise NotFinite(f"{name} is not finite")
     return weights

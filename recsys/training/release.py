@@ -88,7 +88,7 @@ class Release:
         """Let serving have the last good checkpoint, under an epoch of its own: its step is older."""
         self._checkpoints.good = False
         began = {task: worse.labels for task, worse in self.publisher.trainer.guard.worse.items()}
-        for good in self._checkpoints.good_before(began):
+        for good in self._checkpoints.kept.good_before(began):
             try:
                 opened = self._checkpoints.open(good)
                 self.take_epoch()

@@ -6,8 +6,6 @@ which everything is published. Whatever ends the process in between: the command
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,53 +14,31 @@ from recsys.errors import SnapshotCorrupt
 from recsys.files import Manifests
 from recsys.streams.base import EventLog
 from recsys.streams.positions import resume
-from recsys.training import ledger
-from recsys.training.breaker import LEARN, SKIP
+from recsys.training import commands, ledger
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.intake import CONSUMER, TOPICS, Intake
+from recsys.training.journal import Journal
 from recsys.training.trainer import Trainer
-
-_FILE = "rollback"
 
 
 class Rollback(NamedTuple):
-    """Go back to the checkpoint of a step, and `learn` again what came after it, or `skip` it."""
+    """Go back to the checkpoint of a step, and learn again what came after it, or skip it."""
 
     name: str
     step: int
-    how: str
-
-    @property
-    def skips(self) -> bool:
-        return self.how == SKIP
-
-
-def leave_rollback(folder: Path, step: int, how: str) -> None:
-    """Tell the trainer that keeps its state in this folder."""
-    temporary = folder / f"{_FILE}.new"
-    temporary.write_text(json.dumps({"name": uuid.uuid4().hex, "step": step, "how": how}))
-    temporary.replace(folder / _FILE)
+    skips: bool
 
 
 def read_rollback(folder: Path) -> Rollback | None:
-    """What was left and not followed yet; one that was is forgotten."""
-    try:
-        found = json.loads((folder / _FILE).read_text())
-        command = Rollback(str(found["name"]), int(found["step"]), SKIP if found["how"] == SKIP else LEARN)
-    except FileNotFoundError:
+    """What was left and not followed yet; what was followed, or is no such command, is forgotten."""
+    found = commands.read(folder, commands.ROLLBACK)
+    if found is None:
         return None
-    except (ValueError, KeyError, TypeError):
-        forget_rollback(folder)
+    followed = any(fields.get("rolled_back") == found["name"] for fields in Manifests(folder).look())
+    if followed or not isinstance(found.get("step"), int):
+        commands.forget(folder, commands.ROLLBACK)
         return None
-    if any(fields.get("rolled_back") == command.name for fields in Manifests(folder).look()):
-        forget_rollback(folder)
-        return None
-    return command
-
-
-def forget_rollback(folder: Path) -> None:
-    """It was followed, or cannot be."""
-    (folder / _FILE).unlink(missing_ok=True)
+    return Rollback(found["name"], found["step"], found["how"] == commands.SKIP)
 
 
 def find(checkpoints: Checkpoints, log: EventLog, command: Rollback) -> dict[str, Any]:
@@ -75,6 +51,12 @@ def find(checkpoints: Checkpoints, log: EventLog, command: Rollback) -> dict[str
     if not command.skips:
         resume(log, CONSUMER, TOPICS, opened.small["positions"], opened.small.get("logs", {}), accept_gap=False)
     return manifest
+
+
+def step_above_all(steps: int, checkpoints: Checkpoints, journal: Journal) -> int:
+    """A step that no checkpoint, no line of the journal and no trainer of before has."""
+    newest = max(steps, *(fields["step"] for fields in checkpoints.kept.every()))
+    return max([newest, *(entry.step for entry in journal.entries(newest + 1))]) + 1
 
 
 def stand(trainer: Trainer, intake: Intake, saved: Mapping[str, int], logs: Mapping[str, str], *, skip: bool) -> None:

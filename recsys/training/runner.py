@@ -18,7 +18,7 @@ from recsys.errors import LogTruncated, SchemaMismatch, SnapshotCorrupt, StepFai
 from recsys.events.dead_letters import letter as dead_letter
 from recsys.streams.base import EventLog
 from recsys.streams.positions import split
-from recsys.training.breaker import SKIP, forget_command, read_command
+from recsys.training import commands
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.deaths import Deaths, Trials
 from recsys.training.intake import CONSUMER, Intake, log_time, order_of
@@ -28,7 +28,7 @@ from recsys.training.migration.succession import Succession
 from recsys.training.old_towers import first_upserts
 from recsys.training.recovery import without_culprits
 from recsys.training.release import Release
-from recsys.training.rollback import Rollback, find, forget_rollback, read_rollback, stand
+from recsys.training.rollback import Rollback, find, read_rollback, stand, step_above_all
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from recsys.types import Record
@@ -238,7 +238,7 @@ class Runner:
         self._look_for_rollback()
         breaker = self.trainer.breaker
         if command := self._command():
-            worked = self._step(learn=command["how"] != SKIP, resume=command)
+            worked = self._step(learn=command["how"] != commands.SKIP, resume=command)
         elif breaker.skipping:
             reached = all(self.intake.positions.get(key, end) >= end for key, end in breaker.skipping.items())
             worked = self._step(learn=reached, until=None if reached else breaker.skipping)
@@ -255,14 +255,14 @@ class Runner:
         if not waits and now_s - self._last["resume"] < RESUME_S:
             return None
         self._last["resume"] = now_s
-        if (command := read_command(self.folder)) is None:
+        if (command := commands.read(self.folder, commands.RESUME)) is None:
             return None
         if not waits or command["name"] == breaker.resumed:
             logger.warning("resume --%s: nothing waits for it, the breaker is closed", command["how"])
-            forget_command(self.folder)
+            commands.forget(self.folder, commands.RESUME)
             return None
         logger.info("resume --%s: learning goes on", command["how"])
-        return {**command, "ends": self.intake.ends()} if command["how"] == SKIP else command
+        return {**command, "ends": self.intake.ends()} if command["how"] == commands.SKIP else command
 
     def _step(
         self, *, learn: bool, until: Mapping[str, int] | None = None, resume: dict[str, Any] | None = None
@@ -283,14 +283,13 @@ class Runner:
             wall_ms=polled.wall_ms,
             resume=resume or {},
         )
-        if (
-            self._starting
-        ):  # the log that these positions are in may be another one than the checkpoint's, or there is none
+        if self._starting:
+            # The log that these positions are in may be another one than the checkpoint's, or there is none.
             entry = replace(entry, starts=dict(self.intake.positions), logs=self.intake.logs)
         self.journal.append(entry)
         self._starting = False
         if resume:
-            forget_command(self.folder)
+            commands.forget(self.folder, commands.RESUME)
         self._crash("journaled")
         started = time.perf_counter()
         report = self._run(entry, polled.records)
@@ -309,9 +308,8 @@ class Runner:
 
     def _send_letters(self) -> None:
         if self._letters:
-            self._log.append(
-                "dead_letter", self._letters
-            )  # when the log is full they wait here, and learning with them
+            # When the log is full they wait here, and learning with them.
+            self._log.append("dead_letter", self._letters)
             self._letters = []
 
     def _look_for_rollback(self) -> None:
@@ -329,21 +327,21 @@ class Runner:
             manifest = find(self.checkpoints, self._log, command)
         except (LogTruncated, SnapshotCorrupt, SchemaMismatch) as error:
             logger.error("no rollback to checkpoint %d: %s", command.step, error)
-            forget_rollback(self.folder)
+            commands.forget(self.folder, commands.ROLLBACK)
             return False
-        newest = max(self.trainer.steps, *(fields["step"] for fields in self.checkpoints.kept.every()))
-        newest = max([newest, *(entry.step for entry in self.journal.entries(newest + 1))])
+        step = step_above_all(self.trainer.steps, self.checkpoints, self.journal)
         self._begin_anew()
         saved = self.checkpoints.go_back(manifest)
         stand(self.trainer, self.intake, saved, self.checkpoints.logs, skip=command.skips)
         self._read_catalogue(saved)
-        self.trainer.steps, self.checkpoints.rolled_back = newest + 1, command.name
+        self.trainer.steps, self.checkpoints.rolled_back = step, command.name
         self.whole = self._starting = True
         self.release.take_epoch()
         self.release.publish_whole()
         self._crash("rolled back")
         self.checkpoint(wait=True)
-        logger.warning("rolled back to checkpoint %d; what came after it: %s", command.step, command.how)
+        after = "left out" if command.skips else "learned again"
+        logger.warning("rolled back to checkpoint %d; what came after it is %s", command.step, after)
         return True
 
     def _publish(self, *, force: bool = False) -> None:

@@ -298,15 +298,14 @@ class Trainer:
     def _learn_batch(
         self, batch: Sequence[tuple[Emission, Index]], first: bool, report: StepReport, now_ms: int
     ) -> None:
-        labels, mask, served = (
-            np.concatenate([part[rows] for part, rows in parts])
-            for parts in zip(*(((e.labels, r), (e.mask, r), (e.predictions, r)) for e, r in batch), strict=True)
-        )
+        labels = np.concatenate([e.labels[rows] for e, rows in batch])
+        mask = np.concatenate([e.mask[rows] for e, rows in batch])
         with blaming(lambda: [REQUEST + emission.request_id for emission, _ in batch]):
             features = [decode(self.schema, e.features).take(rows) for e, rows in batch]
             culprits = self.learner.learn(Batch(features=features, labels=labels, mask=mask, first=first), now_ms)
         if first and not culprits:
-            requests = [(len(rows), emission.time_ms) for emission, rows in batch]
+            served = np.concatenate([e.predictions[rows] for e, rows in batch])
+            requests = [(len(rows), e.time_ms) for e, rows in batch]
             self.guard.add(self.learner.losses, labels, mask, served, requests, now_ms)
         self.guard.skipped(culprits, now_ms)
         for task in culprits:

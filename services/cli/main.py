@@ -383,12 +383,12 @@ def _config_check(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    folder = config.load(options.config).data_dir / "trainer"
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} does not exist: no trainer ever ran with this data_dir; check --config")
-    from recsys.training.breaker import LEARN, SKIP, leave_command
+    from recsys.training import commands
+    from services.cli.checkpoint import folder_of
 
-    leave_command(folder, SKIP if options.skip else LEARN)
+    commands.leave(
+        folder_of(config.load(options.config)), commands.RESUME, commands.SKIP if options.skip else commands.LEARN
+    )
     emit(options, {"ok": True}, "the trainer goes on within a second, or when it is started")
     return DONE
 

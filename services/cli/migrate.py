@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from recsys import config
 from recsys.clock import SystemClock
-from recsys.errors import BadInput
 from recsys.streams.open import open_log
+from services.cli.checkpoint import folder_of
 from services.cli.main import DONE, emit
 from services.common.process import FolderLock
 
@@ -21,9 +21,7 @@ def run(options: argparse.Namespace) -> int:
     from recsys.training.migration.succession import as_json, lines, would  # loads torch
 
     loaded = config.load(options.config)
-    folder = loaded.data_dir / "trainer"
-    if not folder.is_dir():
-        raise BadInput(f"{folder} does not exist: no trainer ever ran with this data_dir; check --config")
+    folder = folder_of(loaded)
     done = would(loaded, folder) if options.dry_run else _migrate(loaded)
     if done is None:
         emit(options, {"ok": True, "migrated": False}, "nothing to migrate: the checkpoint fits the configuration")

@@ -7,8 +7,7 @@ import argparse
 from recsys import config
 from recsys.errors import BadInput
 from recsys.files import KeptManifests
-from recsys.training.breaker import LEARN, SKIP
-from recsys.training.rollback import leave_rollback
+from recsys.training import commands
 from services.cli.checkpoint import folder_of
 from services.cli.main import DONE, emit
 
@@ -22,11 +21,12 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput(
             f"--to {options.to}: there is no such checkpoint, there are {there}: see `recsys checkpoint list`"
         )
-    leave_rollback(folder, options.to, SKIP if options.skip else LEARN)
+    how = commands.SKIP if options.skip else commands.LEARN
+    commands.leave(folder, commands.ROLLBACK, how, step=options.to)
     after = "what came after it is left out" if options.skip else "what came after it is learned again"
     emit(
         options,
-        {"ok": True, "to": options.to, "after": SKIP if options.skip else LEARN},
+        {"ok": True, "to": options.to, "after": how},
         f"trainer and serving go back to checkpoint {options.to} within some seconds, or when the trainer is started; {after}",
     )
     return DONE

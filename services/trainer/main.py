@@ -224,11 +224,10 @@ class Loop:
                 worked = self._runner.turn()
             self._show()
         except (LogUnavailable, LogFull, OSError) as error:
-            if isinstance(
-                error, OSError
-            ):  # of a step that was begun nothing stays: it is run again when there is space
+            if isinstance(error, OSError):
                 if error.errno not in NO_SPACE:
                     raise
+                # Of a step that was begun nothing stays: it is run again when there is space.
                 self.reason = f"{error}: learning waits for space"
             logger.warning("%s", error)
             self._stop.wait(0.5)
