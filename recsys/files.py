@@ -26,6 +26,7 @@ BLOCK_BYTES = 2**20
 COPY = ".copy"
 _TRUSTED = ("trusted.json", "trusted.previous.json")
 _PINNED = "served.json"
+_WANTED = "wanted.json"
 _PIECE = 4 * 2**20
 logger = logging.getLogger("recsys")
 
@@ -228,7 +229,8 @@ class Manifests:
 class KeptManifests:
     """Manifests of older checkpoints that stay: what `recsys rollback` goes back to, and the last good one while a model is held back.
 
-    Each is the manifest that it had, in `<trainer's folder>/kept`; nobody deletes the files that are named there. One writer."""
+    Each is the manifest that it had, in `<trainer's folder>/kept`; nobody deletes the files that are named there. One writer, but for
+    `want`."""
 
     def __init__(self, trainer_folder: Path) -> None:
         self._trainer, self._folder = trainer_folder, trainer_folder / "kept"
@@ -244,7 +246,7 @@ class KeptManifests:
 
     def keep(self, fields: Mapping[str, Any], most: int, every_ms: float) -> None:
         """Keep a checkpoint that is as far from the newest kept one in log time; of more than `most` the oldest go."""
-        paths = sorted(path for path in self._folder.glob("*.json") if path.name not in (*_TRUSTED, _PINNED))
+        paths = sorted(path for path in self._folder.glob("*.json") if path.name not in (*_TRUSTED, _PINNED, _WANTED))
         newest = next((f for f in self.manifests() if self._path(f["step"]) in paths), None)
         if most and (newest is None or abs(fields["covers_ms"] - newest["covers_ms"]) >= every_ms):
             paths.append(self._write(self._path(fields["step"]), fields))
@@ -271,6 +273,13 @@ class KeptManifests:
 
     def unpin(self) -> None:
         (self._folder / _PINNED).unlink(missing_ok=True)
+
+    def want(self, fields: Mapping[str, Any]) -> None:
+        """Let this one stay until `unwant`: somebody is about to go back to it. They look afterwards whether files of it went meanwhile."""
+        self._write(self._folder / _WANTED, fields)
+
+    def unwant(self) -> None:
+        (self._folder / _WANTED).unlink(missing_ok=True)
 
     def forget_after(self, step: int) -> None:
         """What was kept of later steps is of a past that somebody left."""

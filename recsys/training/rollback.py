@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recsys.errors import SnapshotCorrupt
-from recsys.files import Manifests
+from recsys.files import KeptManifests, Manifests
 from recsys.streams.base import EventLog
 from recsys.streams.positions import resume
 from recsys.training import commands, ledger
@@ -36,9 +36,15 @@ def read_rollback(folder: Path) -> Rollback | None:
         return None
     followed = any(fields.get("rolled_back") == found["name"] for fields in Manifests(folder).look())
     if followed or not isinstance(found.get("step"), int):
-        commands.forget(folder, commands.ROLLBACK)
+        forget_rollback(folder)
         return None
     return Rollback(found["name"], found["step"], found["how"] == commands.SKIP)
+
+
+def forget_rollback(folder: Path) -> None:
+    """The command was followed, or cannot be; its checkpoint stays no longer for its sake."""
+    commands.forget(folder, commands.ROLLBACK)
+    KeptManifests(folder).unwant()
 
 
 def find(checkpoints: Checkpoints, log: EventLog, command: Rollback) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from recsys.training.migration.succession import Succession
 from recsys.training.old_towers import first_upserts
 from recsys.training.recovery import without_culprits
 from recsys.training.release import Release
-from recsys.training.rollback import Rollback, find, read_rollback, stand, step_above_all
+from recsys.training.rollback import Rollback, find, forget_rollback, read_rollback, stand, step_above_all
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from recsys.types import Record
@@ -327,7 +327,7 @@ class Runner:
             manifest = find(self.checkpoints, self._log, command)
         except (LogTruncated, SnapshotCorrupt, SchemaMismatch) as error:
             logger.error("no rollback to checkpoint %d: %s", command.step, error)
-            commands.forget(self.folder, commands.ROLLBACK)
+            forget_rollback(self.folder)
             return False
         step = step_above_all(self.trainer.steps, self.checkpoints, self.journal)
         self._begin_anew()

@@ -31,8 +31,9 @@ from recsys.streams.positions import split
 from recsys.testing.servers import kafka_server, redis_server
 from tests.system import ledger
 from tests.system.chaos_load import ITEMS, Accepted, Traffic
-from tests.system.crashing import GAPS, OF_KAFKA, Armed, Forked, Gap, Nursery
+from tests.system.crashing import Armed, Forked, Nursery
 from tests.system.embedded import ROOT, wait_for
+from tests.system.gaps import GAPS, OF_KAFKA, Gap
 from tests.system.services import Services
 
 RESULT = ROOT / "load_tests" / "results" / "crash_matrix.json"

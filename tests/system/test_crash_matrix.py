@@ -8,7 +8,8 @@ import pytest
 
 from recsys.testing.servers import Server
 from tests.system.crash_matrix import ROWS, Crashed, Matrix, at_once, closing, gaps_of, good, on
-from tests.system.crashing import GAPS, Nursery
+from tests.system.crashing import Nursery
+from tests.system.gaps import GAPS
 
 pytestmark = pytest.mark.system
 ON_SERVERS = (

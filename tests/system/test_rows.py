@@ -167,6 +167,8 @@ def test_catalogue_of_ranking_follows_the_items_alive_and_no_row_shows_two_items
             put(log, gone(days - 1, count))
             put(log, day_of(days, "", 10))
         wait_for(lambda: len(named(system, days)) == 10, "only the ten items left are shown")
+        # Rows that were given up are emptied once no answer holds them any more: on its next turn.
+        wait_for(lambda: system.metric("recsys_catalogue_full_ratio") < 0.07, "the deleted items' rows are empty")
         system.processes["ranking"].terminate()
         system.processes["ranking"].wait(START_S)
         assert 0 < catalogue_bytes(system) < size / 4
