@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from recsys.streams.spool import Spool
 from recsys.types import TOPICS, Batch
 
 _log = logging.getLogger(__name__)
-STUCK_S = 30.0
-"""Without a step forward for so long, what was accepted reaches nobody: half says so at each restart of a broker."""
+STUCK_S = 3.0
+"""Without a step forward for so long, what was accepted is not in answers within the five seconds that ready promises."""
 
 
 class KafkaLog:
@@ -40,6 +41,7 @@ class KafkaLog:
         self._closing = threading.Event()  # callers are refused
         self._stopping = threading.Event()  # threads end
         self._away: LogError | None = None
+        self._heard_s = time.monotonic()
         try:
             self._cluster.create(TOPICS)
         except LogUnavailable as error:
@@ -61,10 +63,18 @@ class KafkaLog:
 
     def trouble(self) -> str:
         waits_s = self._spool.waits_s
-        if waits_s < STUCK_S:
-            return ""
-        why = self._sender.trouble or "the broker does not acknowledge them"
-        return f"{self._spool.end - self._spool.sent} bytes that were accepted reach nobody for {waits_s:.0f} s: {why}"
+        if waits_s > STUCK_S:
+            why = self._sender.trouble or "the broker does not acknowledge them"
+            return (
+                f"{self._spool.end - self._spool.sent} bytes that were accepted reach nobody for {waits_s:.0f} s: {why}"
+            )
+        silent_s = time.monotonic() - self._heard_s
+        if silent_s > STUCK_S:
+            return f"{self._away or 'Kafka does not answer: check `log.bootstrap_servers`'} (for {silent_s:.0f} s)"
+        for reader in list(self._readers.values()):
+            if (starved_s := reader.starved_s) > STUCK_S:
+                return f"{reader.name} gives nothing for {starved_s:.0f} s, and its end is at {reader.end}: see the broker's log"
+        return ""
 
     def flush(self, timeout_s: float = 10.0) -> None:
         if not self._spool.wait_sent(self._spool.end, timeout_s):
@@ -127,13 +137,20 @@ class KafkaLog:
         self._spool.close()
         self._cluster.close()
 
+    def _look_for_ends(self) -> None:
+        """Tell the readers how far they could be."""
+        readers = list(self._readers.values())
+        for reader, end in zip(readers, self._cluster.ends([r.partition for r in readers]), strict=True):
+            reader.end = end
+
     def _watch(self) -> None:
         """Notice whether the broker answers, and tell it the committed positions."""
         told: dict[tuple[str, TopicPartition], int] = {}
         while not self._stopping.wait(WATCH_S):
             try:
                 self._cluster.create(TOPICS)
-                self._away = None
+                self._look_for_ends()
+                self._away, self._heard_s = None, time.monotonic()
             except LogError as error:
                 self._away = error
                 continue

@@ -171,6 +171,16 @@ class Cluster:
 
         return self.ask(both)
 
+    def ends(self, partitions: Sequence[TopicPartition]) -> list[int]:
+        """The ends of what is committed."""
+        if not partitions:
+            return []
+        wanted = dict.fromkeys(partitions, OffsetSpec.LATEST)
+        found = self.ask(
+            lambda admin: admin.list_partition_offsets(wanted, isolation_level="read_committed", timeout_ms=5000)
+        )
+        return [found[partition].offset for partition in partitions]
+
     def tell(self, group: str, partition: TopicPartition, offset: int) -> None:
         """Commit the group's position; LogUnavailable when the broker refuses it."""
         answer = self.ask(

@@ -28,11 +28,24 @@ class Reader:
         self.lock = threading.Lock()
         self._cluster = cluster
         self._topic = topic
-        self._partition = TopicPartition(cluster.prefix + topic, partition)
+        self.partition = TopicPartition(cluster.prefix + topic, partition)
         self._consumer: Any = None
         self._next = -1
         self.known_end = 0
-        """What was last heard of the end of what is committed."""
+        """What was last heard of the end of what is committed, by who wants all up to there."""
+        self.end = 0
+        """What the log's watcher heard of it."""
+        self._starved_since_s: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self._topic}/{self.partition.partition}"
+
+    @property
+    def starved_s(self) -> float:
+        """Seconds for which reads found nothing although there is something."""
+        since_s = self._starved_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     def read(self, offset: int, limit: int) -> Batch:
         if offset != self._next:
@@ -42,13 +55,13 @@ class Reader:
             found, after = self._poll(offset, limit)
         except (OffsetOutOfRangeError, LogTruncationError):
             self._seek(offset)  # names the bounds
-            raise LogTruncated(
-                f"{self._topic}/{self._partition.partition}: the broker lost records at {offset}: `--accept-gap`"
-            ) from None
+            raise LogTruncated(f"{self.name}: the broker lost records at {offset}: `--accept-gap`") from None
         except (KafkaError, OSError, RuntimeError):
             self._drop()
             raise
         self._next = after
+        starves = after == offset < self.end
+        self._starved_since_s = (self._starved_since_s or time.monotonic()) if starves else None
         records = (
             Record(
                 topic=self._topic,
@@ -66,17 +79,17 @@ class Reader:
         consumer, until_s = self._consumer, time.monotonic() + _FETCH_MS / 1000
         with bounded("records of a broker", LONGEST_S, lambda: abandon(consumer)):
             while True:
-                found = consumer.poll(timeout_ms=_POLL_MS, max_records=limit).get(self._partition, [])
+                found = consumer.poll(timeout_ms=_POLL_MS, max_records=limit).get(self.partition, [])
                 # The consumer's own position: it passes the markers of transactions, and records that were taken back.
-                after = consumer.position(self._partition, timeout_ms=_FETCH_MS) or offset
+                after = consumer.position(self.partition, timeout_ms=_FETCH_MS) or offset
                 if after > offset or offset >= self.known_end or time.monotonic() > until_s:
                     return found, after
 
     def _seek(self, offset: int) -> None:
-        begin, end = self._cluster.bounds(self._partition)
+        begin, end = self._cluster.bounds(self.partition)
         if not begin <= offset <= end:
             raise LogTruncated(
-                f"{self._topic}/{self._partition.partition}: offset {offset} is outside {begin}..{end}: "
+                f"{self.name}: offset {offset} is outside {begin}..{end}: "
                 "restore the topic, or go on behind the gap with `--accept-gap`"
             )
         if self._consumer is None:
@@ -92,8 +105,8 @@ class Reader:
                 allow_auto_create_topics=False,
                 metrics_enabled=False,
             )
-            self._consumer.assign([self._partition])
-        self._consumer.seek(self._partition, offset)
+            self._consumer.assign([self.partition])
+        self._consumer.seek(self.partition, offset)
         self._next, self.known_end = offset, end
 
     def close(self) -> None:

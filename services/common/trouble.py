@@ -7,37 +7,44 @@ from collections.abc import Callable, Iterable
 
 from recsys.errors import LogTruncated
 
-STUCK_S = 30.0
-"""A reader that could not go on for so long is not ready: half would say so at each restart of a broker or of Redis."""
+STUCK_S = 3.0
+"""A loop that finished no turn for so long makes its process not ready: what is accepted now will not be in answers within five
+seconds, which is what ready promises. Half would say so in the garbage collector's pauses and at a slow disk."""
 
 
 class Troubles:
-    """The last error of each loop by name. Written by the loops' threads, read by anyone."""
+    """The last turn and the last error of each loop by name. Written by the loops' threads, read by anyone."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
-        self._found: dict[str, tuple[float, Exception]] = {}
+        self._turned_s: dict[str, float] = {}
+        self._found: dict[str, Exception] = {}
+
+    def turned(self, name: str) -> None:
+        """A turn was finished without an error, or the first begins."""
+        self._found.pop(name, None)
+        self._turned_s[name] = self._now_s()
 
     def note(self, name: str, error: Exception) -> None:
-        since_s, _ = self._found.get(name, (self._now_s(), error))
-        self._found[name] = since_s, error
-
-    def clear(self, name: str) -> None:
-        self._found.pop(name, None)
+        """A turn failed."""
+        self._turned_s.setdefault(name, self._now_s())
+        self._found[name] = error
 
     def of(self, name: str) -> str:
         """What stops this loop at the moment; empty when nothing does."""
-        found = self._found.get(name)
-        return str(found[1]) if found else ""
+        return str(self._found.get(name, ""))
 
     def lasting(self, names: Iterable[str]) -> str:
-        """What stops one of these loops for good (a gap in its log), or for longer than a restart of somebody else takes."""
+        """What stops one of these loops for good (a gap in its log), or for longer than `STUCK_S`, with an error or without."""
         for name in names:
-            if (found := self._found.get(name)) is not None:
-                since_s, error = found
-                waited_s = self._now_s() - since_s
-                if isinstance(error, LogTruncated):
-                    return str(error)
-                if waited_s > STUCK_S:
-                    return f"{error} (for {waited_s:.0f} s)"
+            error = self._found.get(name)
+            if isinstance(error, LogTruncated):
+                return str(error)
+            waited_s = self._now_s() - self._turned_s.get(name, self._now_s())
+            if waited_s > STUCK_S:
+                why = (
+                    error
+                    or f"{name}: nothing of it was finished; see the log of this process, and of what it waits for"
+                )
+                return f"{why} (for {waited_s:.0f} s)"
         return ""

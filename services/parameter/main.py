@@ -27,11 +27,10 @@ from recsys.types import Record
 from services.common import grpc_parameters
 from services.common.process import FolderLock, HealthServer, Stop, logger
 from services.common.tables import TableGauges
+from services.common.trouble import STUCK_S
 
 TOPIC, CONSUMER = "parameters", "parameter"
 KEY = f"{TOPIC}/0"
-UNREAD_S = 10.0
-"""A log that could not be read for so long makes the service not ready: half does so at each of a broker's elections."""
 SOME, IGNORED_S = 20, 5.0
 """So many deltas in a row, over so many seconds, that are not applied: two seconds of a trainer's."""
 
@@ -186,8 +185,10 @@ class ParameterService:
             return "reading the snapshot"
         if self._waits_for_trainer:
             return "rows of another configuration are not served: the trainer publishes all of them once it has carried them over"
-        if now_s - self._read_s > UNREAD_S:
+        if now_s - self._read_s > STUCK_S:
             return f"topic {TOPIC} could not be read for {now_s - self._read_s:.0f} s: see the log of this process"
+        if trouble := self._log.trouble():
+            return trouble
         return self._ignored.reason(now_s) or ("" if self.caught_up else "reading the log")
 
     @property

@@ -188,10 +188,11 @@ class RankingService:
         self._threads.append(thread)
 
     def _loop(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
+        self._trouble.turned(name)
         while not self._stop:
             try:
                 worked = turn()
-                self._trouble.clear(name)
+                self._trouble.turned(name)
             except (RecsysError, OSError) as error:
                 again = isinstance(error, LogError | StateUnavailable | ParametersUnavailable)
                 again &= not isinstance(error, LogTruncated)

@@ -28,6 +28,7 @@ from recsys.training.trainer import Trainer
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import NO_SPACE, FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.tables import TableGauges
+from services.common.trouble import Troubles
 
 WINDOW = 5000
 """Examples behind the progressive gauges: half is noisier, double hides a change for longer."""
@@ -35,6 +36,8 @@ WINDOW = 5000
 SAY_EVERY_S = 60.0
 """What stays wrong is said this often."""
 BREAKER_OPEN = "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
+TURN = "learning"
+CATCHING_UP = "learning what was accepted before it started"
 HELD = "model held back; learning goes on, and what it learns is served again once it is good, or `recsys rollback`"
 
 
@@ -135,17 +138,11 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
     with contextlib.ExitStack() as held:
         held.callback(FolderLock(config.data_dir, "trainer").release)
         reason: list[Callable[[], str]] = [lambda: "restoring"]
-        logs: list[EventLog] = []
-
-        def not_ready() -> str:
-            return reason[0]() or "".join(log.trouble() for log in logs)
-
-        held.callback(HealthServer(config.ranking.host, config.trainer.metrics_port, not_ready).close)
+        held.callback(HealthServer(config.ranking.host, config.trainer.metrics_port, lambda: reason[0]()).close)
         try:
             with stop.interrupts():
                 log = open_log(config, SystemClock(), "trainer")
                 held.callback(log.close)
-                logs.append(log)
                 loop = Loop(config, log, stop)
                 loop.start(accept_gap=accept_gap)
         except Interrupted:
@@ -158,7 +155,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
                 pass
             raise
         threading.Thread(target=fused.warm_up, name="compile", daemon=True).start()
-        reason[0] = lambda: loop.reason
+        reason[0] = loop.not_ready
         loop.run()
 
 
@@ -184,8 +181,12 @@ class Loop:
         self._tables = TableGauges()
         self._shown_s, self._ahead_s = 0.0, -SAY_EVERY_S
         self._open_s = -SAY_EVERY_S
-        self.reason = ""
-        """Why it is not ready; empty when it is."""
+        self._log = log
+        self._troubles = Troubles()
+        self._goal: dict[str, int] | None = None
+        """Where the log ended when it began: what was accepted while it was away is learned and published first."""
+        self._reason = ""
+        """What of the learning itself makes it not ready."""
 
     def start(self, *, accept_gap: bool) -> None:
         """Restore; while the log cannot be reached, again and again."""
@@ -199,11 +200,18 @@ class Loop:
                 self._stop.wait(0.5)
             else:
                 break
+        self._troubles.turned(TURN)
         runner = self._runner
         logger.info(
             "trainer epoch %d at step %d, %d items", runner.epoch, runner.trainer.steps, len(runner.trainer.catalogue)
         )
         logger.info("tables have room for %s", sizes(table.layout for table in runner.trainer.tables.values()))
+
+    def not_ready(self) -> str:
+        """Why what is accepted is not learned and served soon; empty when it is."""
+        if why := self._reason or self._troubles.lasting((TURN,)) or self._log.trouble():
+            return why
+        return "" if self._goal == {} else CATCHING_UP
 
     def run(self) -> None:
         """Until told to stop; then publish and checkpoint what was learned."""
@@ -222,13 +230,19 @@ class Loop:
         try:
             with contextlib.nullcontext() if fused.ready() else self._stop.interrupts():
                 worked = self._runner.turn()
+            self._troubles.turned(TURN)
+            if self._goal is None:
+                self._goal = self._runner.intake.ends()
+            elif self._goal and all(self._runner.intake.positions[key] >= end for key, end in self._goal.items()):
+                self._goal = {}
             self._show()
         except (LogUnavailable, LogFull, OSError) as error:
             if isinstance(error, OSError):
                 if error.errno not in NO_SPACE:
                     raise
                 # Of a step that was begun nothing stays: it is run again when there is space.
-                self.reason = f"{error}: learning waits for space"
+                self._reason = f"{error}: learning waits for space"
+            self._troubles.note(TURN, error)
             logger.warning("%s", error)
             self._stop.wait(0.5)
             return False
@@ -236,11 +250,11 @@ class Loop:
 
     def _show(self) -> None:
         held = self._runner.release.held
-        self.reason = BREAKER_OPEN if self._runner.trainer.breaker.is_open else f"{HELD}: {held}" if held else ""
-        metrics.READY.set(not self.reason)
-        if self.reason and time.monotonic() - self._open_s > SAY_EVERY_S:
+        self._reason = BREAKER_OPEN if self._runner.trainer.breaker.is_open else f"{HELD}: {held}" if held else ""
+        metrics.READY.set(not self.not_ready())
+        if self._reason and time.monotonic() - self._open_s > SAY_EVERY_S:
             self._open_s = time.monotonic()
-            logger.error("%s", self.reason)
+            logger.error("%s", self._reason)
         if time.monotonic() - self._shown_s > 1.0:
             self._shown_s = time.monotonic()
             self._progressive.show()
