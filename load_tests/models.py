@@ -27,7 +27,7 @@ from recsys.config import Config
 from recsys.features.build import Features, UserFeatures, item_features, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import build, fused
+from recsys.model import build, fused, scoring
 from recsys.model.assemble import ranker_inputs
 from recsys.model.din import TargetAttention
 from recsys.model.layers import seeded
@@ -56,11 +56,12 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     rng = np.random.default_rng(options.seed)
     compiling(report)
     fused.warm_up()
+    scoring.warm_up()
     rounds = 10 if options.quick else SCORINGS
     say("building features")
     building(report, rng, rounds)
     say("scoring")
-    scoring(report, rng, rounds)
+    one_request(report, rng, rounds)
     attention(report, rounds)
     say("training in turns with plain PyTorch")
     training(report, rng, 10 if options.quick else STEPS)
@@ -170,7 +171,7 @@ def building(report: Report, rng: np.random.Generator, rounds: int) -> None:
     cpu(report, "features_500_with_counters", lambda: (sources.signals(user, [], rows, 0), keys()), rounds)
 
 
-def scoring(report: Report, rng: np.random.Generator, rounds: int) -> None:
+def one_request(report: Report, rng: np.random.Generator, rounds: int) -> None:
     """One request through the light stage and the network, as the ranking service does it, and its parts."""
     settings = serving()
     schema = Schema.of(settings)

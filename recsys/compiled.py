@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,3 +19,13 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
         return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # no folder for the cache is writable: compile in each process
         return numba.njit(nogil=True, **options)(function)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Processes that start together take turns: the first compiles, the others read what it kept."""
+    with contextlib.ExitStack() as turn:
+        with contextlib.suppress(OSError):
+            lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-compiled-{os.getuid()}.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

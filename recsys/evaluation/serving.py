@@ -10,7 +10,7 @@ from recsys.config import Config
 from recsys.events.deltas import Delta, Version
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import fused
+from recsys.model import fused, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.ranking.bandit import Bandit
@@ -52,6 +52,7 @@ class ServingCopy:
         each_step: bool,
     ) -> None:
         fused.warm_up()  # so that no score depends on when compiling was done
+        scoring.warm_up()
         self._trainer, self._live, self._each_step = trainer, live, each_step
         self._store = ParameterStore(layouts(config, schema), schema.hash, config.table.implementation)
         self._later: deque[tuple[int, Delta]] = deque()

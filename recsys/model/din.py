@@ -65,7 +65,7 @@ class TargetAttention(nn.Module):
         gaps: int = 0,
     ) -> None:
         super().__init__()
-        self._softmax = softmax
+        self.softmax = softmax
         first = hidden[0]
         self.candidate, self.entry, self.product = (uniform((first, width), 3 * width, generator) for _ in range(3))
         self.rank_bias = nn.Parameter(torch.zeros(history_len, first))
@@ -116,7 +116,7 @@ class TargetAttention(nn.Module):
         serving = fused.ready() and not torch.is_grad_enabled()
         scores = self._lines if serving and isinstance(self.activations[0], Dice) else self._one_by_one
         weights = scores(candidate, matrix, bias)
-        if self._softmax:
+        if self.softmax:
             return torch.softmax(weights, 0).T @ entries
         return weights.T @ (entries * max(len(rank), 1) ** -0.5)
 
@@ -157,7 +157,7 @@ class TargetAttention(nn.Module):
         entries = history.flatten(0, 1)
         per_candidate = candidate @ self.candidate.T
         scores = self._score(fused.pair_sums((candidate, entries, self.product, per_candidate, per_entry), pairs))
-        if self._softmax:
+        if self.softmax:
             dense = scores.new_full(present.shape, -torch.inf).index_put((row, rank), scores)
             weights = torch.softmax(dense, 1)[row, rank]
         else:

@@ -6,14 +6,9 @@ request waits for a compiler. Tensors are on the CPU, one dtype a call. Legend: 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from recsys import metrics
+from recsys.compiled import one_at_a_time
 from recsys.model import eager, gather, kernels
 
 
@@ -357,15 +353,9 @@ def attention_scores(
 
 
 def warm_up() -> float:
-    """Compile every kernel for float32, or read it from the on-disk cache; the seconds it took, which are logged and exported.
-
-    Processes that start together take turns: the first compiles, the others read what it cached.
-    """
+    """Compile every kernel for float32, or read it from the on-disk cache; the seconds it took, which are logged and exported."""
     started = time.perf_counter()
-    with contextlib.ExitStack() as turn:
-        with contextlib.suppress(OSError):
-            lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-fused-{os.getuid()}.lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time():
         _run_each_kernel()
     seconds = time.perf_counter() - started
     if not ready():

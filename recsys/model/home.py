@@ -72,7 +72,7 @@ class Experts(nn.Module):
 
     def __init__(self, groups: int, spec: HomeSpec, width: int, generator: torch.Generator) -> None:
         super().__init__()
-        hidden, self._experts = spec.expert_hidden, spec.experts
+        hidden, self.each = spec.expert_hidden, spec.experts
         self.first = GroupedLinear(groups, width, spec.experts * hidden[0], generator)
         pairs = zip(hidden[:-1], hidden[1:], strict=True)
         self.rest = nn.ModuleList([GroupedLinear(groups * spec.experts, i, o, generator) for i, o in pairs])
@@ -80,7 +80,7 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         groups, examples, _ = x.shape
-        x = self.first(x).view(groups, examples, self._experts, -1).transpose(1, 2).flatten(0, 1)
+        x = self.first(x).view(groups, examples, self.each, -1).transpose(1, 2).flatten(0, 1)
         for layer in self.rest:
             x = layer(nn.functional.silu(x))
         if self.norm is None:
@@ -102,18 +102,18 @@ class Level(nn.Module):
         self._groups, experts = 1 + max(max(r) for r in reach), spec.experts
         if "hierarchy" in spec.without:
             reach = [[*(g for g in range(self._groups) if g != r[-1]), r[-1]] for r in reach]
-        self._reach = np.full((len(reach), experts * max(map(len, reach))), -1)
+        self.reach = np.full((len(reach), experts * max(map(len, reach))), -1)
         for output, r in enumerate(reach):
             chosen = [group * experts + k for group in r for k in range(experts)]
-            self._reach[output, -len(chosen) :] = chosen
-        self._own = 0 if "self_gate" in spec.without else experts
+            self.reach[output, -len(chosen) :] = chosen
+        self.own = 0 if "self_gate" in spec.without else experts
         self.feature_gate = (
             None
             if "feature_gate" in spec.without
             else FeatureGate(self._groups, width, spec.feature_gate_rank, generator)
         )
         self.experts = Experts(self._groups, spec, width, generator)
-        self.gate = GroupedLinear(len(reach), gate_width, self._groups * experts + self._own, generator)
+        self.gate = GroupedLinear(len(reach), gate_width, self._groups * experts + self.own, generator)
 
     def forward(self, inputs: torch.Tensor, gate_inputs: torch.Tensor) -> torch.Tensor:
         return self.parts(inputs, gate_inputs)[0]
@@ -123,7 +123,7 @@ class Level(nn.Module):
         gated = inputs.expand(self._groups, -1, -1) if self.feature_gate is None else self.feature_gate(inputs)
         experts = self.experts(gated)
         logits = self.gate(gate_inputs)
-        outputs, shares = fused.mix(logits, experts, self._reach, self._own)
+        outputs, shares = fused.mix(logits, experts, self.reach, self.own)
         return outputs, shares, experts
 
 

@@ -19,10 +19,10 @@ from recsys.model.din import Activation, MeanPool, TargetAttention
 from recsys.model.home import Home, HomeSpec, Reading
 from recsys.model.layers import StreamingNorm, seeded, uniform
 
-_NUMBER_LIMIT = 5.0
+NUMBER_LIMIT = 5.0
 """Normalised numbers are clipped to ± this many standard deviations: one odd counter must not drown the rest."""
 
-_CERTAIN = 1e-6
+CERTAIN = 1e-6
 """A chained probability stays below 1 by this much: its complement is computed from its logarithm, as float32 allows."""
 
 _EXAMPLES = 256
@@ -48,7 +48,7 @@ class RankerSpec:
     task_prior: tuple[float, ...]
     """Starting probability of each task."""
     odd_numbers: tuple[int, ...] = ()
-    """Numbers from outside, which may be anything: one value of theirs moves running statistics no further than `_NUMBER_LIMIT`."""
+    """Numbers from outside, which may be anything: one value of theirs moves running statistics no further than `NUMBER_LIMIT`."""
     after: tuple[int, ...] = ()
     """The earlier task that each is chained on, -1: none; empty: none at all."""
     attention: tuple[int, ...] = (32, 16)
@@ -127,7 +127,7 @@ class Ranker(nn.Module):
             for _ in range(spec.sequences)
         )
         reach = torch.full((spec.num_numbers,), torch.inf)
-        reach[list(spec.odd_numbers)] = _NUMBER_LIMIT
+        reach[list(spec.odd_numbers)] = NUMBER_LIMIT
         self.number_norm = StreamingNorm(spec.num_numbers, reach=reach if spec.odd_numbers else None)
         width = (spec.num_shared + spec.num_item) * spec.dim + (1 + spec.sequences) * entry + spec.num_numbers
         self.compress = uniform((width, spec.input_width), width, generator) if spec.input_width else None
@@ -194,7 +194,7 @@ class Ranker(nn.Module):
         for task, parent in enumerate(self.spec.after):
             log = nn.functional.logsigmoid(logits[:, task])
             logs.append(log if parent < 0 else log + logs[parent])
-        log_p = torch.stack(logs, 1).clamp(max=-_CERTAIN)
+        log_p = torch.stack(logs, 1).clamp(max=-CERTAIN)
         chained = torch.tensor(self.spec.after) >= 0
         return torch.where(chained, log_p - torch.log(-torch.expm1(log_p)), logits)
 
@@ -218,7 +218,7 @@ class Ranker(nn.Module):
         share = mask / mask.sum(1, keepdim=True).clamp(min=1)
         mean = torch.bmm(share.unsqueeze(1).to(history.dtype), history).squeeze(1)
         user = torch.cat([inputs.shared.flatten(1), mean], 1)
-        numbers = self.number_norm(inputs.numbers).clamp(-_NUMBER_LIMIT, _NUMBER_LIMIT)
+        numbers = self.number_norm(inputs.numbers).clamp(-NUMBER_LIMIT, NUMBER_LIMIT)
         own = [*pooled, item, numbers]
         if self.compress is not None:  # the user's share is the same for all items of a request
             user, own = user @ self.compress[: user.shape[1]], [torch.cat(own, 1) @ self.compress[user.shape[1] :]]

@@ -18,11 +18,12 @@ from recsys.config import Config
 from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build, fused
+from recsys.model import build, fused, scoring
 from recsys.model.assemble import ranker_inputs, starts, wide_sums
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block, Plan, plan, unique_rows
 from recsys.model.ranker import Ranker
+from recsys.model.scoring import Scoring
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.parameters import Parameters, ParameterState
 from recsys.ranking.value import Value
@@ -41,6 +42,8 @@ NONE = np.zeros(0, np.int64)
 @dataclass(frozen=True, slots=True)
 class _Networks:
     ranker: Ranker
+    scoring: Scoring | None
+    """The ranker's weights for the kernels; None: they still change, and are taken anew for each request."""
     towers: TwoTower
     dense_version: int
     clusters: Published | None
@@ -117,18 +120,34 @@ class Scorer:
     def _score(
         self, networks: _Networks, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64
     ) -> tuple[npt.NDArray[np.intp], Float32]:
+        if not scoring.compiled.is_set():
+            return self._score_by_torch(networks.ranker, lay, rows, most, always)
+        kernels, kept = networks.scoring or Scoring(self._schema, networks.ranker), np.arange(len(lay.item))
+        deep, wide = (values.numpy() for values in rows)
+        light = kernels.light(lay, deep, wide)
+        if len(kept) > most:
+            kept = self._kept(kernels.probabilities(light), most, always)
+            lay, light = lay.keep(kept), light[kept]
+        return kept, kernels.predict(lay, deep, light)
+
+    def _kept(self, light: Float32, most: int, always: Int64) -> npt.NDArray[np.intp]:
+        """The items that the wide part values most, and `always`."""
+        value = self.value(light)
+        value[always] = np.inf
+        return np.sort(np.argsort(-value, kind="stable")[:most])
+
+    def _score_by_torch(
+        self, ranker: Ranker, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64
+    ) -> tuple[npt.NDArray[np.intp], Float32]:
+        """The same while the kernels are compiled."""
         dim, kept = self._config.model.dim, np.arange(len(lay.item))
         with torch.inference_mode():
             if len(kept) > most:
                 sums = wide_sums(self._schema, lay, *rows, dim)
-                logits = networks.ranker.wide_logits(torch.from_numpy(lay.numbers), sums)
-                light = self.value(networks.ranker.probabilities(logits).numpy())
-                light[always] = np.inf
-                kept = np.sort(np.argsort(-light, kind="stable")[:most])
+                light = ranker.probabilities(ranker.wide_logits(torch.from_numpy(lay.numbers), sums)).numpy()
+                kept = self._kept(light, most, always)
                 lay = lay.keep(kept)
-            probabilities: Float32 = (
-                networks.ranker.eval().predict(ranker_inputs(self._schema, lay, *rows, dim)).numpy()
-            )
+            probabilities: Float32 = ranker.eval().predict(ranker_inputs(self._schema, lay, *rows, dim)).numpy()
         return kept, probabilities
 
     @property
@@ -222,7 +241,7 @@ class Scorer:
 
     def adopt(self, ranker: Ranker, towers: TwoTower | None, told: Callable[[], Published] | None = None) -> None:
         """Score with these very networks, as they learn, and what is told of clusters: an in-process trainer's, in replay."""
-        self._networks = _Networks(ranker, towers or self._networks.towers, 1, None)
+        self._networks = _Networks(ranker, None, towers or self._networks.towers, 1, None)
         self._told = told
 
     def poll(self) -> None:
@@ -256,7 +275,7 @@ class Scorer:
                 raise SchemaMismatch(
                     f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
                 ) from None
-        return _Networks(ranker.eval(), towers.eval(), version, clusters)
+        return _Networks(ranker.eval(), Scoring(self._schema, ranker), towers.eval(), version, clusters)
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import build, fused
+from recsys.model import build, fused, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.ranking.bandit import Bandit
@@ -84,6 +84,7 @@ class TrainedWorld:
     ) -> None:
         """`vectors`: where items lie [num_items, tower_dim], and users near them, instead of where the towers say."""
         fused.warm_up()  # as a service does
+        scoring.warm_up()
         self._world = World(seed, num_users=num_users, num_items=num_items)
         schema, self._rng = Schema.of(config), np.random.default_rng(seed)
         self.sources = Sources(config, schema, Catalogue(schema))

@@ -26,7 +26,7 @@ from recsys.errors import (
 from recsys.events import messages
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import fused
+from recsys.model import fused, scoring
 from recsys.model.layouts import parameters_name
 from recsys.ranking import catalogue_file, recent_users, snapshot
 from recsys.ranking.bandit import Bandit
@@ -132,6 +132,7 @@ class RankingService:
         if not self._stop.wait(COMPILE_AFTER_S):
             try:
                 fused.warm_up()
+                scoring.warm_up()
             except OSError as error:  # the disk of the compiler's cache is full
                 logger.error("operations run one by one, slower: what was compiled cannot be kept (%s)", error)
 

@@ -12,6 +12,7 @@ from recsys import metrics
 from tests.documents import exported
 
 NO_UNIT = {
+    "recsys_scoring_compiled",
     "recsys_expert_scale",
     "recsys_ready",
     "recsys_breaker_open",

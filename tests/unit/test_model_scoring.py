@@ -1,0 +1,156 @@
+"""Scoring in compiled calls: what torch says of the same request, in every configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.config import Config, load, parse
+from recsys.features.build import Features, UserFeatures
+from recsys.features.schema import Schema
+from recsys.model import build
+from recsys.model.assemble import ranker_inputs, wide_sums
+from recsys.model.plan import Plan, plan
+from recsys.model.ranker import Ranker
+from recsys.model.scoring import Scoring
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ("default", "kuairand", "globo", "globo_bandit", "movielens")
+RANDOM = 24
+TASKS: tuple[list[dict[str, Any]], ...] = (
+    [{"name": "click", "types": ["click"]}],
+    [{"name": "click", "types": ["click"]}, {"name": "like", "types": ["like"], "after": "click", "prior": 0.01}],
+    [
+        {"name": name, "types": [name], "group": group}
+        for name, group in (("a", "x"), ("b", "y"), ("c", "z"), ("d", "x"))
+    ],
+)
+
+
+def drawn(rng: np.random.Generator) -> Config:
+    """A configuration of any of the network's parts."""
+
+    def one(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
+    tasks = one(*TASKS)
+    hidden = [int(n) for n in rng.integers(2, 20, one(1, 2, 3))]
+    model = {
+        "dim": int(rng.integers(4, 17)),
+        "attention": one([], [8], [32, 16], [12, 9, 5]),
+        "attention_activation": one("dice", "prelu"),
+        "attention_softmax": one(True, False),
+        "input_width": one(0, 24),
+        "experts": one(1, 2, 3),
+        "expert_hidden": hidden,
+        "tower_hidden": one([], [16], [8, 4]),
+        "feature_gate_rank": one(1, 16),
+        "home_without": one([], ["norm"], ["hierarchy"], ["feature_gate", "self_gate"], ["norm", "hierarchy"]),
+        "calibrate": one(True, False),
+        "error_memory": one(0.0, 0.5),
+    }
+    sequences = one({}, {"all": ["click", "like", "purchase"], "some": ["like"]})
+    features: Mapping[str, Any] = {"history_len": 50, "time_gaps": one(True, False)} | (
+        {"sequences": sequences} if sequences else {}
+    )
+    return parse({"model": model, "tasks": tasks, "features": features})
+
+
+def trained(ranker: Ranker, rng: np.random.Generator) -> Ranker:
+    """Weights and statistics as after some training: nothing is zero."""
+    with torch.no_grad():
+        for name, value in ranker.state_dict().items():
+            noise = torch.from_numpy(rng.standard_normal(value.shape)).to(value.dtype)
+            if name.endswith("var"):
+                value.copy_(noise.abs() + 0.3)
+            elif "memory" in name or "calibrator" in name:
+                value.add_(0.1 * noise.abs())
+            elif value.is_floating_point():
+                value.add_(0.2 * noise)
+    return ranker.eval()
+
+
+def asked(schema: Schema, rng: np.random.Generator, items: int, history: int) -> Features:
+    """A request with columns that are there and such that are not."""
+
+    def block(slots: Any, *shape: int) -> tuple[Any, Any]:
+        keys = rng.integers(0, 300, (*shape, len(slots)))
+        return keys, rng.random(keys.shape) < 0.8
+
+    shared, past, item, crosses = (
+        block(schema.shared_slots),
+        block(schema.history_slots, history),
+        block(schema.item_slots, items),
+        block(schema.cross_slots, items),
+    )
+    user = UserFeatures(
+        shared_keys=shared[0],
+        shared_mask=shared[1],
+        history_keys=past[0],
+        history_mask=past[1],
+        history_kinds=rng.integers(0, 1 << len(schema.sequences), history).astype(np.uint8),
+        history_gaps=rng.integers(0, 4, history).astype(np.uint8),
+    )
+    numbers = 3 * rng.standard_normal((items, len(schema.numbers)), np.float32)
+    return Features(
+        user=user, item_keys=item[0], item_mask=item[1], cross_keys=crosses[0], cross_mask=crosses[1], numbers=numbers
+    )
+
+
+def rows(lay: Plan, schema: Schema, dim: int, rng: np.random.Generator) -> tuple[Any, Any]:
+    tasks = len(schema.tasks)
+    deep, wide = (
+        rng.standard_normal((n, w), np.float32)
+        for n, w in ((len(lay.deep.keys), dim + tasks), (len(lay.wide.keys), tasks))
+    )
+    return 0.5 * deep, 0.5 * wide
+
+
+def compare(config: Config, rng: np.random.Generator, items: int, history: int) -> None:
+    schema = Schema.of(config)
+    dim, ranker = config.model.dim, trained(build.ranker(config, schema), rng)
+    lay = plan(schema, [asked(schema, rng, items, history)])
+    deep, wide = rows(lay, schema, dim, rng)
+    scoring, tensors = Scoring(schema, ranker), (torch.from_numpy(deep), torch.from_numpy(wide))
+    with torch.inference_mode():
+        sums = wide_sums(schema, lay, *tensors, dim)
+        light = ranker.probabilities(ranker.wide_logits(torch.from_numpy(lay.numbers), sums)).numpy()
+        expected = ranker.predict(ranker_inputs(schema, lay, *tensors, dim)).numpy()
+    logits = scoring.light(lay, deep, wide)
+    np.testing.assert_allclose(scoring.probabilities(logits), light, atol=1e-5)
+    some = np.sort(rng.permutation(items)[: max(1, items // 2)])
+    for kept in (np.arange(items), some):
+        found = scoring.predict(lay.keep(kept), deep, logits[kept])
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(RANDOM))
+def test_any_network_says_what_torch_says(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    config = drawn(rng)
+    for items, history in ((1, 0), (63, 1), (130, 9), (70, 50)):
+        compare(config, rng, items, history)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_networks_say_what_torch_says(name: str) -> None:
+    config, rng = load(ROOT / "deploy" / "configs" / f"{name}.toml"), np.random.default_rng(0)
+    for history in (0, 1, config.features.history_len):
+        compare(config, rng, 200, history)
+
+
+def test_a_history_that_is_too_long_is_refused_as_torch_refuses_it() -> None:
+    config = parse({"features": {"history_len": 5}, "model": {"dim": 4}})
+    schema, rng = Schema.of(config), np.random.default_rng(0)
+    lay = plan(schema, [asked(schema, rng, 3, 6)])
+    lay.history_masks[:] = True
+    deep, wide = rows(lay, schema, 4, rng)
+    scoring = Scoring(schema, build.ranker(config, schema).eval())
+    with pytest.raises(ValueError, match="history has 6 entries, the attention knows 5"):
+        scoring.predict(lay, deep, scoring.light(lay, deep, wide))
