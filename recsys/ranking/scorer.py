@@ -24,6 +24,7 @@ from recsys.model.layouts import layouts
 from recsys.model.plan import Block, Plan, plan, unique_rows
 from recsys.model.ranker import Ranker
 from recsys.model.scoring import Scoring
+from recsys.model.tower_scoring import user_vectors
 from recsys.model.two_tower import TwoTower
 from recsys.ranking.parameters import Parameters, ParameterState
 from recsys.ranking.value import Value
@@ -184,12 +185,12 @@ class Scorer:
         )
         (rows,), _ = self._rows([block])
         fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
+        parts = [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
         with torch.inference_mode():
-            parts = [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
-            present = torch.from_numpy(past_mask[..., 0])
-            seen, history = fused.take_fields(rows, self._config.model.dim, parts)
-            vectors: Float32 = towers.user_vectors(seen, history, present).numpy()
-        return vectors
+            seen, history = (
+                found.flatten(-2).numpy() for found in fused.take_fields(rows, self._config.model.dim, parts)
+            )
+        return user_vectors(towers, seen, history, past_mask[..., 0])
 
     def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]."""

@@ -18,6 +18,8 @@ from recsys.model.assemble import ranker_inputs, wide_sums
 from recsys.model.plan import Plan, plan
 from recsys.model.ranker import Ranker
 from recsys.model.scoring import Scoring
+from recsys.model.tower_scoring import user_vectors
+from recsys.model.two_tower import TwoTower, TwoTowerSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("default", "kuairand", "globo", "globo_bandit", "movielens")
@@ -143,6 +145,23 @@ def test_shipped_networks_say_what_torch_says(name: str) -> None:
     config, rng = load(ROOT / "deploy" / "configs" / f"{name}.toml"), np.random.default_rng(0)
     for history in (0, 1, config.features.history_len):
         compare(config, rng, 200, history)
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+def test_vectors_of_users_are_those_of_torch(interests: int) -> None:
+    towers = TwoTower(
+        TwoTowerSpec(num_shared=2, num_item=4, num_history=3, dim=4, tower_dim=6, interests=interests), seed=1
+    )
+    towers.eval()
+    shared, history = torch.randn(5, 2, 4), torch.randn(5, 7, 3, 4)
+    present = torch.rand(5, 7) < torch.linspace(0, 1, 5)[:, None]  # from none to all of them
+    with torch.inference_mode():
+        expected = towers.user_vectors(shared, history * present[..., None, None], present).numpy()
+    found = user_vectors(
+        towers, shared.flatten(1).numpy(), (history * present[..., None, None]).flatten(2).numpy(), present.numpy()
+    )
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_history_that_is_too_long_is_refused_as_torch_refuses_it() -> None:
