@@ -10,7 +10,7 @@ import numpy.typing as npt
 from recsys.table import upkeep
 from recsys.types import Int32, Int64
 
-_CODES = 255
+MAX_CODE = 255
 """Versions that a byte beside each entry can tell apart; when they are used up, one pass over the bytes frees some."""
 
 
@@ -29,14 +29,15 @@ class Cursors:
     def code(self, changed: npt.NDArray[np.uint8]) -> int:
         """The code of a change made now; `changed` has all codes, and gets others when there are none left."""
         if not self._versions or self._versions[-1] < self.now:
-            if len(self._versions) == _CODES:
+            if len(self._versions) == MAX_CODE:
                 self._free_codes(changed)
             self._versions.append(self.now)
         return len(self._versions)
 
     def code_after(self, version: int) -> int:
-        """Changes after `version` have a code above this one."""
-        return bisect_right(self._versions, version)
+        """Changes after `version` have a code above this one: the highest there is where there are none."""
+        code = bisect_right(self._versions, version)
+        return code if code < len(self._versions) else MAX_CODE
 
     def _free_codes(self, changed: npt.NDArray[np.uint8]) -> None:
         """One code for all that every cursor acknowledged. If that does not free half of them, also one for each two
@@ -45,8 +46,8 @@ class Cursors:
         oldest = min((after for after, _ in self._acknowledged.values()), default=self.now)
         first = max(bisect_right(self._versions, oldest) - 1, 0)
         kept = self._versions[first:]
-        codes = np.maximum(np.arange(_CODES + 1) - first, 1)
-        if len(kept) > _CODES // 2:
+        codes = np.maximum(np.arange(MAX_CODE + 1) - first, 1)
+        if len(kept) > MAX_CODE // 2:
             codes = np.where(codes > 1, codes // 2 + 1, 1)
             kept = [kept[0], *kept[2::2], *(kept[-1:] if len(kept) % 2 == 0 else [])]
         codes[0] = 0

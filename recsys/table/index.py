@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.table import kernels, upkeep, worth
+from recsys.table.cursors import MAX_CODE
 from recsys.table.kernels import Index, Store
 from recsys.table.memory import reserve
 from recsys.types import Int32, Int64, UInt8
@@ -128,7 +129,9 @@ class KeyIndex:
         return gone[: upkeep.remove(self.arrays, slots, keys, gone)]
 
     def changed(self, after: int = 0) -> npt.NDArray[np.int32]:
-        """Positions of all entries with a change code above `after`."""
+        """Positions of all entries with a change code above `after`; above the highest there is none, and nothing is looked at."""
+        if after >= MAX_CODE:
+            return np.empty(0, np.int32)
         out = np.empty(len(self), np.int32)
         return out[: upkeep.changes(self.arrays, self.positions, after, out)]
 
@@ -157,6 +160,8 @@ def planned(rows: int) -> tuple[float, int]:
 
 def group(place_of: Int32, slots: Int32, keys: Int64) -> tuple[Int32, Int32]:
     """Which unique pair each pair is [N], and where each unique pair occurs first [U], in order."""
+    if not len(keys):
+        return np.empty(0, np.int32), np.empty(0, np.int32)
     scratch = KeyIndex(len(keys), 1, place_of)
     scratch.reserve(len(keys))
     at, _ = scratch.find(slots, keys)

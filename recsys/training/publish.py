@@ -10,7 +10,7 @@ import torch
 
 from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, encode_delta, not_finite, pieces
 from recsys.streams.base import EventLog
-from recsys.table.base import Rows
+from recsys.table.base import Rows, Touched
 from recsys.table.segments import LayoutDelta
 from recsys.training.checkpoint import network_bytes
 from recsys.training.trainer import Trainer
@@ -21,9 +21,16 @@ SHARD = "0"
 _NO_SLOTS, _NO_KEYS = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
 
-def row_deltas(trainer: Trainer) -> tuple[tuple[RowDelta, ...], Callable[[], None]]:
+def touched_rows(trainer: Trainer) -> dict[str, Touched]:
+    """What was touched in each table since the last acknowledged publish."""
+    return {layout: table.touched(CURSOR) for layout, table in trainer.tables.items()}
+
+
+def row_deltas(
+    trainer: Trainer, touched: Mapping[str, Touched] | None = None
+) -> tuple[tuple[RowDelta, ...], Callable[[], None]]:
     """What was touched since the last acknowledged publish, copied, and the call that acknowledges it."""
-    touched = {layout: table.touched(CURSOR) for layout, table in trainer.tables.items()}
+    touched = touched_rows(trainer) if touched is None else touched
     deltas = []
     for layout, change in touched.items():
         table = trainer.tables[layout]
@@ -80,9 +87,10 @@ class Publisher:
 
     def publish_rows(self) -> None:
         """Publish every row touched since the last acknowledged publish. Blocks until they are accepted. Raises NotFinite."""
-        rows, acknowledge = row_deltas(self.trainer)
-        if not any(len(r.keys) or len(r.removed_keys) for r in rows):
-            return
+        touched = touched_rows(self.trainer)
+        if not any(len(each.keys) or len(each.removed_keys) for each in touched.values()):
+            return  # ten times a second: before the default rows are copied
+        rows, acknowledge = row_deltas(self.trainer, touched)
         _check_rows(rows)
         self._send_rows(rows, self._now())
         acknowledge()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from recsys.clock import ManualClock
 from recsys.config import parse
@@ -60,4 +61,29 @@ def test_rows_that_are_not_finite_are_held_back_until_they_are(tmp_path: Path) -
     runner.trainer.tables["deep"].restore(rows(2.0, runner))
     values = [part.values for delta in turn() for part in delta.rows if part.layout == "deep" and len(part.keys)]
     assert not runner.release.held and (np.concatenate(values) == 2.0).all()
+    runner.close()
+
+
+def test_while_nothing_changes_nothing_is_copied_or_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ManualClock(1_700_000_000_000)
+    log = MemoryLog(clock)
+    runner = Runner(parse({"data_dir": str(tmp_path), "model": {"dim": 4}, "table": {"capacity": 1000}}), log, clock)
+    runner.start()
+    table = runner.trainer.tables["deep"]
+    table.restore(rows(1.0, runner))
+
+    def turn() -> list[Delta]:
+        end = log.end("parameters", 0)
+        clock.advance(3000)
+        runner.turn()
+        return published(log, end)
+
+    assert any(len(part.keys) for delta in turn() for part in delta.rows)
+    with monkeypatch.context() as patch:
+        for each in runner.trainer.tables.values():
+            patch.setattr(each, "export", lambda *_: pytest.fail("rows are copied"))
+            patch.setattr(each, "defaults", lambda: pytest.fail("default rows are copied"))
+        assert not turn() and not turn()
+    table.restore(rows(2.0, runner).take(np.array([3])))
+    assert [part.keys.tolist() for delta in turn() for part in delta.rows if part.layout == "deep"] == [[3]]
     runner.close()

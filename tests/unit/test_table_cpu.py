@@ -125,6 +125,29 @@ def test_codes_that_run_out_bring_back_only_what_was_acknowledged_late() -> None
         assert set(range(n + 1, 600)) <= set(due.tolist()) and due.min() > n - 16
 
 
+def test_where_nothing_changed_no_entry_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishing asks ten times a second what changed."""
+    looked: list[int] = []
+    changes = upkeep.changes
+    monkeypatch.setattr(upkeep, "changes", lambda *given: (looked.append(given[2]), changes(*given))[1])
+    table, slot = CpuTable(LAYOUT_ONE), np.zeros(1, np.int32)
+    assert _live(table, "publish") == set() and not looked
+    table.lookup_train(slot, np.array([1]), 0)
+    assert _live(table, "publish") == {1}, "until it is acknowledged it comes again"
+    assert _live(table, "publish") == {1} and len(looked) == 2
+    table.acknowledge("publish", table.touched("publish").version)
+    looked.clear()
+    table.lookup(slot, np.array([1]))
+    table.lookup_train(slot, np.array([1]), 1)
+    assert _live(table, "publish") == set() and not looked
+    assert _live(table, "checkpoint") == {1} and looked == [0], "a new cursor gets all"
+    table.remove(slot, np.array([1]))
+    assert table.touched("publish").removed_keys.tolist() == [1] and len(looked) == 1
+    table.apply_gradients(slot, np.array([2]), np.ones((1, 4), np.float32), 0)
+    table.lookup_train(slot, np.array([2]), 0)
+    assert _live(table, "publish") == {2}
+
+
 def test_stamps_move_when_time_leaves_their_range() -> None:
     table = CpuTable(LAYOUT_ONE)
     slots, step = np.zeros(1, np.int32), 8000
