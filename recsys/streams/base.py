@@ -25,6 +25,19 @@ def check_sizes(topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
             )
 
 
+class Watch(Protocol):
+    """Tells one thread that something may have come to the topics that it follows."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return once something was appended, by any process, since the call before returned, or after `timeout_s`; now and then for
+        nothing.
+
+        Not every append is told: of a process killed between its commit and the telling, of another host or of an earlier release it
+        is not. So who waits reads after each timeout, too.
+        """
+        ...
+
+
 class EventLog(Protocol):
     """An ordered, durable log of topics and partitions. Every method is thread-safe.
 
@@ -56,6 +69,10 @@ class EventLog(Protocol):
         Raises LogTruncated when `offset` lies before `begin` (and the log is not empty there) or after `end`, or when the
         topic was made anew since this process first used it; LogUnavailable when the broker cannot be reached.
         """
+        ...
+
+    def watch(self, topics: Sequence[str]) -> Watch:
+        """Tells when to read these topics again; creates them when they are new. For one thread."""
         ...
 
     def identity(self, topic: str, partition: int) -> str:

@@ -14,11 +14,12 @@ from kafka import TopicPartition
 from recsys.clock import Clock
 from recsys.config import LogConfig
 from recsys.errors import LogError, LogUnavailable
-from recsys.streams.base import TRANSIENT, check_sizes
+from recsys.streams.base import TRANSIENT, Watch, check_sizes
 from recsys.streams.kafka_cluster import WATCH_S, Cluster
 from recsys.streams.kafka_reader import Reader, mapped
 from recsys.streams.kafka_sender import Sender
 from recsys.streams.spool import Spool
+from recsys.streams.watch import AskOften
 from recsys.types import TOPICS, Batch
 
 _log = logging.getLogger(__name__)
@@ -107,6 +108,9 @@ class KafkaLog:
         end = self._bounds(topic, partition)[1]
         self._reader(topic, partition).known_end = end
         return end
+
+    def watch(self, topics: Sequence[str]) -> Watch:
+        return AskOften()  # the client has its own wait for the broker in every read
 
     def identity(self, topic: str, partition: int) -> str:
         return self._cluster.identity(topic)

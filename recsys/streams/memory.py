@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from recsys.clock import Clock
 from recsys.errors import LogTruncated
-from recsys.streams.base import check_sizes
+from recsys.streams.base import Watch, check_sizes
+from recsys.streams.watch import AskOften
 from recsys.types import Batch, Record
 
 
@@ -47,6 +48,9 @@ class MemoryLog:
             raise LogTruncated(f"{topic}/{partition}: offset {offset} is outside 0..{len(records)}: `--accept-gap`")
         found = records[offset : offset + limit]
         return Batch(found, offset + len(found))
+
+    def watch(self, topics: Sequence[str]) -> Watch:
+        return AskOften()
 
     def identity(self, topic: str, partition: int) -> str:
         return self._id

@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from recsys.clock import Clock
 from recsys.errors import LogError, LogFull, LogTruncated
-from recsys.streams.base import check_sizes
+from recsys.streams.base import Watch, check_sizes
 from recsys.streams.sqlite_file import Damaged, LogFile, Replaced, mapped
 from recsys.streams.sqlite_repair import mend, repaired
+from recsys.streams.watch import watching
 from recsys.types import Batch, Record
 
 _log = logging.getLogger(__name__)
@@ -115,6 +116,9 @@ class SqliteLog:
                 "or start again with `--accept-gap`"
             )
         return file
+
+    def watch(self, topics: Sequence[str]) -> Watch:
+        return watching([self._file(topic).lock_path for topic in topics])
 
     def identity(self, topic: str, partition: int) -> str:
         self._file(topic)

@@ -18,6 +18,7 @@ from recsys import metrics
 from recsys.clock import Clock
 from recsys.errors import LogError, LogFull, LogTruncated, LogUnavailable
 from recsys.streams.base import TRANSIENT
+from recsys.streams.watch import touch
 
 _log = logging.getLogger(__name__)
 SCHEMA = """
@@ -107,7 +108,9 @@ class LogFile:
         self.lock = threading.Lock()
         self._unshortened_bytes = _SHORTEN_EVERY_BYTES
         self._compacted_bytes = 0
-        self._lock_file = path.with_suffix(".lock").open("w")
+        self.lock_path = path.with_suffix(".lock")
+        """Also what readers watch: see `append`."""
+        self._lock_file = self.lock_path.open("w")
         with only_writer(self._lock_file), mapped(path):
             self.writing = self._connect("FULL" if durable else "NORMAL")
             self.writing.executescript(SCHEMA)
@@ -153,11 +156,15 @@ class LogFile:
         return connection
 
     def append(self, messages: Sequence[tuple[str, bytes]], clock: Clock) -> None:
-        """Append in one transaction: times that never go back. Replaced: nothing was appended, open the file anew."""
+        """Append in one transaction: times that never go back. Then tell the readers.
+
+        Replaced: nothing was appended, open the file anew.
+        """
         with only_writer(self._lock_file), mapped(self.path):
             if self.replaced():
                 raise Replaced(f"log file {str(self.path)!r} was replaced")
             self._append(messages, clock)
+        touch(self._lock_file.fileno())
 
     def _append(self, messages: Sequence[tuple[str, bytes]], clock: Clock) -> None:
         with self._transaction():
@@ -241,7 +248,7 @@ class LogFile:
 
     def read(self, offset: int, limit: int) -> tuple[list[Row], int]:
         """Whole rows from `offset` on and the offset behind them; what is damaged is skipped and counted."""
-        # Two statements instead of one: an empty poll, every 5 ms, costs only the first.
+        # Two statements instead of one: an empty poll costs only the first.
         end = self.end()
         if offset == end:
             return [], offset

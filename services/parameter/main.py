@@ -26,6 +26,7 @@ from recsys.table.tables import placed
 from recsys.types import Record
 from services.common import grpc_parameters
 from services.common.process import FolderLock, HealthServer, Stop, logger
+from services.common.rest import Rest
 from services.common.tables import TableGauges
 from services.common.trouble import STUCK_S
 
@@ -106,6 +107,10 @@ class ParameterService:
             "deltas before offset %d are gone: rows are from the trainer's checkpoint, step %d", self._position, step
         )
         return True
+
+    def rest(self, stop: Stop) -> Rest:
+        """The pauses of who takes turns."""
+        return Rest(self._log.watch((TOPIC,)), stop)
 
     def turn(self) -> int:
         """Apply what is new; returns how many messages were read."""
@@ -268,7 +273,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
 
 
 def _follow(service: ParameterService, stop: Stop) -> None:
-    maintained, worked = 0.0, 0
+    maintained, worked, rest = 0.0, 0, service.rest(stop)
 
     def turn() -> None:
         nonlocal worked
@@ -282,7 +287,7 @@ def _follow(service: ParameterService, stop: Stop) -> None:
             _tried(service.maintain, stop)
         metrics.READY.set(not service.not_ready())
         if not worked:
-            stop.wait(0.005)
+            rest()
 
 
 def _tried(call: Callable[[], object], stop: Stop) -> bool:

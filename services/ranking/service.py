@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from recsys import metrics
 from recsys.capacity import bound_bytes
@@ -36,6 +37,7 @@ from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, AsOf, Request
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.sources import Sources
+from recsys.ranking.state_consumer import TOPICS as STATE_TOPICS
 from recsys.ranking.state_consumer import StateConsumer
 from recsys.state.open import open_state
 from recsys.streams import positions
@@ -43,12 +45,14 @@ from recsys.streams.base import EventLog
 from recsys.types import Feedback, Record, UserState
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import Stop, logger
+from services.common.rest import Rest
 from services.common.trouble import Troubles
 from services.ranking.builder import Builder
 from services.ranking.intake import Intake
 from services.ranking.parse import Refused
 
 POLL_S = 0.005
+"""Whether the catalogue was read is looked at this often."""
 FREE_S = 0.1
 """Where nothing comes: rows of deleted items rest for some time before they are free."""
 CONSUMER = "state"
@@ -117,18 +121,18 @@ class RankingService:
         """Read the catalogue, restore the counters, then follow everything in threads."""
         try:
             self._load_catalogue()
-            self._run("items", self._follow_items, POLL_S)
+            self._run("items", self._follow_items, self._until_appended("item"))
             while not self.catalogue_ready:
                 if self._stop.wait(POLL_S):
                     return
             self._load_counters()
-            self._run("state", self._follow_state, POLL_S)
-            self._run("snapshot", self.save, SNAPSHOT_S)
+            self._run("state", self._follow_state, self._until_appended(*STATE_TOPICS))
+            self._run("snapshot", self.save, self._seconds(SNAPSHOT_S))
         except LogTruncated as gap:  # answers go on from what is there; nothing is read or saved until somebody decides
             logger.error("%s", gap)
             self._trouble.note("start", gap)
-        self._run("dense", self._follow_dense, 0.2)
-        self._run("generations", self._build_generation, 0.1)
+        self._run("dense", self._follow_dense, self._seconds(0.2))
+        self._run("generations", self._build_generation, self._seconds(0.1))
         if not self._stop.wait(COMPILE_AFTER_S):
             try:
                 fused.warm_up()
@@ -183,12 +187,18 @@ class RankingService:
             catalogue_file.save(self._folder, self.sources, self.schema, read, logs, self.clock.now_ms())
             self._catalogue_saved, self._changes_saved, self._catalogue_saved_s = read, changed, now_s
 
-    def _run(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
-        thread = threading.Thread(target=self._loop, args=(name, turn, pause_s), name=name, daemon=True)
+    def _until_appended(self, *topics: str) -> Callable[[], object]:
+        return Rest(self.log.watch(topics), self._stop)
+
+    def _seconds(self, seconds: float) -> Callable[[], object]:
+        return partial(self._stop.wait, seconds)
+
+    def _run(self, name: str, turn: Callable[[], bool], rest: Callable[[], object]) -> None:
+        thread = threading.Thread(target=self._loop, args=(name, turn, rest), name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
 
-    def _loop(self, name: str, turn: Callable[[], bool], pause_s: float) -> None:
+    def _loop(self, name: str, turn: Callable[[], bool], rest: Callable[[], object]) -> None:
         self._trouble.turned(name)
         while not self._stop:
             try:
@@ -202,7 +212,7 @@ class RankingService:
                 worked = False
                 self._stop.wait(0.5 if again else 5.0)
             if not worked:
-                self._stop.wait(pause_s)
+                rest()
 
     def not_ready(self) -> str:
         """Why this process cannot answer well yet; empty when it can."""

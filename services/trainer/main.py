@@ -21,12 +21,13 @@ from recsys.model.home import Reading
 from recsys.model.layouts import parameters_name, sizes
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
-from recsys.training.intake import CONSUMER
+from recsys.training.intake import CONSUMER, TOPICS
 from recsys.training.runner import Runner
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import NO_SPACE, FolderLock, HealthServer, Interrupted, Stop, logger
+from services.common.rest import Rest
 from services.common.tables import TableGauges
 from services.common.trouble import Troubles
 
@@ -216,10 +217,10 @@ class Loop:
     def run(self) -> None:
         """Until told to stop; then publish and checkpoint what was learned."""
         try:
+            rest = Rest(self._log.watch(TOPICS), self._stop)
             while not self._stop:
-                worked = self._turn()
-                if not worked:
-                    self._stop.wait(0.005)
+                if not self._turn():
+                    rest()
         except Interrupted:
             return  # in a step that waited for compilers: the journal has it
         except Stopped as error:

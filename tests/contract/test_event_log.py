@@ -34,8 +34,11 @@ from recsys.streams.positions import identities, keys_of, resume, split
 from recsys.streams.ranges import read_range
 from recsys.streams.sqlite import SqliteLog
 from recsys.streams.sqlite_file import LogFile
+from recsys.streams.watch import watching
 from recsys.testing.servers import Server, free_port, kafka_server
 from recsys.types import TOPICS, Batch, Record
+from services.common.process import Stop
+from services.common.rest import Rest
 
 ROOT = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
@@ -138,6 +141,26 @@ def test_what_is_appended_while_a_reader_waits_at_the_end_arrives(place: Place) 
     log.append("parameters", messages(1))
     log.flush()
     wait_until(lambda: len(log.read("parameters", 0, end)) == 1)
+
+
+def test_who_watches_hears_of_an_append_before_or_while_it_waits(place: Place) -> None:
+    log = place.open()
+    watch = log.watch(["feedback", "impression"])
+    log.append("feedback", messages(1))
+    log.flush()
+
+    def found(topic: str) -> int:
+        return sum(len(read_all(log, topic, p)) for p in range(log.partitions(topic)))
+
+    started = time.monotonic()
+    while not found("feedback"):
+        watch.wait(20.0)
+    appending = threading.Timer(0.2, log.append, ("impression", messages(1)))
+    appending.start()
+    while not found("impression"):
+        watch.wait(20.0)
+    appending.join()
+    assert time.monotonic() - started < 15.0, "it was told, and did not wait for its time to be over"
 
 
 def test_one_key_stays_in_one_partition_and_impressions_are_placed_like_feedback(place: Place) -> None:
@@ -369,6 +392,71 @@ def test_records_are_there_after_reopening(durable: Place) -> None:
 
 
 # SQLite alone.
+
+
+def test_a_wait_ends_with_another_processes_append_to_that_topic_alone(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path, clock=SystemClock())
+    of_feedback, of_items = log.watch(["feedback"]), log.watch(["item"])
+    child = multiprocessing.get_context("fork").Process(target=_append_many, args=(tmp_path, "other"))
+    child.start()
+    started = time.monotonic()
+    while log.end("feedback", 0) < 100:
+        of_feedback.wait(60.0)
+    assert time.monotonic() - started < 30.0
+    child.join()
+    waited = time.monotonic()
+    of_items.wait(0.2)
+    assert time.monotonic() - waited >= 0.15
+    log.close()
+
+
+UNTOLD = """
+import os, signal, sys
+from pathlib import Path
+from recsys.clock import SystemClock
+from recsys.streams import sqlite_file
+from recsys.streams.sqlite import SqliteLog
+log = SqliteLog(Path(sys.argv[1]), clock=SystemClock())
+sqlite_file.touch = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+log.append("feedback", [("k", b"committed")])
+"""
+
+
+@pytest.mark.parametrize("without", ["the telling", "lock files", "inotify"])
+def test_what_nobody_is_told_of_is_read_after_the_wait(tmp_path: Path, without: str) -> None:
+    log = SqliteLog(tmp_path, clock=SystemClock())
+    log.append("feedback", [("k", b"first")])
+    rest = Rest(watching([tmp_path / "none"]) if without == "inotify" else log.watch(["feedback"]), Stop())
+    if without == "lock files":
+        for path in tmp_path.glob("*.lock"):
+            path.unlink()
+    rest(), rest()
+    if without == "inotify":
+        log.append("feedback", [("k", b"committed")])
+    else:
+        killed = subprocess.run([sys.executable, "-c", UNTOLD, str(tmp_path)], cwd=ROOT, check=False)
+        assert killed.returncode == -signal.SIGKILL
+    started = time.monotonic()
+    rest()
+    assert time.monotonic() - started < 10.0
+    assert [r.value for r in log.read("feedback", 0, 1)] == [b"committed"]
+    log.close()
+
+
+def test_a_loop_that_finds_nothing_does_not_ask_two_hundred_times_a_second(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path, clock=SystemClock())
+    rest, started, turns = Rest(log.watch(["feedback", "impression"]), Stop()), time.monotonic(), 0
+    while time.monotonic() - started < 1.0:
+        rest()
+        turns += 1
+    assert turns <= 22
+    for n in range(100):  # nor does one that is told of every single event: what comes meanwhile is taken together
+        log.append("feedback", messages(1, n))
+        if n == 0:
+            started = time.monotonic()
+        rest()
+    assert time.monotonic() - started >= 0.45
+    log.close()
 
 
 def _append_many(folder: Path, name: str) -> None:
