@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import psutil
 
 from recsys import config
 from recsys.clock import SystemClock
+from recsys.provenance import head
 from recsys.streams.open import open_log
 from recsys.testing.servers import Server, kafka_server, redis_server
 from tests.system.chaos_load import WINDOW_S, Accepted, Probes, Traffic
@@ -143,6 +145,7 @@ class Chaos:
         wait_for(lambda: self.probes.healthy(began), "probes after the traffic", RECOVER_S)
         self.probes.stop()
         self.state["untrue"] += self.probes.untrue
+        self.state["polls"] = self.state.get("polls", 0) + self.probes.polls
         self._save()
         logged = feedback_ids(self.system)
         lost = [event_id for event_id in self.accepted.ids if event_id not in logged]
@@ -160,6 +163,7 @@ class Chaos:
             "twice": twice,
             "equal": _said(replay, "equal"),
             "closes": _said(audit, "closes"),
+            "polls": self.state["polls"],
             "untrue_health": len(self.state["untrue"]),
             "through_s": round(self.probes.through_s, 1),
             "untrue": self.state["untrue"][:20],
@@ -279,7 +283,7 @@ def good(result: dict[str, Any]) -> bool:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
-    result = run(sys.argv[1:])
+    result = {"date": date.today().isoformat(), "commit": head(ROOT)} | run(sys.argv[1:])
     if "--save" in sys.argv:
         path = ROOT / f"load_tests/results/chaos_{result['mode']}.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
