@@ -30,6 +30,7 @@ from services.common.process import NO_SPACE, FolderLock, HealthServer, Interrup
 from services.common.rest import Rest
 from services.common.tables import TableGauges
 from services.common.trouble import Troubles
+from services.trainer.pace import Pace
 
 WINDOW = 5000
 """Examples behind the progressive gauges: half is noisier, double hides a change for longer."""
@@ -217,15 +218,22 @@ class Loop:
     def run(self) -> None:
         """Until told to stop; then publish and checkpoint what was learned."""
         try:
-            rest = Rest(self._log.watch(TOPICS), self._stop)
+            rest, pace = Rest(self._log.watch(TOPICS), self._stop), Pace(self._stop)
             while not self._stop:
+                pace.begin(self._read)
                 if not self._turn():
                     rest()
+                elif self._goal == {}:  # what was accepted before it started is learned without a pause
+                    pace.hold(self._read)
         except Interrupted:
             return  # in a step that waited for compilers: the journal has it
         except Stopped as error:
             logger.info("%s", error)  # in the middle of a step that failed: the next start goes on there
         self._close()
+
+    @property
+    def _read(self) -> int:
+        return sum(self._runner.intake.positions.values())
 
     def _turn(self) -> bool:
         try:
