@@ -12,7 +12,7 @@ from recsys.clock import SystemClock
 from recsys.config import Config
 from recsys.errors import RecsysError
 from recsys.streams.open import open_log
-from services.common.process import FolderLock, Stop, bind, logger
+from services.common.process import FolderLock, Stop, bind, logger, settle_heap
 from services.ranking.app import create_app
 from services.ranking.connections import Guard, Limits, affordable
 from services.ranking.service import RankingService
@@ -25,6 +25,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
     sock = bind(config.ranking.host, config.ranking.port, "ranking.port")
     log = open_log(config, SystemClock(), "ranking")
     service = RankingService(config, log, SystemClock(), stop, accept_gap=accept_gap)
+    service.on_caught_up = settle_heap
     app = create_app(service)
     guard = Guard(affordable(Limits()))
     settings = uvicorn.Config(

@@ -116,6 +116,8 @@ class RankingService:
         self._threads: list[threading.Thread] = []
         self.catalogue_ready = False
         self.state_ready = False
+        self.on_caught_up: Callable[[], object] = lambda: None
+        """Called when catalogue, counters and state are in memory, before it is ready."""
 
     def start(self) -> None:
         """Read the catalogue, restore the counters, then follow everything in threads."""
@@ -310,6 +312,7 @@ class RankingService:
     def _follow_state(self) -> bool:
         count = self.consumer.turn()
         if self.consumer.caught_up and not self.state_ready:
+            self.on_caught_up()
             self.state_ready = True
         return count > 0
 
