@@ -88,7 +88,7 @@ class Chaos:
             took = self._hit(target, how, freeze_s)
             self.state["kills"] += 1
             self.state["recovery_s"].setdefault(target, []).append(round(took, 2))
-            self._save()
+            self._tally()
             print(f"{self.state['kills']}/{len(plan)} {how} {target}: back after {took:.1f} s", file=sys.stderr)
         self._note("descriptors_after", descriptors(self.system))
 
@@ -144,9 +144,7 @@ class Chaos:
         began = time.monotonic()
         wait_for(lambda: self.probes.healthy(began), "probes after the traffic", RECOVER_S)
         self.probes.stop()
-        self.state["untrue"] += self.probes.untrue
-        self.state["polls"] = self.state.get("polls", 0) + self.probes.polls
-        self._save()
+        self._tally()
         logged = feedback_ids(self.system)
         lost = [event_id for event_id in self.accepted.ids if event_id not in logged]
         kept = {user: self.system.history(user) for user in set(self.accepted.ids.values())}
@@ -173,6 +171,13 @@ class Chaos:
             },
             "descriptors": {"before": self.state["descriptors_before"], "after": self.state["descriptors_after"]},
         }
+
+    def _tally(self) -> None:
+        """Save what the probes found since the last time: a run that is cut off keeps it."""
+        untrue, polls = self.probes.taken()
+        self.state["untrue"] += untrue
+        self.state["polls"] += polls
+        self._save()
 
     def _note(self, name: str, value: Any) -> None:
         if self.state.get(name) is None or name.endswith("after"):
@@ -259,7 +264,14 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     options.state = (
         json.loads(options.resume.read_text(encoding="utf-8"))
         if resumed
-        else {"kills": 0, "runs": 0, "folder": tempfile.mkdtemp(prefix="chaos-"), "recovery_s": {}, "untrue": []}
+        else {
+            "kills": 0,
+            "runs": 0,
+            "folder": tempfile.mkdtemp(prefix="chaos-"),
+            "recovery_s": {},
+            "untrue": [],
+            "polls": 0,
+        }
     )
     options.state["runs"] += 1
     with prepared(options.mode, Path(options.state["folder"])) as (system, servers):

@@ -172,6 +172,7 @@ class Probes:
         self.through_s = THROUGH_S
         self.untrue: list[dict[str, Any]] = []
         self.polls = 0
+        self._counting = threading.Lock()
         work = (self._clicks, self._items, self._labels)
         self._threads = [threading.Thread(target=self._loop, args=(one,), daemon=True) for one in work]
         self._threads.append(threading.Thread(target=self._poll, daemon=True))
@@ -263,8 +264,16 @@ class Probes:
                         said = http.get(f"{url}/readyz").status_code
                     except httpx.HTTPError:
                         said = 0  # no answer is no claim
-                    self._judge(name, said, late, through)
+                    with self._counting:
+                        self._judge(name, said, late, through)
                 self._stop.wait(POLL_S)
+
+    def taken(self) -> tuple[list[dict[str, Any]], int]:
+        """What was untrue, and how many polls there were, since it was asked last."""
+        with self._counting:
+            found = self.untrue, self.polls
+            self.untrue, self.polls = [], 0
+        return found
 
     def calm(self) -> None:
         """Nobody was killed so far: what probes took until now is what they take on this machine."""
