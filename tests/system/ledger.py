@@ -73,6 +73,8 @@ def _newest(kinds: dict[str, dict[str, tuple[int, int, int]]], count: int) -> li
 def _outcome(message: dict[str, Any], time_ms: int, shown: dict[str, Any], windows: dict[str, Any]) -> str:
     if message.get("request_id") is None:
         return "no_request"
+    if message["request_id"] not in shown:
+        return "unlogged"  # the answer said that its impression was not kept: its clicks are in histories alone
     opened_ms, items = shown[message["request_id"]]
     if message["item_id"] not in items:
         return "unknown_item"

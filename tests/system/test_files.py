@@ -18,7 +18,7 @@ import pytest
 
 from recsys.clock import SystemClock
 from recsys.config import Config
-from recsys.errors import SnapshotCorrupt, StateUnavailable
+from recsys.errors import LogTruncated, SnapshotCorrupt, StateUnavailable
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.files import COPY, KeptManifests, Manifests, read_file
@@ -199,7 +199,8 @@ def state(path: Path, loaded: Config) -> Any:
     ]
 
 
-REFUSED = (SnapshotCorrupt, StateUnavailable)
+REFUSED = (SnapshotCorrupt, StateUnavailable, LogTruncated)
+"""The last: a log that lost its first records, for a reader that stood there."""
 
 
 class Kind(NamedTuple):
