@@ -22,10 +22,10 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Processes that start together take turns: the first compiles, the others read what it kept."""
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Processes that start together take turns with the kernels of this name: the first compiles, the others read what it kept."""
     with contextlib.ExitStack() as turn:
         with contextlib.suppress(OSError):
-            lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-compiled-{os.getuid()}.lock").open("a"))
+            lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-{name}-{os.getuid()}.lock").open("a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -21,7 +21,8 @@ from recsys.compiled import one_at_a_time
 from recsys.model import eager, gather, kernels
 
 
-def _array(tensor: torch.Tensor) -> Any:
+def array(tensor: torch.Tensor) -> Any:
+    """A tensor's values for a kernel; shared where they lie one after the other."""
     return tensor.detach().contiguous().numpy()
 
 
@@ -48,7 +49,7 @@ class FeatureGate(Function):
             torch.bmm(low[..., part * rank : (part + 1) * rank], up[:, part], out=gates[part])
         choice = (low[..., -1:] + bias).squeeze(2)
         out = x.new_empty(gates.shape[1:])
-        kernels.feature_gate(_array(x), _array(gates), _array(choice), _array(out))
+        kernels.feature_gate(array(x), array(gates), array(choice), array(out))
         ctx.save_for_backward(x, down, up, low, gates, choice)
         return out
 
@@ -59,7 +60,7 @@ class FeatureGate(Function):
         groups, rank = down.shape[0], up.shape[2]
         gx, ggates, gchoice = torch.zeros_like(x), torch.empty_like(gates), torch.empty_like(choice)
         kernels.feature_gate_back(
-            _array(g), _array(x), _array(gates), _array(choice), _array(gx), _array(ggates), _array(gchoice)
+            array(g), array(x), array(gates), array(choice), array(gx), array(ggates), array(gchoice)
         )
         glow, gup = torch.empty_like(low), torch.empty_like(up)
         for part in range(2):
@@ -94,7 +95,7 @@ class NormSilu(Function):
         affine = torch.stack([scale, bias.squeeze(1) - running[0] * scale])
         x = x.contiguous()
         out = torch.empty_like(x)
-        kernels.norm_silu(_array(x), _array(affine), _array(out))
+        kernels.norm_silu(array(x), array(affine), array(out))
         ctx.save_for_backward(x, running, affine)
         ctx.batch = batch
         return out
@@ -105,9 +106,7 @@ class NormSilu(Function):
         x, running, affine = ctx.saved_tensors
         batch = running if ctx.batch is None else ctx.batch
         gx, sums = torch.empty_like(x), np.empty(affine.shape)
-        kernels.norm_silu_back(
-            _array(g), _array(x), _array(affine), _array(batch), ctx.batch is not None, _array(gx), sums
-        )
+        kernels.norm_silu_back(array(g), array(x), array(affine), array(batch), ctx.batch is not None, array(gx), sums)
         total, product = torch.from_numpy(sums).unbind()
         ggain = (product - running[0] * total) * running[1]
         return gx, ggain.unsqueeze(1).to(x), total.unsqueeze(1).to(x), None, None
@@ -122,7 +121,7 @@ class Dice(Function):
     ) -> torch.Tensor:
         x = x.contiguous()
         affine, out = torch.stack([running[1], -running[0] * running[1]]), torch.empty_like(x)
-        kernels.dice(_array(x), _array(affine), _array(alpha), _array(out))
+        kernels.dice(array(x), array(affine), array(alpha), array(out))
         ctx.save_for_backward(x, alpha, running, affine)
         ctx.batch = batch
         return out
@@ -134,7 +133,7 @@ class Dice(Function):
         batch = running if ctx.batch is None else ctx.batch
         out = x.new_empty(len(x) + 1, x.shape[1])
         kernels.dice_back(
-            _array(g), _array(x), _array(affine), _array(alpha), _array(batch), ctx.batch is not None, _array(out)
+            array(g), array(x), array(affine), array(alpha), array(batch), ctx.batch is not None, array(out)
         )
         return out[:-1], out[-1], None, None
 
@@ -149,7 +148,7 @@ class Mix(Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, experts = logits.contiguous(), experts.contiguous()
         shares, out = torch.empty_like(logits), logits.new_empty(len(logits), *experts.shape[1:])
-        kernels.mix(_array(logits), _array(experts), reach, own, _array(shares), _array(out))
+        kernels.mix(array(logits), array(experts), reach, own, array(shares), array(out))
         ctx.save_for_backward(experts, shares)
         ctx.reach, ctx.own = reach, own
         ctx.mark_non_differentiable(shares)
@@ -160,9 +159,7 @@ class Mix(Function):
     def backward(ctx: Any, g: torch.Tensor, _: torch.Tensor) -> Any:
         experts, shares = ctx.saved_tensors
         glogits, gexperts = torch.zeros_like(shares), torch.zeros_like(experts)
-        kernels.mix_back(
-            _array(g), _array(experts), _array(shares), ctx.reach, ctx.own, _array(glogits), _array(gexperts)
-        )
+        kernels.mix_back(array(g), array(experts), array(shares), ctx.reach, ctx.own, array(glogits), array(gexperts))
         return glogits, gexperts, None, None
 
 
@@ -182,10 +179,10 @@ class PairSums(Function):
     ) -> torch.Tensor:
         candidate, history = candidate.contiguous(), history.contiguous()
         both = candidate.new_empty(pairs.shape[1], candidate.shape[1])
-        kernels_in = _array(candidate), _array(history), pairs
-        gather.pair_products(*kernels_in, _array(both))
+        kernels_in = array(candidate), array(history), pairs
+        gather.pair_products(*kernels_in, array(both))
         out = both @ product.T
-        gather.pair_sums(_array(per_candidate), _array(per_entry), pairs, _array(out))
+        gather.pair_sums(array(per_candidate), array(per_entry), pairs, array(out))
         ctx.save_for_backward(candidate, history, product, both)
         ctx.pairs = pairs
         return out
@@ -199,14 +196,14 @@ class PairSums(Function):
         per_candidate = g.new_zeros(len(candidate), g.shape[1])
         per_entry = g.new_zeros(len(history), g.shape[1])
         gather.pair_products_back(
-            _array(g @ product),
-            _array(candidate),
-            _array(history),
+            array(g @ product),
+            array(candidate),
+            array(history),
             ctx.pairs,
-            _array(gcandidate),
-            _array(ghistory),
+            array(gcandidate),
+            array(ghistory),
         )
-        gather.pair_sums_back(_array(g), ctx.pairs, _array(per_candidate), _array(per_entry))
+        gather.pair_sums_back(array(g), ctx.pairs, array(per_candidate), array(per_entry))
         return gcandidate, ghistory, g.T @ both, per_candidate, per_entry, None
 
 
@@ -217,7 +214,7 @@ class PairPool(Function):
     def forward(ctx: Any, weights: torch.Tensor, history: torch.Tensor, pairs: Any, candidates: int) -> torch.Tensor:
         weights, history = weights.contiguous(), history.contiguous()
         out = history.new_zeros(candidates, history.shape[1])
-        gather.pair_pool(_array(weights), _array(history), pairs, _array(out))
+        gather.pair_pool(array(weights), array(history), pairs, array(out))
         ctx.save_for_backward(weights, history)
         ctx.pairs = pairs
         return out
@@ -227,9 +224,7 @@ class PairPool(Function):
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         weights, history = ctx.saved_tensors
         gweights, ghistory = torch.empty_like(weights), torch.zeros_like(history)
-        gather.pair_pool_back(
-            _array(g), _array(weights), _array(history), ctx.pairs, _array(gweights), _array(ghistory)
-        )
+        gather.pair_pool_back(array(g), array(weights), array(history), ctx.pairs, array(gweights), array(ghistory))
         return gweights, ghistory, None, None
 
 
@@ -245,7 +240,7 @@ class TakeFields(Function):
         for index, starts in parts:
             fields = rows.new_empty(*index.shape[:-1], len(starts) - 1, dim)
             flat = fields.view(-1, *fields.shape[-2:])
-            gather.take_fields(_array(rows), index.reshape(-1, index.shape[-1]), starts, _array(flat))
+            gather.take_fields(array(rows), index.reshape(-1, index.shape[-1]), starts, array(flat))
             out.append(fields)
         return tuple(out)
 
@@ -254,8 +249,8 @@ class TakeFields(Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         grows = gradients[0].new_zeros(ctx.shape)
         for g, (index, starts) in zip(gradients, ctx.parts, strict=True):
-            flat = _array(g).reshape(-1, *g.shape[-2:])
-            gather.take_fields_back(flat, index.reshape(-1, index.shape[-1]), starts, _array(grows))
+            flat = array(g).reshape(-1, *g.shape[-2:])
+            gather.take_fields_back(flat, index.reshape(-1, index.shape[-1]), starts, array(grows))
         return grows, None, None
 
 
@@ -269,7 +264,7 @@ class SumColumns(Function):
         ctx.shape, ctx.start, ctx.parts = rows.shape, start, parts
         out = rows.new_zeros(len(parts[0][1]), tasks)
         for index, owner in parts:
-            gather.sum_columns(_array(rows), start, index, owner, _array(out))
+            gather.sum_columns(array(rows), start, index, owner, array(out))
         return out
 
     @staticmethod
@@ -277,7 +272,7 @@ class SumColumns(Function):
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         grows = g.new_zeros(ctx.shape)
         for index, owner in ctx.parts:
-            gather.sum_columns_back(_array(g), ctx.start, index, owner, _array(grows))
+            gather.sum_columns_back(array(g), ctx.start, index, owner, array(grows))
         return grows, None, None, None
 
 
@@ -343,10 +338,10 @@ def attention_scores(
     x = first
     for (running, alpha), (weight, after) in zip(dices, layers, strict=True):
         affine = torch.stack([running[1], -running[0] * running[1]])
-        kernels.dice_lines(_array(x), _array(bias), _array(affine), _array(alpha))
+        kernels.dice_lines(array(x), array(bias), array(affine), array(alpha))
         if len(weight) == 1:
             scores = x.new_empty(len(x), x.shape[2])
-            kernels.weighted_lines(_array(x), _array(weight[0]), after.item(), _array(scores))
+            kernels.weighted_lines(array(x), array(weight[0]), after.item(), array(scores))
             return scores
         x, bias = torch.bmm(weight.expand(len(x), -1, -1), x), after.unsqueeze(0)
     raise AssertionError("the last layer has one output")
@@ -355,7 +350,7 @@ def attention_scores(
 def warm_up() -> float:
     """Compile every kernel for float32, or read it from the on-disk cache; the seconds it took, which are logged and exported."""
     started = time.perf_counter()
-    with one_at_a_time():
+    with one_at_a_time("fused"):
         _run_each_kernel()
     seconds = time.perf_counter() - started
     if not ready():

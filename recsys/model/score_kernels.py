@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from recsys.model.kernels import _exp, _sigmoid, kernel
@@ -260,11 +259,7 @@ def _experts(a: Level, group: int, x: Array, out: Array) -> None:
     """The experts of a group: x [M, V] -> their places in out [E, M, Z]."""
     experts, width = a.affine.shape[1:]
     each = experts // len(a.pick)
-    hidden = np.dot(x, a.first[group])
-    last = len(a.widths) == 1
-    for m in range(len(hidden)):
-        for h in range(hidden.shape[1]):
-            hidden[m, h] = _silu(hidden[m, h] + a.first_bias[group, h], last)
+    hidden = _layer(x, a.first[group], a.first_bias[group], len(a.widths) == 1)
     for k in range(each):
         expert = group * each + k
         y = np.ascontiguousarray(hidden[:, k * a.widths[0] : (k + 1) * a.widths[0]])
@@ -272,23 +267,26 @@ def _experts(a: Level, group: int, x: Array, out: Array) -> None:
         for layer in range(1, len(a.widths)):
             inputs, outputs = a.widths[layer - 1], a.widths[layer]
             at = weight + expert * inputs * outputs
-            y = np.dot(y, a.weights[at : at + inputs * outputs].reshape(inputs, outputs))
+            w = a.weights[at : at + inputs * outputs].reshape(inputs, outputs)
             bias = a.biases[behind + expert * outputs : behind + (expert + 1) * outputs]
-            last = layer == len(a.widths) - 1
-            for m in range(len(y)):
-                for z in range(outputs):
-                    y[m, z] = _silu(y[m, z] + bias[z], last)
+            y = _layer(y, w, bias, layer == len(a.widths) - 1)
             weight, behind = weight + experts * inputs * outputs, behind + experts * outputs
         scale, shift = a.affine[0, expert], a.affine[1, expert]
         for m in range(len(y)):
             for z in range(width):
-                out[expert, m, z] = _silu(y[m, z] * scale[z] + shift[z], False)
+                u = y[m, z] * scale[z] + shift[z]
+                out[expert, m, z] = u * _sigmoid(u)
 
 
-@numba.njit(inline="always")
-def _silu(x: Any, bare: Any) -> Any:
-    """x sigmoid(x); of the last layer x itself."""
-    return x if bare else x * _sigmoid(x)
+@kernel
+def _layer(x: Array, weight: Array, bias: Array, last: bool) -> Array:
+    """An affine map, with Swish behind it unless it is the last one: x [M, in], weight [in, out], bias [out] -> [M, out]."""
+    y = np.dot(x, weight)
+    for m in range(len(y)):
+        for z in range(len(bias)):
+            u = y[m, z] + bias[z]
+            y[m, z] = u if last else u * _sigmoid(u)
+    return y
 
 
 @kernel
@@ -339,12 +337,8 @@ def _tower(a: Towers, task: int, x: Array, out: Array) -> None:
     for layer in range(len(a.widths) - 1):
         inputs, outputs = a.widths[layer], a.widths[layer + 1]
         at = weight + task * inputs * outputs
-        y = np.dot(y, a.weights[at : at + inputs * outputs].reshape(inputs, outputs))
-        bias = a.biases[behind + task * outputs : behind + (task + 1) * outputs]
-        last = layer == len(a.widths) - 2
-        for m in range(len(y)):
-            for z in range(outputs):
-                y[m, z] = _silu(y[m, z] + bias[z], last)
+        w = a.weights[at : at + inputs * outputs].reshape(inputs, outputs)
+        y = _layer(y, w, a.biases[behind + task * outputs : behind + (task + 1) * outputs], layer == len(a.widths) - 2)
         weight, behind = weight + tasks * inputs * outputs, behind + tasks * outputs
     for m in range(len(y)):
         out[m, task] = y[m, 0]

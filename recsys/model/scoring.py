@@ -22,6 +22,7 @@ from recsys.model import gather
 from recsys.model import score_kernels as kernels
 from recsys.model.assemble import starts
 from recsys.model.din import MeanPool, TargetAttention
+from recsys.model.fused import array
 from recsys.model.home import Home, Level
 from recsys.model.layers import Dice, GroupedLinear, StreamingNorm
 from recsys.model.plan import Index, Plan
@@ -42,10 +43,10 @@ class Scoring:
         self._dim, self._tasks = ranker.spec.dim, len(ranker.spec.tasks)
         self._fields = starts(schema.item_fields)
         self._past = starts(schema.item_fields[: schema.num_history_fields])
-        self._bias, self._number_weights = _array(ranker.bias), _array(ranker.number_weights)
+        self._bias, self._number_weights = array(ranker.bias), array(ranker.number_weights)
         self._numbers = _affine(ranker.number_norm)
         self._attention = [_attention(one) for one in ranker.attention]
-        self._compress = None if ranker.compress is None else _array(ranker.compress)
+        self._compress = None if ranker.compress is None else array(ranker.compress)
         self._meta, self._task, self._towers = _home(ranker.home)
 
     def light(self, lay: Plan, deep: Float32, wide: Float32) -> Float32:
@@ -151,7 +152,7 @@ def warm_up() -> None:
     )
     ranker, one = Ranker(spec, seed=0), np.ones((1, 1), np.float32)
     index, sums = np.zeros((1, 1), np.intp), np.zeros((1, 1), np.float32)
-    with one_at_a_time():
+    with one_at_a_time("scoring"):
         gather.sum_columns(one, 0, index, index[0], sums)
         gather.take_fields(one, index, np.arange(2), one[None].copy())
         kernels.attend(_attention(ranker.attention[0]), one, one, np.ones(1, np.bool_), index[0], one.copy())
@@ -170,28 +171,24 @@ def _sigmoid(x: Float32) -> Float32:
     return found
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    return tensor.detach().contiguous().numpy()
-
-
 def _flat(tensors: Sequence[torch.Tensor]) -> Float32:
-    return np.concatenate([NOTHING, *(_array(tensor).ravel() for tensor in tensors)])
+    return np.concatenate([NOTHING, *(array(tensor).ravel() for tensor in tensors)])
 
 
 def _affine(norm: StreamingNorm) -> Float32:
     """Scale and shift [2, F] (of groups [2, G, F]) of a norm's running statistics, and of what it learned."""
-    mean, rstd = _array(norm.running())
+    mean, rstd = array(norm.running())
     if norm.gain is None or norm.bias is None:
         return np.stack([rstd, -mean * rstd])
-    scale = rstd * _array(norm.gain).reshape(rstd.shape)
-    return np.stack([scale, _array(norm.bias).reshape(rstd.shape) - mean * scale])
+    scale = rstd * array(norm.gain).reshape(rstd.shape)
+    return np.stack([scale, array(norm.bias).reshape(rstd.shape) - mean * scale])
 
 
 def _activation(module: nn.Module) -> Float32:
     """[3, units]."""
     if isinstance(module, Dice):
-        return np.concatenate([_affine(module.norm), _array(module.alpha)[None]])
-    slope = _array(module.get_parameter("weight"))
+        return np.concatenate([_affine(module.norm), array(module.alpha)[None]])
+    slope = array(module.get_parameter("weight"))
     return np.stack([np.ones_like(slope), np.zeros_like(slope), slope])
 
 
@@ -204,11 +201,11 @@ def _attention(module: nn.Module) -> kernels.Attention:
     assert isinstance(module, TargetAttention)
     first = module.candidate
     return kernels.Attention(
-        candidate=_array(first),
-        entry=_array(module.entry.T),
-        product=_array(module.product),
-        rank=_array(module.rank_bias),
-        gap=np.zeros((0, len(first)), np.float32) if module.gap_bias is None else _array(module.gap_bias),
+        candidate=array(first),
+        entry=array(module.entry.T),
+        product=array(module.product),
+        rank=array(module.rank_bias),
+        gap=np.zeros((0, len(first)), np.float32) if module.gap_bias is None else array(module.gap_bias),
         widths=np.array([len(first), *(len(weight) for weight in module.weights[:-1])], np.int64),
         activations=np.concatenate([_activation(one) for one in module.activations], 1),
         weights=_flat(list(module.weights)),
@@ -230,17 +227,17 @@ def _level(level: Level, pick: Array) -> kernels.Level:
     none = np.zeros((0, 0, 0), np.float32)
     return kernels.Level(
         pick=pick,
-        down=none if gates is None else _array(gates.down),
-        choice=NOTHING if gates is None else _array(gates.bias).ravel(),
-        up=none[None] if gates is None else _array(gates.up),
-        first=_array(experts.first.weight),
-        first_bias=_array(experts.first.bias)[:, 0],
+        down=none if gates is None else array(gates.down),
+        choice=NOTHING if gates is None else array(gates.bias).ravel(),
+        up=none[None] if gates is None else array(gates.up),
+        first=array(experts.first.weight),
+        first_bias=array(experts.first.bias)[:, 0],
         widths=widths,
         weights=_flat([layer.weight for layer in layers]),
         biases=_flat([layer.bias for layer in layers]),
         affine=bare if experts.norm is None else _affine(experts.norm),
-        gate=_array(level.gate.weight),
-        gate_bias=_array(level.gate.bias)[:, 0],
+        gate=array(level.gate.weight),
+        gate_bias=array(level.gate.bias)[:, 0],
         reach=level.reach,
         own=level.own,
     )
@@ -249,10 +246,10 @@ def _level(level: Level, pick: Array) -> kernels.Level:
 def _home(home: Home) -> tuple[kernels.Level, kernels.Level, kernels.Towers]:
     layers = [layer for layer in home.towers if isinstance(layer, GroupedLinear)]
     towers = kernels.Towers(
-        category=_array(home.category),
+        category=array(home.category),
         widths=np.array([layers[0].weight.shape[1], *(layer.weight.shape[2] for layer in layers)], np.int64),
         weights=_flat([layer.weight for layer in layers]),
         biases=_flat([layer.bias for layer in layers]),
     )
-    picks = np.zeros(int(home.category.max()) + 1, np.int64), _array(home.inputs)
+    picks = np.zeros(int(home.category.max()) + 1, np.int64), array(home.inputs)
     return _level(home.meta, picks[0]), _level(home.task, picks[1]), towers

@@ -5,11 +5,9 @@ Equal to `TwoTower.user_vectors` but for rounding: `tests/unit/test_model_scorin
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 
+from recsys.model.fused import array
 from recsys.model.layers import MLP
 from recsys.model.two_tower import TwoTower
 from recsys.types import Bool, Float32
@@ -20,7 +18,7 @@ def user_vectors(towers: TwoTower, shared: Float32, history: Float32, present: B
     spec = towers.spec
     weight = (spec.recency_decay ** np.arange(present.shape[1]) * present)[:, None]
     if spec.interests > 1:
-        logits = np.tanh(history @ _array(towers.attention).T) @ _array(towers.heads).T
+        logits = np.tanh(history @ array(towers.attention).T) @ array(towers.heads).T
         weight = np.exp(logits.transpose(0, 2, 1)) * weight
         shared = np.repeat(shared[:, None], spec.interests, 1)
     else:
@@ -35,9 +33,5 @@ def _mlp(tower: MLP, x: Float32) -> Float32:
     for layer, (weight, bias) in enumerate(zip(tower.weights, tower.biases, strict=True)):
         if layer:
             x = x / (1 + np.exp(-x))  # Swish
-        x = x @ _array(weight).T + _array(bias)
+        x = x @ array(weight).T + array(bias)
     return x
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    return tensor.detach().numpy()

@@ -11,6 +11,9 @@ from recsys.types import Batch
 MAX_VALUE_BYTES = 2**20
 """Of one record, in every log: what is larger is refused by `append`."""
 
+STUCK_S = 3.0
+"""Without a step forward for so long, what is accepted now is not in answers within the five seconds that ready promises. Half would say so
+at a slow disk."""
 TRANSIENT = ("parameters",)
 """Topics of which a log keeps nothing that its only reader has committed: 18 GB a day otherwise."""
 

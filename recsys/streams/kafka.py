@@ -14,7 +14,7 @@ from kafka import TopicPartition
 from recsys.clock import Clock
 from recsys.config import LogConfig
 from recsys.errors import LogError, LogUnavailable
-from recsys.streams.base import TRANSIENT, Watch, check_sizes
+from recsys.streams.base import STUCK_S, TRANSIENT, Watch, check_sizes
 from recsys.streams.kafka_cluster import WATCH_S, Cluster
 from recsys.streams.kafka_reader import Reader, mapped
 from recsys.streams.kafka_sender import Sender
@@ -23,8 +23,6 @@ from recsys.streams.watch import AskOften
 from recsys.types import TOPICS, Batch
 
 _log = logging.getLogger(__name__)
-STUCK_S = 3.0
-"""Without a step forward for so long, what was accepted is not in answers within the five seconds that ready promises."""
 
 
 class KafkaLog:

@@ -35,7 +35,8 @@ class Reader:
         """What was last heard of the end of what is committed, by who wants all up to there."""
         self.end = 0
         """What the log's watcher heard of it."""
-        self._starved_since_s: float | None = None
+        self._starved_s = 0.0, 0.0
+        """First and last read that found nothing since one found something."""
 
     @property
     def name(self) -> str:
@@ -43,9 +44,8 @@ class Reader:
 
     @property
     def starved_s(self) -> float:
-        """Seconds for which reads found nothing although there is something."""
-        since_s = self._starved_since_s
-        return 0.0 if since_s is None else time.monotonic() - since_s
+        """Seconds over which reads found nothing although there is something; of a reader that nobody asks they do not grow."""
+        return self._starved_s[1] - self._starved_s[0]
 
     def read(self, offset: int, limit: int) -> Batch:
         if offset != self._next:
@@ -60,8 +60,10 @@ class Reader:
             self._drop()
             raise
         self._next = after
-        starves = after == offset < self.end
-        self._starved_since_s = (self._starved_since_s or time.monotonic()) if starves else None
+        if after == offset < self.end:
+            self._starved_s = self._starved_s[0] or time.monotonic(), time.monotonic()
+        else:
+            self._starved_s = 0.0, 0.0
         records = (
             Record(
                 topic=self._topic,

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import tempfile
-from pathlib import Path
-
 import numpy as np
 
+from recsys.compiled import one_at_a_time
 from recsys.table import upkeep
 from recsys.table.base import Layout, Precision, Segment, SlotPolicy
 from recsys.table.cpu import CpuTable
 
 
 def warm_up(precision: Precision = "float32") -> None:
-    """Compile every kernel for tables of this precision, or read it from the on-disk cache, so that no request waits for it.
-
-    Processes that start together take turns: the first compiles, the others read what it cached.
-    """
-    with contextlib.ExitStack() as turn:
-        with contextlib.suppress(OSError):
-            lock = turn.enter_context((Path(tempfile.gettempdir()) / f"recsys-compile-{os.getuid()}.lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    """Compile every kernel for tables of this precision, or read it from the on-disk cache, so that no request waits for it."""
+    with one_at_a_time("table"):
         _run_each_kernel(precision)
 
 

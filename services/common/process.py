@@ -170,16 +170,11 @@ class FolderLock:
         self._file.close()
 
 
-YOUNG = 10_000
-"""Objects made before the youngest are looked through: Python's 700 are a request's, double holds a request up twice as long."""
-
-
 def settle_heap() -> None:
     """Once what lives long is there: the garbage collector never looks at it again. Looking through a large heap holds everything up
     for half a second and more. What of it is given up later is still freed, unless it refers to itself."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG, *gc.get_threshold()[1:])
 
 
 def bind(host: str, port: int, option: str) -> socket.socket:

@@ -6,10 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from recsys.errors import LogTruncated
-
-STUCK_S = 3.0
-"""A loop that finished no turn for so long makes its process not ready: what is accepted now will not be in answers within five
-seconds, which is what ready promises. Half would say so in the garbage collector's pauses and at a slow disk."""
+from recsys.streams.base import STUCK_S
 
 
 class Troubles:

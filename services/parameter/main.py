@@ -19,7 +19,7 @@ from recsys.features.schema import Schema
 from recsys.model.layouts import layouts, parameters_name, sizes
 from recsys.ranking.parameter_files import Place, Snapshots, load_checkpoint
 from recsys.ranking.parameters import ParameterStore
-from recsys.streams.base import EventLog
+from recsys.streams.base import STUCK_S, EventLog
 from recsys.streams.open import open_log
 from recsys.streams.positions import gap_of, resume
 from recsys.table.tables import placed
@@ -28,7 +28,6 @@ from services.common import grpc_parameters
 from services.common.process import FolderLock, HealthServer, Stop, logger
 from services.common.rest import Rest
 from services.common.tables import TableGauges
-from services.common.trouble import STUCK_S
 
 TOPIC, CONSUMER = "parameters", "parameter"
 KEY = f"{TOPIC}/0"

@@ -13,11 +13,11 @@ import torch
 from recsys.config import Config, load, parse
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build
+from recsys.model import build, gather, score_kernels
 from recsys.model.assemble import ranker_inputs, wide_sums
 from recsys.model.plan import Plan, plan
 from recsys.model.ranker import Ranker
-from recsys.model.scoring import Scoring
+from recsys.model.scoring import Scoring, warm_up
 from recsys.model.tower_scoring import user_vectors
 from recsys.model.two_tower import TwoTower, TwoTowerSpec
 
@@ -145,6 +145,18 @@ def test_shipped_networks_say_what_torch_says(name: str) -> None:
     config, rng = load(ROOT / "deploy" / "configs" / f"{name}.toml"), np.random.default_rng(0)
     for history in (0, 1, config.features.history_len):
         compare(config, rng, 200, history)
+
+
+def test_no_request_waits_for_a_compiler() -> None:
+    """Every configuration calls the kernels with the types that they were warmed up with."""
+    warm_up()
+    called = (score_kernels.attend, score_kernels.compose, score_kernels.head, gather.sum_columns, gather.take_fields)
+    before = [list(kernel.signatures) for kernel in called]
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        compare(drawn(rng), rng, 70, 9)
+    compare(load(ROOT / "deploy" / "configs" / "default.toml"), np.random.default_rng(0), 200, 0)
+    assert [list(kernel.signatures) for kernel in called] == before and len(before[0]) == 1
 
 
 @pytest.mark.parametrize("interests", [1, 3])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from recsys.errors import LogTruncated, LogUnavailable
-from services.common.trouble import STUCK_S, Troubles
+from recsys.streams.base import STUCK_S
+from services.common.trouble import Troubles
 
 
 def test_a_gap_counts_at_once_and_an_absent_broker_once_it_lasts() -> None:
