@@ -56,6 +56,8 @@ class Overflow:
         """Load what `state` returned."""
         for name in [n for n in arrays if n.startswith("more.") and n.endswith(".rows")]:
             attribute = name.removeprefix("more.").removesuffix(".rows")
+            if not len(arrays[name]):
+                continue  # an attribute of which no item has further values any more
             rows, starts = np.unique(arrays[name], return_index=True)
             parts = np.split(np.array(arrays[f"more.{attribute}.keys"], np.int64), starts[1:])
             self._keys[attribute] = dict(zip(rows.tolist(), parts, strict=True))

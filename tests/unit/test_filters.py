@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recsys.config import parse
@@ -77,6 +77,9 @@ def naive(item: Item, wanted: dict[str, Any]) -> bool:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(items, asked, st.just("restart")), max_size=60))
+@example(
+    [Item(item_id="i0", attributes={"tags": ["red", "new", "old"]}), Item(item_id="i0"), "restart", {"tags": "red"}]
+)
 def test_masks_say_what_filters_mean_whatever_has_changed(story: list[Any]) -> None:
     """Items, filters and restarts in any order, so that masks are made, remembered, grown past and caught up with."""
     catalogue, known, used = Catalogue(Schema.of(CONFIG), capacity=1), {}, []
