@@ -16,13 +16,13 @@ import numpy as np
 from load_tests.common import Report, percentile
 from recsys.bandit.graph import Published
 from recsys.bandit.served import Served
+from recsys.candidates.bandit import Active, Bandit
 from recsys.config import Config, parse
 from recsys.features.build import user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import build
 from recsys.model.layouts import edges, layouts
-from recsys.ranking.bandit import Active, Bandit
 from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex

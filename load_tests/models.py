@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from load_tests.common import ROOT, Report, read_budgets, run, say
 from load_tests.plain_model import Attention, PlainLearner, collate
 from recsys import config
+from recsys.candidates.sources import Sources
 from recsys.config import Config
 from recsys.features.build import Features, UserFeatures, item_features, user_features
 from recsys.features.catalogue import Catalogue
@@ -35,7 +36,6 @@ from recsys.model.layouts import layouts
 from recsys.model.plan import plan
 from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
 from recsys.table.tables import Tables
 from recsys.training.learner import Batch, Learner
 from recsys.types import HistoryEvent, Item

@@ -152,3 +152,11 @@ class UserUpdate:
     seen_ms: int = 0
     """Log time when they were seen."""
     forget: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsOf:
+    """What an answer's part contains: log positions, and the log time up to which every record is in it."""
+
+    positions: Mapping[str, int] = field(default_factory=dict)
+    time_ms: int = 0

@@ -21,7 +21,7 @@ DRIVERS = {
         "recsys/model/",
         "recsys/training/",
         "recsys/ranking/scorer.py",
-        "recsys/ranking/generation.py",
+        "recsys/candidates/generation.py",
         "recsys/table/cuda",
         "load_tests/fbgemm.py",
         "load_tests/models.py",

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from recsys.candidates.meaning import Meaning
+from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.evaluation.metrics import NextItem, Progressive
 from recsys.evaluation.serving import ServingCopy
@@ -24,10 +26,8 @@ from recsys.features.build import Features, encode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of, mix
-from recsys.ranking.meaning import Meaning
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
-from recsys.ranking.sources import Sources
 from recsys.ranking.work import Work
 from recsys.state.memory import MemoryState
 from recsys.training.steps import StepReport

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from recsys.bandit.graph import Published
+from recsys.candidates.bandit import Bandit
+from recsys.candidates.generation import Generations
 from recsys.config import Config
 from recsys.events.deltas import Delta, Version
 from recsys.features.catalogue import Catalogue
@@ -13,8 +15,6 @@ from recsys.features.schema import Schema
 from recsys.model import fused, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking.bandit import Bandit
-from recsys.ranking.generation import Generations
 from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
 from recsys.ranking.scorer import Scorer
 from recsys.table.tables import Tables

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from recsys.errors import BadInput
 from recsys.features.build import Features, Index, UserFeatures, decode, encode
-from recsys.features.counted import CounterLayout
+from recsys.features.counter_layout import CounterLayout
 from recsys.features.schema import Schema
 from recsys.types import Impression, UInt8
 

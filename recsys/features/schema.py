@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from recsys.config import Config
-from recsys.features.counted import CounterLayout
+from recsys.features.counter_layout import CounterLayout
 from recsys.features.kernels import ITEM, MAX_SLOTS, SHARED
 from recsys.types import Int32
 

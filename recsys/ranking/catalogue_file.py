@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from recsys.candidates.sources import Sources
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.features.schema import Schema
 from recsys.files import Manifests, forget_cached, fresh, replace, sync
-from recsys.ranking.sources import Sources
 
 VERSION = 2
 """Raised with what is kept of an item: a file of an older version is not used, and the topic, which is compacted, is read anew."""

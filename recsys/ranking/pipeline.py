@@ -9,24 +9,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from recsys import metrics
+from recsys.candidates.bandit import Bandit
+from recsys.candidates.generation import Generations
+from recsys.candidates.mix import mix
+from recsys.candidates.sources import Sources
 from recsys.config import Config, SlateConfig
 from recsys.errors import StateUnavailable
 from recsys.features.build import Features, UserFeatures, encode, item_features, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking import slate
-from recsys.ranking.bandit import Bandit
 from recsys.ranking.filters import described
-from recsys.ranking.generation import Generations
 from recsys.ranking.reasons import Reasons
-from recsys.ranking.request import Answer, AsOf, Request
+from recsys.ranking.request import Answer, Request
 from recsys.ranking.rules import RuleBook
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
 from recsys.ranking.work import Work
-from recsys.retrieval.mix import mix
 from recsys.state.base import StateStore
-from recsys.types import Bool, Float32, HistoryEvent, Impression, Int32, ShownItem
+from recsys.types import AsOf, Bool, Float32, HistoryEvent, Impression, Int32, ShownItem
 
 Found = tuple[str, Int32, Float32]
 MIX_LIMIT = 500

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recsys.features.filters import Filters
-from recsys.types import Impression, ShownItem
+from recsys.types import AsOf, Impression, ShownItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +36,6 @@ class Request:
     pins: Mapping[int, str] = field(default_factory=dict)
     """Position → item."""
     activation: str = "shown"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AsOf:
-    """What an answer's part contains: log positions, and the log time up to which every record is in it."""
-
-    positions: Mapping[str, int] = field(default_factory=dict)
-    time_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from recsys.candidates.bandit import Active
+from recsys.candidates.generation import Located
 from recsys.features.build import Features, UserFeatures
-from recsys.ranking.bandit import Active
-from recsys.ranking.generation import Located
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scored
 from recsys.types import Bool, Float32, Int32, Int64, UserState

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recsys.decay import ForwardDecay, counted
-from recsys.retrieval.trending import among, half_life_of, mapped
+from recsys.retrieval.top_counts import among, half_life_of, mapped
 from recsys.types import Bool, Float32, Int32
 
 PAIR_BYTES = 100

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import numpy as np
 
 from recsys.retrieval.index import ItemIndex, unit
-from recsys.retrieval.trending import among, largest
+from recsys.retrieval.top_counts import among, largest
 from recsys.types import Bool, Float32, Int32, UInt8
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys.compiled import compiled
-from recsys.retrieval.trending import among, mapped
+from recsys.retrieval.top_counts import among, mapped
 from recsys.types import Bool, Float32, Int32, Int64
 
 _PLACES = 2048

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from recsys.bandit.graph import Published
+from recsys.candidates.bandit import Bandit
+from recsys.candidates.generation import CHUNK, Generations, Located, usable
+from recsys.candidates.sources import Sources
 from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
@@ -14,13 +17,10 @@ from recsys.features.schema import Schema
 from recsys.model import build, fused, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking.bandit import Bandit
-from recsys.ranking.generation import CHUNK, Generations, Located, usable
 from recsys.ranking.parameters import ParameterState, Reply
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
 from recsys.ranking.work import Work
 from recsys.retrieval.index import ItemIndex
 from recsys.state.memory import MemoryState

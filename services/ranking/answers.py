@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 from fastapi import Response
 
-from recsys.ranking.request import Answer, AsOf
-from recsys.types import UserState
+from recsys.ranking.request import Answer
+from recsys.types import AsOf, UserState
 from services.ranking.parse import Refused
 from services.ranking.problems import problem
 

@@ -21,13 +21,13 @@ import torch
 from safetensors import SafetensorError
 
 from recsys import metrics
+from recsys.candidates.generation import Job, build_index
 from recsys.config import Config
 from recsys.errors import ParametersUnavailable, RecsysError, SnapshotCorrupt
 from recsys.features.schema import Schema
 from recsys.model import build
 from recsys.model.layouts import parameters_name
 from recsys.model.two_tower import TwoTower
-from recsys.ranking.generation import Job, build_index
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.types import Bool, Float32, Int64

@@ -8,12 +8,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from recsys import metrics
+from recsys.candidates.sources import Sources
 from recsys.clock import MAX_LEAD_MS, Clock
 from recsys.config import Config
 from recsys.errors import LogUnavailable
 from recsys.events import messages
 from recsys.events.recent import Recent, digest_of, recent_limit
-from recsys.ranking.sources import Sources
 from recsys.streams.base import EventLog
 from recsys.types import Feedback
 from services.common.process import logger

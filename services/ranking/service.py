@@ -11,6 +11,12 @@ from dataclasses import replace
 from functools import partial
 
 from recsys import metrics
+from recsys.candidates import recent_users, snapshot
+from recsys.candidates.bandit import Bandit
+from recsys.candidates.generation import Generations
+from recsys.candidates.sources import Sources
+from recsys.candidates.state_consumer import TOPICS as STATE_TOPICS
+from recsys.candidates.state_consumer import StateConsumer
 from recsys.capacity import bound_bytes
 from recsys.clock import Clock
 from recsys.config import Config
@@ -29,20 +35,15 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused, scoring
 from recsys.model.layouts import parameters_name
-from recsys.ranking import catalogue_file, recent_users, snapshot
-from recsys.ranking.bandit import Bandit
-from recsys.ranking.generation import Generations
+from recsys.ranking import catalogue_file
 from recsys.ranking.parameters import Parameters
 from recsys.ranking.pipeline import Pipeline
-from recsys.ranking.request import Answer, AsOf, Request
+from recsys.ranking.request import Answer, Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
-from recsys.ranking.state_consumer import TOPICS as STATE_TOPICS
-from recsys.ranking.state_consumer import StateConsumer
 from recsys.state.open import open_state
 from recsys.streams import positions
 from recsys.streams.base import EventLog
-from recsys.types import Feedback, Record, UserState
+from recsys.types import AsOf, Feedback, Record, UserState
 from services.common.grpc_parameters import GrpcParameters
 from services.common.process import Stop, logger
 from services.common.rest import Rest

@@ -146,7 +146,7 @@ def install(gaps: Iterable[Gap]) -> None:
     if seams := {gap.where[0].removeprefix("seam:"): gap for gap in gaps if gap.when == "seam"}:
         _wrap("recsys.training.runner:Runner.__init__", lambda real: _with_seams(real, seams))
         _wrap("recsys.training.journal:Journal.cut", _keeping)
-        _wrap("recsys.ranking.generation:Generations.due", _waiting)
+        _wrap("recsys.candidates.generation:Generations.due", _waiting)
 
 
 def _waiting(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -138,7 +138,7 @@ _RANKING = (
         "counters: written, manifest not", "ranking", _REPLACE, "before", matching="*/ranking/counters.json", how="stop"
     ),
     Gap("counters: manifest renamed", "ranking", _REPLACE, "after", matching="*/ranking/counters.json", how="stop"),
-    Gap("generation: built, not in use", "ranking", ("recsys.ranking.generation:Generations.finish",), "before"),
+    Gap("generation: built, not in use", "ranking", ("recsys.candidates.generation:Generations.finish",), "before"),
 )
 _IMPORT = (
     Gap("import: sent, nothing noted", "import", ("services.cli.load:Import._send",), "after"),

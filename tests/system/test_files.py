@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 import pytest
 
+from recsys.candidates.sources import Sources
 from recsys.clock import SystemClock
 from recsys.config import Config
 from recsys.errors import LogTruncated, SnapshotCorrupt, StateUnavailable
@@ -23,7 +24,6 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.files import COPY, KeptManifests, Manifests, read_file
 from recsys.ranking import catalogue_file
-from recsys.ranking.sources import Sources
 from recsys.state.sqlite import SqliteState
 from recsys.streams.sqlite import SqliteLog
 from recsys.table.segments import read_segment

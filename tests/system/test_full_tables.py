@@ -10,6 +10,7 @@ import numpy as np
 import orjson
 import pytest
 
+from recsys.candidates.sources import Sources
 from recsys.clock import SystemClock
 from recsys.events import messages
 from recsys.features.catalogue import Catalogue
@@ -20,7 +21,6 @@ from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
 from recsys.state.memory import MemoryState
 from recsys.streams.open import open_log
 from recsys.table.base import Rows

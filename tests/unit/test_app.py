@@ -9,14 +9,13 @@ from typing import Any
 
 import httpx
 
+from recsys.candidates.sources import Sources
 from recsys.clock import ManualClock
 from recsys.config import Config
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.ranking.request import AsOf
-from recsys.ranking.sources import Sources
 from recsys.streams.memory import MemoryLog
-from recsys.types import Item, UserState
+from recsys.types import AsOf, Item, UserState
 from services.ranking.app import create_app
 from services.ranking.intake import Intake
 

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 
 from recsys import config as configuration
+from recsys.candidates.generation import Generations
 from recsys.config import Config
 from recsys.events.deltas import Delta, Version
 from recsys.features.build import user_features
@@ -20,7 +21,6 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import build
 from recsys.model.layouts import layouts
-from recsys.ranking.generation import Generations
 from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.testing.world import World

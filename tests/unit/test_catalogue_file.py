@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recsys.candidates.sources import Sources
 from recsys.config import parse
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Clause
 from recsys.features.schema import Schema
 from recsys.files import seal, unseal
 from recsys.ranking import catalogue_file
-from recsys.ranking.sources import Sources
 from recsys.types import Item
 
 CONFIG = parse({"catalogue": {"attributes": ["category", "tags", "price"], "multivalued": ["tags"]}})

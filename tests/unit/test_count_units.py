@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recsys.candidates.count_units import converted, units
 from recsys.config import parse
 from recsys.errors import SchemaMismatch
 from recsys.features.counters import Counters, columns_of
 from recsys.features.schema import Schema
-from recsys.ranking.count_units import converted, units
 
 NOW_MS = 1_700_000_000_000
 KEYS = {"user": 11, "device": 12, "hour": 13, "item": 21, "brand": 22, "category": 23, "tags": 24}

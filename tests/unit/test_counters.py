@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.candidates.counter_feed import CounterFeed
+from recsys.candidates.limits import Limits
+from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.errors import ConfigError
 from recsys.features.build import shared_columns, user_features
@@ -17,9 +20,6 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
 from recsys.features.kernels import Columns
 from recsys.features.schema import Schema
-from recsys.ranking.counting import Counting
-from recsys.ranking.limits import Limits
-from recsys.ranking.sources import Sources
 from recsys.types import Feedback, HistoryEvent, Impression, Item, ShownItem
 
 HALF_LIVES = (10.0, 300.0)
@@ -236,7 +236,7 @@ def test_a_click_logs_events_are_counted_by_whether_they_are_a_sessions_first() 
 def test_users_own_counts_are_live_while_others_are_as_of_an_earlier_time() -> None:
     settings = config(counters=[{"of": ["user"]}, {"of": ["item"]}])
     schema, catalogue = world(settings)
-    counting = Counting(settings, schema, catalogue)
+    counting = CounterFeed(settings, schema, catalogue)
     counting.split()
     counting.shown_live(shown("r", "a", "i1", "1"), 0)
     user = user_features(schema, catalogue, "a", [], {})

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.candidates.limits import NEWCOMER, WINDOW_MS, Limits
+from recsys.candidates.sources import Sources
+from recsys.candidates.waiting_counts import Held
 from recsys.config import Config, parse
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.ranking.held import Held
-from recsys.ranking.limits import NEWCOMER, WINDOW_MS, Limits
-from recsys.ranking.sources import Sources
 from recsys.types import Feedback, HistoryEvent, Impression, Item, ShownItem
 
 T0 = 1_700_000_000_000

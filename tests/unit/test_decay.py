@@ -11,18 +11,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from recsys.candidates import snapshot
+from recsys.candidates.limits import NEWCOMER
+from recsys.candidates.sources import Sources
+from recsys.candidates.state_consumer import StateConsumer
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.decay import ForwardDecay
 from recsys.events import messages
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.ranking import snapshot
-from recsys.ranking.limits import NEWCOMER
-from recsys.ranking.sources import Sources
-from recsys.ranking.state_consumer import StateConsumer
 from recsys.retrieval.covisits import CoVisits
-from recsys.retrieval.trending import Trending
+from recsys.retrieval.top_counts import Trending
 from recsys.state.memory import MemoryState
 from recsys.streams.memory import MemoryLog
 from recsys.types import Feedback, Float32, Impression, Item, ShownItem

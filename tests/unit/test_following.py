@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.candidates.following import Following
 from recsys.config import parse
 from recsys.errors import ConfigError
 from recsys.features.build import shared_columns
@@ -15,7 +16,6 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import mix
 from recsys.model.ranker import choices
-from recsys.ranking.following import Following
 from recsys.retrieval.factors import NEGATIVES, Factors
 from recsys.retrieval.transitions import RANK_HALF_LIVES, Transitions
 from recsys.types import Item

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from recsys import metrics
+from recsys.candidates.sources import Sources
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import LogFull
 from recsys.events.recent import HORIZON_MS, digest_of
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.ranking.sources import Sources
 from recsys.streams.memory import MemoryLog
 from recsys.types import Feedback, HistoryEvent, Item
 from services.ranking.intake import Intake

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from recsys.candidates.sources import Sources
 from recsys.config import parse
 from recsys.evaluation.off_policy import Settings, importance, smoothed_means, terms_of
 from recsys.evaluation.off_policy_intervals import estimates
@@ -17,7 +18,6 @@ from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
 from recsys.state.memory import MemoryState
 from recsys.testing.world import World
 from recsys.types import Impression

@@ -12,6 +12,9 @@ import pytest
 
 from recsys.bandit.graph import Published
 from recsys.bandit.served import decode
+from recsys.candidates import recent_users
+from recsys.candidates.bandit import Active, Bandit
+from recsys.candidates.generation import Generations
 from recsys.config import Config, parse
 from recsys.errors import ParametersUnavailable
 from recsys.features.build import UserFeatures, user_features
@@ -20,9 +23,6 @@ from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking import recent_users
-from recsys.ranking.bandit import Active, Bandit
-from recsys.ranking.generation import Generations
 from recsys.ranking.parameters import ParameterStore, Reply
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex

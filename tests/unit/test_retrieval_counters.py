@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.retrieval.covisits import CoVisits
-from recsys.retrieval.followed import Followed
-from recsys.retrieval.trending import Trending, largest
+from recsys.retrieval.shared_attributes import Followed
+from recsys.retrieval.top_counts import Trending, largest
 from recsys.types import Int32
 
 HOUR_MS = 3_600_000

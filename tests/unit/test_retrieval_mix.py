@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
-from recsys.retrieval.followed import Followed
-from recsys.retrieval.mix import mix
+from recsys.candidates.mix import mix
+from recsys.retrieval.shared_attributes import Followed
 from recsys.types import Float32, Int32
 
 NEWS, SPORT = 11, 22

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.retrieval.quotas import Quotas
+from recsys.candidates.quotas import Quotas
 
 NOW_MS, DAY_MS = 1_700_000_000_000, 86_400_000
 CONFIGURED = {"covisited": 100, "nearest": 100, "trending": 150, "off": 0}

@@ -6,11 +6,11 @@ import numpy as np
 
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.factors import Factors
-from recsys.retrieval.followed import Followed
 from recsys.retrieval.index import ItemIndex
 from recsys.retrieval.searcher import Searcher
+from recsys.retrieval.shared_attributes import Followed
+from recsys.retrieval.top_counts import Trending
 from recsys.retrieval.transitions import Transitions
-from recsys.retrieval.trending import Trending
 
 GONE = np.array([1, 3], np.int32)
 EVERY = np.arange(6, dtype=np.int32)

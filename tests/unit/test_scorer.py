@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.events.deltas import Delta, RowDelta, Version
 from recsys.features.build import Features
@@ -16,7 +17,6 @@ from recsys.ranking.parameters import ParameterStore, Reply
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
 from recsys.ranking.work import Work
 from recsys.state.memory import MemoryState
 from recsys.table.base import Layout, Segment, SlotPolicy

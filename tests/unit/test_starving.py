@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.retrieval.covisits import CoVisits
-from recsys.retrieval.followed import Followed
+from recsys.retrieval.shared_attributes import Followed
+from recsys.retrieval.top_counts import Trending
 from recsys.retrieval.transitions import Transitions
-from recsys.retrieval.trending import Trending
 from recsys.types import Int32
 
 T0 = 1_700_000_000_000

@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recsys.candidates import snapshot
+from recsys.candidates.limits import NEWCOMER
+from recsys.candidates.sources import Sources
+from recsys.candidates.state_consumer import StateConsumer
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import StateUnavailable
@@ -16,10 +20,6 @@ from recsys.features.build import shared_columns, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import columns_of
 from recsys.features.schema import Schema
-from recsys.ranking import snapshot
-from recsys.ranking.limits import NEWCOMER
-from recsys.ranking.sources import Sources
-from recsys.ranking.state_consumer import StateConsumer
 from recsys.state.base import StateStore
 from recsys.state.memory import MemoryState
 from recsys.streams.memory import MemoryLog

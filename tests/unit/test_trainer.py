@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from recsys.bandit.served import Served
+from recsys.candidates.sources import Sources
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import Fenced, LogTruncated, SchemaMismatch
@@ -26,7 +27,6 @@ from recsys.ranking.parameters import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.sources import Sources
 from recsys.state.memory import MemoryState
 from recsys.streams.memory import MemoryLog
 from recsys.testing.crash import Abort, AbortAt

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.decay import ForwardDecay
-from recsys.retrieval.trending import among, largest
+from recsys.retrieval.top_counts import among, largest
 from recsys.types import Bool, Float32, Int32, Int64
 
 _POPULAR = 200

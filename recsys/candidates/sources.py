@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 
 from recsys import metrics
+from recsys.candidates.contexts import Shared
+from recsys.candidates.counter_feed import CounterFeed
+from recsys.candidates.following import Following
+from recsys.candidates.limits import NEWCOMER, Limits, is_newcomer
+from recsys.candidates.mix import PRIORS
+from recsys.candidates.quotas import Quotas
+from recsys.candidates.waiting_counts import Count, Held
 from recsys.capacity import entries
 from recsys.clock import bounded_ms
 from recsys.config import Config
@@ -17,16 +24,9 @@ from recsys.features.build import Signals, UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
-from recsys.ranking.contexts import Shared
-from recsys.ranking.counting import Counting
-from recsys.ranking.following import Following
-from recsys.ranking.held import Count, Held
-from recsys.ranking.limits import NEWCOMER, Limits, is_newcomer
 from recsys.retrieval.covisits import PAIR_BYTES, CoVisits
-from recsys.retrieval.followed import Followed
-from recsys.retrieval.mix import PRIORS
-from recsys.retrieval.quotas import Quotas
-from recsys.retrieval.trending import Trending
+from recsys.retrieval.shared_attributes import Followed
+from recsys.retrieval.top_counts import Trending
 from recsys.types import Feedback, HistoryEvent, Impression, Int32, Int64, Item
 
 Arrays = dict[str, Any]
@@ -69,7 +69,7 @@ class Sources:
                 max_pairs=max(4 * retrieval.covisit_neighbours, entries(memory, "counters", 4 * PAIR_BYTES)),
             )
             self.covisits.is_dead = lambda row: not self.catalogue.alive[row]
-            self.counting = Counting(config, self._schema, self.catalogue)
+            self.counting = CounterFeed(config, self._schema, self.catalogue)
             self.following = Following(config, self._schema, self.catalogue) if config.features.transitions else None
             self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
             self._seen = Recent(limit=recent_limit(memory))

@@ -16,6 +16,8 @@ from recsys import metrics
 from recsys.bandit.graph import NEWEST_SHARE, Graph, Published, Space
 from recsys.bandit.score import Edges, Rule, Scores, best, choose, cluster_weights, score, warm_up
 from recsys.bandit.served import Served
+from recsys.candidates.recent_users import Recent, RecentUsers
+from recsys.candidates.vectors import Vectors
 from recsys.compiled import compiled
 from recsys.config import Config
 from recsys.decay import ForwardDecay
@@ -23,8 +25,6 @@ from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.model.plan import Block
 from recsys.model.two_tower import TwoTower
-from recsys.ranking.recent_users import Recent, RecentUsers
-from recsys.ranking.scorer import Scorer
 from recsys.retrieval.searcher import Searcher
 from recsys.types import Bool, Float32, Int32, Int64
 
@@ -53,8 +53,8 @@ class Active:
 class Bandit:
     """Graphs of the generations in use. One thread prepares and refreshes; requests come from any."""
 
-    def __init__(self, config: Config, catalogue: Catalogue, scorer: Scorer) -> None:
-        self._config, self._catalogue, self._scorer = config.bandit, catalogue, scorer
+    def __init__(self, config: Config, catalogue: Catalogue, vectors: Vectors) -> None:
+        self._config, self._catalogue, self._model = config.bandit, catalogue, vectors
         self._newest = int(config.bandit.neighbours * NEWEST_SHARE) * config.bandit.clusters
         bandit = config.bandit
         self._rule = Rule(not bandit.normalised, bandit.fresh_above, bandit.prior)
@@ -73,7 +73,7 @@ class Bandit:
         older = list(self._spaces.values())[-1:]
         rows = np.concatenate([*(space.newest for space in older), np.array(changed, np.int32)])[-self._newest :]
         self._arrive(space, rows[self._catalogue.alive[rows]], towers)
-        published = self._scorer.clusters
+        published = self._model.clusters
         if published is not None:
             space.follow(published, name)
         for one in older:
@@ -93,7 +93,7 @@ class Bandit:
         sums: dict[int, Float32] = {}
         for start in range(0, len(recent), AT_ONCE):
             part = recent[start : start + AT_ONCE]
-            vectors = self._scorer.user_vectors([one.user for one in part], towers)
+            vectors = self._model.user_vectors([one.user for one in part], towers)
             for one, vector in zip(part, map(_of_interests, vectors), strict=True):
                 if np.isfinite(vector).all():
                     sums[one.cluster] = sums.get(one.cluster, np.float32(0)) + vector
@@ -109,13 +109,13 @@ class Bandit:
     def _arrive(self, space: Space, rows: Int32, towers: TwoTower) -> None:
         if not len(rows):
             return
-        vectors = self._scorer.item_vectors(self._catalogue.keys[rows], self._catalogue.mask[rows], towers)
+        vectors = self._model.item_vectors(self._catalogue.keys[rows], self._catalogue.mask[rows], towers)
         known = np.isfinite(vectors).all(1) & vectors.any(1)
         space.arrive(rows[known], vectors[known], self._newest)
 
     def refresh(self) -> None:
         """Follow what the trainer tells of its clusters, and the items that arrived."""
-        published = self._scorer.clusters
+        published = self._model.clusters
         if published is None or published is self._published:
             return
         for name, space in list(self._spaces.items())[-1:]:
@@ -128,7 +128,7 @@ class Bandit:
         vector = _of_interests(vector)
         space = self._spaces.get(name)
         graph = space.graph if space else None
-        published = graph.published if graph else self._scorer.clusters
+        published = graph.published if graph else self._model.clusters
         if published is None or not np.isfinite(vector).all() or not vector.any():
             return None
         nothing, at = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -151,7 +151,7 @@ class Bandit:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         cluster, rows = self._edges(active.graph.rows[active.at], forbidden, allowed)
         places = active.graph.places[active.at][cluster]
-        d, n, b = self._scorer.rows(Block(layout="edge", slots=places, keys=self._catalogue.keys[rows, 0])).T.copy()
+        d, n, b = self._model.rows(Block(layout="edge", slots=places, keys=self._catalogue.keys[rows, 0])).T.copy()
         scale = self._decayed(active.graph.published, now_ms)
         scores = score(active.weights, Edges(cluster, rows, d, n, b, scale), self._rule)
         chosen = self._choose(scores, quota, request_id)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from recsys import metrics
+from recsys.candidates.bandit import Bandit
+from recsys.candidates.vectors import Vectors
 from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue, set_rows
 from recsys.model.two_tower import TwoTower
-from recsys.ranking.bandit import Bandit
-from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.types import Bool, Float32, Int32, Int64
@@ -96,9 +96,9 @@ class Generations:
     """The generation in use. `begin`, `finish`, `build` and `refresh` belong to one thread; all else may run beside it."""
 
     def __init__(
-        self, config: Config, catalogue: Catalogue, scorer: Scorer, prefix: str = "g", bandit: Bandit | None = None
+        self, config: Config, catalogue: Catalogue, vectors: Vectors, prefix: str = "g", bandit: Bandit | None = None
     ) -> None:
-        self._catalogue, self._scorer, self._bandit = catalogue, scorer, bandit
+        self._catalogue, self._model, self._bandit = catalogue, vectors, bandit
         self._rebuild_s, self._buffer = config.retrieval.rebuild_s, config.retrieval.exact_buffer
         nearest = bool(config.retrieval.sources.get("nearest")) and config.training.two_tower
         self._wanted = nearest or config.explores
@@ -136,7 +136,7 @@ class Generations:
 
     def due(self, now_s: float) -> bool:
         """Whether a (first or next) generation should be built: there are trained towers and items, and time or growth call for it."""
-        if not self._wanted or not self._scorer.dense_version or not self._catalogue.num_alive:
+        if not self._wanted or not self._model.dense_version or not self._catalogue.num_alive:
             return False
         current = self._current
         if current is None:
@@ -159,7 +159,7 @@ class Generations:
             keys, mask = self._catalogue.keys[every], self._catalogue.mask[every]
         return Job(
             name=f"{self._prefix}{self._count}",
-            towers=copy.deepcopy(self._scorer.towers).eval(),
+            towers=copy.deepcopy(self._model.towers).eval(),
             rows=rows,
             keys=keys,
             mask=mask,
@@ -193,7 +193,7 @@ class Generations:
     def build(self, now_s: float) -> None:
         """Build the next generation here and now, then swap: in a replay. Live, a process of its own does it."""
         job = self.begin()
-        self.finish(job, build_index(job, self._scorer.item_vectors), now_s)
+        self.finish(job, build_index(job, self._model.item_vectors), now_s)
 
     def _living(self, rows: Iterable[int]) -> list[int]:
         return [row for row in sorted(rows) if self._catalogue.alive[row]]
@@ -202,7 +202,7 @@ class Generations:
         living = self._living(rows)
         for start in range(0, len(living), CHUNK):
             part = np.array(living[start : start + CHUNK], np.int32)
-            vectors = self._scorer.item_vectors(self._catalogue.keys[part], self._catalogue.mask[part], towers)
+            vectors = self._model.item_vectors(self._catalogue.keys[part], self._catalogue.mask[part], towers)
             kept, vectors = usable(part, vectors)
             metrics.UNUSABLE_VECTORS.labels("item").inc(len(part) - len(kept))
             searcher.put(kept, vectors)
@@ -250,7 +250,7 @@ class Generations:
         current = self._current
         if current is None:
             return None
-        vector = self._scorer.user_vector(user, current.towers)
+        vector = self._model.user_vector(user, current.towers)
         if vector is not None and not (np.isfinite(vector).all() and vector.any(-1).all()):
             metrics.UNUSABLE_VECTORS.labels("user").inc()
             return None

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from recsys import metrics
+from recsys.candidates.meaning import Meaning
+from recsys.candidates.sources import Sources
 from recsys.clock import Clock, bounded_ms
 from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
 from recsys.events.recent import Recent, digest_of, recent_limit
-from recsys.ranking.meaning import Meaning
-from recsys.ranking.request import AsOf
-from recsys.ranking.sources import Sources
 from recsys.state.base import StateStore
 from recsys.streams import positions
 from recsys.streams.base import EventLog
-from recsys.types import FORGET, Batch, Feedback, HistoryEvent, Impression, Record, UserUpdate
+from recsys.types import FORGET, AsOf, Batch, Feedback, HistoryEvent, Impression, Record, UserUpdate
 
 Histories = dict[str, tuple[HistoryEvent, ...]]
 _Read = tuple[str, int, Batch]

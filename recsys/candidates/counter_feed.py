@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from recsys.candidates.contexts import Contexts
+from recsys.candidates.waiting_counts import Count
 from recsys.capacity import bound_bytes, entries
 from recsys.config import Config
 from recsys.events.recent import Recent, recent_limit
@@ -16,8 +18,6 @@ from recsys.features.counters import Counters, columns_of
 from recsys.features.kernels import Columns
 from recsys.features.schema import Schema
 from recsys.keys import joined, split
-from recsys.ranking.contexts import Contexts
-from recsys.ranking.held import Count
 from recsys.types import Bool, Feedback, Float32, Impression, Int32, Int64
 
 Arrays = dict[str, Any]
@@ -26,8 +26,8 @@ _LAST_BYTES = 300
 _FEWEST_ROWS = 4096
 
 
-class Counting:
-    """The counters of one ranking process. Its owner's lock makes one cut of them."""
+class CounterFeed:
+    """The counters of one ranking process, and what they are fed with. Its owner's lock makes one cut of them."""
 
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
         self._config, self._schema, self._catalogue = config, schema, catalogue

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import orjson
 
+from recsys.candidates.waiting_counts import Count, count_of, plain
 from recsys.features.build import shared_columns
 from recsys.features.schema import Schema
 from recsys.keys import joined, split
-from recsys.ranking.held import Count, count_of, plain
 from recsys.types import Bool, Feedback, Impression, Int64
 
 Arrays = dict[str, Any]

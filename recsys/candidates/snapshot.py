@@ -11,13 +11,13 @@ import numpy as np
 import orjson
 import safetensors.numpy
 
+from recsys.candidates.count_units import converted, units
+from recsys.candidates.sources import Sources
+from recsys.candidates.state_consumer import StateConsumer
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.events.deltas import metadata
 from recsys.features.schema import Schema
 from recsys.files import Manifests, fresh, read_file, write_file
-from recsys.ranking.count_units import converted, units
-from recsys.ranking.sources import Sources
-from recsys.ranking.state_consumer import StateConsumer
 
 NAME = "counters"
 VERSION = "4"
