@@ -26,12 +26,18 @@ NOW_MS = time.time_ns() // 1_000_000
 
 
 def wait_for(done: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
-    """The first true answer of `done`; a failure that says `what` is missing when there is none in time."""
+    """The first true answer of `done`; a failure that says `what` is missing when there is none in time.
+
+    It rests twice as long as a look took, up to a second: on busy cores looking must not starve what is waited for.
+    """
     began, limit_s = time.monotonic(), PATIENCE * timeout_s
-    while not (found := done()):
-        assert time.monotonic() - began < limit_s, f"{what} did not happen within {limit_s:.0f} s"
-        time.sleep(0.02)
-    return found
+    while True:
+        looked = time.monotonic()
+        if found := done():
+            return found
+        now = time.monotonic()
+        assert now - began < limit_s, f"{what} did not happen within {limit_s:.0f} s"
+        time.sleep(min(1.0, max(0.02, 2 * (now - looked))))
 
 
 def recsys(*arguments: str | Path, timeout_s: float = START_S) -> subprocess.CompletedProcess[str]:
