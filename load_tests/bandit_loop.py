@@ -23,7 +23,7 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import build
 from recsys.model.layouts import edges, layouts
-from recsys.ranking.parameters import ParameterStore
+from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.retrieval.searcher import Searcher

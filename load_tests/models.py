@@ -34,7 +34,7 @@ from recsys.model.din import TargetAttention
 from recsys.model.layers import seeded
 from recsys.model.layouts import layouts
 from recsys.model.plan import plan
-from recsys.ranking.parameters import ParameterStore
+from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.table.tables import Tables
 from recsys.training.learner import Batch, Learner

@@ -257,8 +257,8 @@ def request(dim: int = 32, rows: int = 1_000_000) -> Iterator[dict[str, Any]]:
 def service(dim: int = 32, rows: int = 1_000_000) -> Iterator[dict[str, Any]]:
     """The same through the parameter service's store and gRPC server, over a Unix socket."""
     from recsys.model.plan import Block
-    from recsys.ranking.parameters import ParameterStore
-    from services.common.grpc_parameters import GrpcParameters, serve
+    from recsys.parameters.grpc_parameters import GrpcParameters, serve
+    from recsys.parameters.store import ParameterStore
 
     store = ParameterStore([layout_of(dim, 2 * rows)], "schema", "cuda")
     everything = keys_of(torch.arange(rows)).numpy()

@@ -14,10 +14,10 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from recsys.errors import SnapshotCorrupt
-from recsys.events.deltas import metadata
 from recsys.features.build import UserFeatures
 from recsys.features.schema import Schema
 from recsys.files import Manifests, fresh, read_file, write_file
+from recsys.parameters.deltas import metadata
 
 NAME = "recent_users"
 logger = logging.getLogger("recsys")

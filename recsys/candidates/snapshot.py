@@ -15,9 +15,9 @@ from recsys.candidates.count_units import converted, units
 from recsys.candidates.sources import Sources
 from recsys.candidates.state_consumer import StateConsumer
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
-from recsys.events.deltas import metadata
 from recsys.features.schema import Schema
 from recsys.files import Manifests, fresh, read_file, write_file
+from recsys.parameters.deltas import metadata
 
 NAME = "counters"
 VERSION = "4"

@@ -9,13 +9,13 @@ from recsys.bandit.graph import Published
 from recsys.candidates.bandit import Bandit
 from recsys.candidates.generation import Generations
 from recsys.config import Config
-from recsys.events.deltas import Delta, Version
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
+from recsys.parameters.deltas import Delta, Version
+from recsys.parameters.store import ParameterState, ParameterStore, Reply
 from recsys.ranking.scorer import Scorer
 from recsys.table.tables import Tables
 from recsys.training.checkpoint import network_bytes

@@ -26,7 +26,7 @@ from recsys.model.ranker import Ranker
 from recsys.model.scoring import Scoring
 from recsys.model.tower_scoring import user_vectors
 from recsys.model.two_tower import TwoTower
-from recsys.ranking.parameters import Parameters, ParameterState
+from recsys.parameters.store import Parameters, ParameterState
 from recsys.ranking.value import Value
 from recsys.table.tables import Tables
 from recsys.types import Bool, Float32, Int64

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recsys.errors import BadInput, LogTruncated
-from recsys.events.deltas import Version, believable, version_of
+from recsys.parameters.deltas import Version, believable, version_of
 from recsys.streams.base import EventLog
 from recsys.streams.ranges import read_range
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, encode_delta, not_finite, pieces
+from recsys.parameters.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, encode_delta, not_finite, pieces
 from recsys.streams.base import EventLog
 from recsys.table.base import Rows, Touched
 from recsys.table.segments import LayoutDelta

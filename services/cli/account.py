@@ -10,8 +10,8 @@ import orjson
 
 from recsys.config import Config
 from recsys.errors import BadInput, LogTruncated, SnapshotCorrupt, StateUnavailable
-from recsys.events.deltas import numbered
 from recsys.files import Manifests, read_file
+from recsys.parameters.deltas import numbered
 from recsys.state.open import open_state
 from recsys.streams.base import EventLog
 from recsys.streams.ranges import read_range

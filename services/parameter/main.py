@@ -14,17 +14,17 @@ from recsys.clock import Clock, SystemClock, bounded_ms
 from recsys.config import Config
 from recsys.errors import BadInput, LogError, LogTruncated, SchemaMismatch, SnapshotCorrupt
 from recsys.events.dead_letters import letter
-from recsys.events.deltas import WHOLE_BEGIN, DeltaReader
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts, parameters_name, sizes
-from recsys.ranking.parameter_files import Place, Snapshots, load_checkpoint
-from recsys.ranking.parameters import ParameterStore
+from recsys.parameters import grpc_parameters
+from recsys.parameters.deltas import WHOLE_BEGIN, DeltaReader
+from recsys.parameters.parameter_files import Place, Snapshots, load_checkpoint
+from recsys.parameters.store import ParameterStore
 from recsys.streams.base import STUCK_S, EventLog
 from recsys.streams.open import open_log
 from recsys.streams.positions import gap_of, resume
 from recsys.table.tables import placed
 from recsys.types import Record
-from services.common import grpc_parameters
 from services.common.process import FolderLock, HealthServer, Stop, logger
 from services.common.rest import Rest
 from services.common.tables import TableGauges

@@ -28,10 +28,10 @@ from recsys.features.schema import Schema
 from recsys.model import build
 from recsys.model.layouts import parameters_name
 from recsys.model.two_tower import TwoTower
+from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.types import Bool, Float32, Int64
-from services.common.grpc_parameters import GrpcParameters
 from services.common.process import logger, setup_logging
 
 NICE = 10

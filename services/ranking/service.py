@@ -35,8 +35,9 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused, scoring
 from recsys.model.layouts import parameters_name
+from recsys.parameters.grpc_parameters import GrpcParameters
+from recsys.parameters.store import Parameters
 from recsys.ranking import catalogue_file
-from recsys.ranking.parameters import Parameters
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, Request
 from recsys.ranking.scorer import Scorer
@@ -44,7 +45,6 @@ from recsys.state.open import open_state
 from recsys.streams import positions
 from recsys.streams.base import EventLog
 from recsys.types import AsOf, Feedback, Record, UserState
-from services.common.grpc_parameters import GrpcParameters
 from services.common.process import Stop, logger
 from services.common.rest import Rest
 from services.common.trouble import Troubles

@@ -19,13 +19,13 @@ from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
 from recsys.model import fused
 from recsys.model.home import Reading
 from recsys.model.layouts import parameters_name, sizes
+from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.training.intake import CONSUMER, TOPICS
 from recsys.training.runner import Runner
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
-from services.common.grpc_parameters import GrpcParameters
 from services.common.process import NO_SPACE, FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.rest import Rest
 from services.common.tables import TableGauges

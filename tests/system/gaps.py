@@ -108,7 +108,7 @@ _PARAMETER = (
     Gap(
         "snapshot: delta applied, position not moved",
         "parameter",
-        ("recsys.ranking.parameters:ParameterStore.apply",),
+        ("recsys.parameters.store:ParameterStore.apply",),
         "after",
     ),
     Gap("snapshot: segment written", "parameter", ("recsys.table.segments:extend",), "after"),

@@ -26,10 +26,10 @@ import psutil
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.errors import BadInput
+from recsys.parameters import parameter_pb2 as pb
 from recsys.streams.open import open_log
 from recsys.types import TOPICS
 from services.cli.main import main as command_line
-from services.common import parameter_pb2 as pb
 from tests.system.chaos_load import WINDOW_S, Accepted, Probes, Traffic
 from tests.system.embedded import ROOT, Embedded, wait_for
 from tests.system.mutate import KINDS, Mutator

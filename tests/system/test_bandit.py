@@ -18,8 +18,8 @@ from recsys.events import messages
 from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.model.plan import Block
+from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.types import Impression
-from services.common.grpc_parameters import GrpcParameters
 from tests.system.embedded import ITEMS, wait_for
 from tests.system.services import Services, now_ms, tasks
 

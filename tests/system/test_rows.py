@@ -11,9 +11,9 @@ import pytest
 
 from recsys.clock import SystemClock
 from recsys.events import messages
-from recsys.events.deltas import DeltaReader
 from recsys.features.schema import Schema
 from recsys.keys import key_of
+from recsys.parameters.deltas import DeltaReader
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.types import Feedback, Impression, Item, ShownItem

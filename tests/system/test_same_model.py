@@ -16,12 +16,12 @@ import torch
 
 from recsys.clock import SystemClock
 from recsys.events import messages
-from recsys.events.deltas import DeltaReader
 from recsys.events.files import merged, read_items
 from recsys.features.build import decode
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
+from recsys.parameters.deltas import DeltaReader
+from recsys.parameters.store import ParameterState, ParameterStore, Reply
 from recsys.ranking.scorer import Scorer
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log

@@ -15,17 +15,17 @@ import safetensors.torch
 from recsys import config as configuration
 from recsys.candidates.generation import Generations
 from recsys.config import Config
-from recsys.events.deltas import Delta, Version
 from recsys.features.build import user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import build
 from recsys.model.layouts import layouts
-from recsys.ranking.parameters import ParameterStore
+from recsys.parameters.deltas import Delta, Version
+from recsys.parameters.grpc_parameters import GrpcParameters, serve
+from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.testing.world import World
 from recsys.types import HistoryEvent, Item
-from services.common.grpc_parameters import GrpcParameters, serve
 from services.ranking import builder
 from services.ranking.builder import Builder
 

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recsys.errors import BadInput
-from recsys.events.deltas import CHUNK_BYTES, Delta, DeltaReader, RowDelta, Version, encode_delta, pieces
+from recsys.parameters.deltas import CHUNK_BYTES, Delta, DeltaReader, RowDelta, Version, encode_delta, pieces
 
 
 def rows(count: int, removed: int, layout: str = "deep", dim: int = 3) -> RowDelta:

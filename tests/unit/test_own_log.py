@@ -14,7 +14,7 @@ from recsys.events import messages
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
-from recsys.ranking.parameters import ParameterStore
+from recsys.parameters.store import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer

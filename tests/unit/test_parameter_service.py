@@ -20,16 +20,16 @@ from safetensors.numpy import save
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import ParametersUnavailable
-from recsys.events.deltas import MAX_LEAD, UNFINISHED_BYTES, Delta, RowDelta, Version, encode_delta, metadata
 from recsys.features.schema import Schema
 from recsys.files import Manifests, write_file
 from recsys.model.layouts import layouts, parameters_name
 from recsys.model.plan import Block
+from recsys.parameters import grpc_parameters
+from recsys.parameters import parameter_pb2 as pb
+from recsys.parameters.deltas import MAX_LEAD, UNFINISHED_BYTES, Delta, RowDelta, Version, encode_delta, metadata
 from recsys.streams.memory import MemoryLog
 from recsys.table import segments
 from recsys.training.runner import Runner
-from services.common import grpc_parameters
-from services.common import parameter_pb2 as pb
 from services.parameter.main import IGNORED_S, SOME, TOPIC, ParameterService
 
 

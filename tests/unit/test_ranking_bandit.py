@@ -23,7 +23,7 @@ from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking.parameters import ParameterStore, Reply
+from recsys.parameters.store import ParameterStore, Reply
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.retrieval.searcher import Searcher

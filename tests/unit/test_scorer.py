@@ -7,13 +7,13 @@ import pytest
 
 from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
-from recsys.events.deltas import Delta, RowDelta, Version
 from recsys.features.build import Features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.ranking.parameters import ParameterStore, Reply
+from recsys.parameters.deltas import Delta, RowDelta, Version
+from recsys.parameters.store import ParameterStore, Reply
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer

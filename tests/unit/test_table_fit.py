@@ -11,10 +11,10 @@ import pytest
 
 from recsys import capacity
 from recsys.config import Config, parse
-from recsys.events.deltas import Delta, RowDelta, Version
 from recsys.features.schema import Schema
 from recsys.model.layouts import SPARE, layouts, row_bytes, sizes
-from recsys.ranking.parameters import ParameterStore
+from recsys.parameters.deltas import Delta, RowDelta, Version
+from recsys.parameters.store import ParameterStore
 from recsys.table.base import Layout, Rows, Segment, SlotPolicy
 from recsys.table.fit import restore_within
 from recsys.table.segments import acknowledge, merged, read_segment, resume, take, write_segment

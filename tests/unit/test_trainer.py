@@ -17,13 +17,13 @@ from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import Fenced, LogTruncated, SchemaMismatch
 from recsys.events import messages
-from recsys.events.deltas import Delta, DeltaReader, Version, encode_delta
 from recsys.events.recent import HORIZON_MS
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.files import seal, unseal
 from recsys.model.layouts import layouts
-from recsys.ranking.parameters import ParameterStore
+from recsys.parameters.deltas import Delta, DeltaReader, Version, encode_delta
+from recsys.parameters.store import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer

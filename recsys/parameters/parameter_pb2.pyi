@@ -16,9 +16,7 @@ class Block(_message.Message):
     layout: str
     slots: bytes
     keys: bytes
-    def __init__(
-        self, layout: str | None = ..., slots: bytes | None = ..., keys: bytes | None = ...
-    ) -> None: ...
+    def __init__(self, layout: str | None = ..., slots: bytes | None = ..., keys: bytes | None = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("blocks", "schema")
@@ -26,9 +24,7 @@ class LookupRequest(_message.Message):
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[Block]
     schema: str
-    def __init__(
-        self, blocks: _Iterable[Block | _Mapping] | None = ..., schema: str | None = ...
-    ) -> None: ...
+    def __init__(self, blocks: _Iterable[Block | _Mapping] | None = ..., schema: str | None = ...) -> None: ...
 
 class LookupReply(_message.Message):
     __slots__ = ("covers_ms", "dense_version", "epoch", "step", "values")

@@ -11,9 +11,9 @@ import numpy as np
 from safetensors import SafetensorError
 
 from recsys.errors import BadInput, SchemaMismatch
-from recsys.events.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, believable, not_finite
 from recsys.model.layouts import same_parameters
 from recsys.model.plan import Block
+from recsys.parameters.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, believable, not_finite
 from recsys.table import segments
 from recsys.table.base import Layout, Rows, Table
 from recsys.table.fit import restore_within

@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError
 
 from recsys import metrics
 from recsys.errors import ConfigError, ParametersUnavailable
-from recsys.events.deltas import CHUNK_BYTES, Version
 from recsys.model.layouts import same_parameters
 from recsys.model.plan import Block
-from recsys.ranking.parameters import ParameterState, ParameterStore, Reply
+from recsys.parameters import parameter_pb2 as pb
+from recsys.parameters.deltas import CHUNK_BYTES, Version
+from recsys.parameters.store import ParameterState, ParameterStore, Reply
 from recsys.types import Float32
-from services.common import parameter_pb2 as pb
 
 _LOOKUP, _DENSE = "/recsys.v1.Parameters/Lookup", "/recsys.v1.Parameters/Dense"
 MAX_FLOATS = 15 * 2**20
