@@ -126,7 +126,7 @@ class CpuTable:
                 todo = np.flatnonzero(at[1] < 0).astype(np.int32)
                 todo, refused = self._admission.count(slots, keys, todo, now_ms, room)
                 self.refused += refused
-                marks = self._stamps.of(now_ms), self._code(), 1, self._head
+                marks = self._stamps.of(now_ms), self._changes(slots[todo], keys[todo]), 1, self._head
                 self._index.insert(slots, keys, at, todo, self._store, marks)
             kernels.gather(self._store.values, at, out, False)
 
@@ -143,8 +143,7 @@ class CpuTable:
             new.append(part.start + np.flatnonzero(at[1] < 0))
         todo = self._admission.due(slots, keys, np.concatenate(new).astype(np.int32))[0]
         due = len(group(self._place_of, slots[todo], keys[todo])[1])
-        count = worth.surplus(self.layout, len(self), due)
-        self._evict(count, np.concatenate(kept), self._stamps.of(now_ms))
+        self._evict(worth.surplus(self.layout, len(self), due), np.concatenate(kept), self._stamps.of(now_ms))
 
     def make_room(self, rows: int) -> int:
         with self._writer:
@@ -190,7 +189,7 @@ class CpuTable:
                     raise self._not_finite()
                 seen[:] = 0
             with self._turn:
-                at, _ = self._index.find(slots, keys, self._stamps.of(now_ms), self._code())
+                at, _ = self._index.find(slots, keys, self._stamps.of(now_ms), self._changes(slots, keys))
             unique = optimizers.chain(at, work, seen)
             noise = drawn, self._drawn_head, slots, keys
             for part in parts(unique):
@@ -214,9 +213,8 @@ class CpuTable:
     def touched(self, cursor: str) -> Touched:
         with self._writer:
             version, after, removed_slots, removed_keys = self._cursors.take(cursor)
-            positions = self._index.changed(self._cursors.code_after(after))
-            places, keys = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
-            upkeep.identify(self._index.arrays, positions, places, keys)
+            positions = self._index.changed(self._cursors.code_after(after), self._cursors.listed(after))
+            places, keys = self._index.identify(positions)
             _, first = group(self._place_of, removed_slots, removed_keys)
             removed_slots, removed_keys = removed_slots[first], removed_keys[first]
             gone = self._index.find(removed_slots, removed_keys)[0][1] < 0
@@ -346,7 +344,9 @@ class CpuTable:
             check_pairs(self.layout, slots, keys, array)
         return ready(array, np.float32)
 
-    def _code(self) -> int:
+    def _changes(self, slots: Int32, keys: Int64) -> int:
+        """The code of a change made now to these rows."""
+        self._cursors.changed(slots, keys, self._index.positions)
         return self._cursors.code(self._index.arrays.changed[: self._index.positions])
 
     def _not_finite(self) -> ValueError:
@@ -360,7 +360,7 @@ class CpuTable:
             new = at[1] < 0
             self._admission.forget(slots[new], keys[new])
         todo = np.arange(len(keys), dtype=np.int32)
-        self._index.insert(slots, keys, at, todo, self._store, (stamp, self._code(), 0, 0))
+        self._index.insert(slots, keys, at, todo, self._store, (stamp, self._changes(slots, keys), 0, 0))
         kernels.put(at, self._store.values, values)
         return at
 

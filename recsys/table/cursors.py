@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,15 @@ MAX_CODE = 255
 """Versions that a byte beside each entry can tell apart; when they are used up, one pass over the bytes frees some."""
 
 
+SCANNED = 8192
+"""Entries that a pass over the change codes looks at in the .1 µs that it takes to find one listed key: of more than one key in so many
+entries no list is kept. Half keeps lists that a pass would beat, double drops those that beat it."""
+
+
 class Cursors:
     """A version clock, each cursor's acknowledged version, and tombstones until nobody needs them. Not thread-safe.
+
+    Keys of rows that change are listed while they are few, so that to find them costs as much as changed, not as the table has.
 
     The clock moves on when a cursor takes changes, so what changes after that is newer than what was taken.
     """
@@ -25,6 +33,10 @@ class Cursors:
         self._acknowledged: dict[str, tuple[int, int]] = {}  # rows, tombstones
         self._removed: list[tuple[int, Int32, Int64]] = []
         self._versions: list[int] = []  # the newest version of code 1, 2, …
+        self._listed: deque[tuple[int, Int32, Int64]] = deque()
+        self._num_listed = 0
+        self._listed_after = 0
+        """What changed after this version is listed."""
 
     def code(self, changed: npt.NDArray[np.uint8]) -> int:
         """The code of a change made now; `changed` has all codes, and gets others when there are none left."""
@@ -76,9 +88,10 @@ class Cursors:
         self._trim()
 
     def _trim(self) -> None:
-        """Drop the tombstones that every cursor has."""
+        """Drop the tombstones that every cursor has, and from the list what all took."""
         needed = min((after for _, after in self._acknowledged.values()), default=self.now)
         self._removed = [part for part in self._removed if part[0] > needed]
+        self._forget_listed(min((after for after, _ in self._acknowledged.values()), default=self.now))
 
     def release(self, cursor: str) -> None:
         """Forget a cursor; no version that was given to it counts any more."""
@@ -89,3 +102,32 @@ class Cursors:
         """Keep tombstones for the cursors that exist; one born later starts from the rows alone."""
         if self._acknowledged and len(keys):
             self._removed.append((self.now, slots, keys))
+
+    def changed(self, slots: Int32, keys: Int64, positions: int) -> None:
+        """List keys of rows that change now, in a table of so many positions; duplicates and keys without a row do no harm."""
+        if not self._acknowledged:  # whoever is born later gets every row
+            self._listed_after = self.now
+        elif len(keys):
+            self._listed.append((self.now, slots.copy(), keys.copy()))
+            self._num_listed += len(keys)
+            if self._num_listed > positions // SCANNED:
+                half = self._num_listed // 2
+                while self._num_listed > half:
+                    self._forget_listed(self._listed[0][0])
+
+    def listed(self, after: int) -> tuple[Int32, Int64] | None:
+        """(slots, keys) of all that changed after a version, maybe more than once; None: they are not listed."""
+        if after < self._listed_after:
+            return None
+        due = [(np.zeros(0, np.int32), np.zeros(0, np.int64))]
+        for at, slots, keys in reversed(self._listed):
+            if at <= after:
+                break
+            due.append((slots, keys))
+        return np.concatenate([slots for slots, _ in due]), np.concatenate([keys for _, keys in due])
+
+    def _forget_listed(self, version: int) -> None:
+        """Let go of what changed up to a version."""
+        self._listed_after = max(self._listed_after, version)
+        while self._listed and self._listed[0][0] <= version:
+            self._num_listed -= len(self._listed.popleft()[2])

@@ -128,12 +128,22 @@ class KeyIndex:
         gone = np.empty(len(keys), np.int32)
         return gone[: upkeep.remove(self.arrays, slots, keys, gone)]
 
-    def changed(self, after: int = 0) -> npt.NDArray[np.int32]:
-        """Positions of all entries with a change code above `after`; above the highest there is none, and nothing is looked at."""
+    def changed(self, after: int = 0, listed: tuple[Int32, Int64] | None = None) -> Int32:
+        """Positions of all entries with a change code above `after`, in order; where their keys are `listed`, only those are looked at.
+        Above the highest code there is none, and nothing is looked at."""
         if after >= MAX_CODE:
             return np.empty(0, np.int32)
+        if listed is not None:
+            at = self.find(*listed)[0][1]
+            return np.unique(at[at >= 0])
         out = np.empty(len(self), np.int32)
         return out[: upkeep.changes(self.arrays, self.positions, after, out)]
+
+    def identify(self, positions: Int32) -> tuple[Int32, Int64]:
+        """Places and keys of entries."""
+        places, keys = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
+        upkeep.identify(self.arrays, positions, places, keys)
+        return places, keys
 
     def read(self, positions: Int32) -> tuple[Int32, Int64, Int32, Int64, UInt8]:
         """Places, keys, rows, stamps and levels of uses of entries."""
