@@ -52,6 +52,10 @@ class _Open:
     became: UInt8
 
 
+_Due = tuple[_Open, Int64, int]
+"""Items (by number) of an impression that count as shown, or as rewarded."""
+
+
 class BanditLearner:
     """Pure: everything is decided by the records and the log times passed in. Not thread-safe."""
 
@@ -66,8 +70,8 @@ class BanditLearner:
         self._requests = Recent(limit=recent_limit(memory_bytes))
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._open_limit, self._open_bytes = bound_bytes(memory_bytes, "open") // 4, 0
-        self._due: list[tuple[_Open, Int64, int]] = []
-        """Items (by number) of an impression that count as shown, or as rewarded, since the last step."""
+        self._due: list[_Due] = []
+        """Since the last step."""
         self._outcomes: list[str] = []
         self._now_ms = 0
         self.moved = False
@@ -192,37 +196,38 @@ class BanditLearner:
         for change in self.clusters.step():
             self._follow(change)
 
-    def _add(self, due: Sequence[tuple[_Open, Int64, int]], now_ms: int) -> None:
-        place_of = dict(zip(self.clusters.ids.tolist(), self.clusters.places.tolist(), strict=True))
-        slots, keys, sums = (
-            np.concatenate(each) for each in zip(*(self._sums(*one, place_of) for one in due), strict=True)
-        )
+    def _add(self, due: Sequence[_Due], now_ms: int) -> None:
+        """All edges of a step in one update: what several impressions add to an edge is summed first, in float64. An edge that
+        is shown and rewarded in one step is used once."""
+        slots, keys, sums = self._sums(due)
         shown = sums[:, 1] > 0
-        self.add_sums(slots[shown], keys[shown], sums[shown], now_ms)
         # A reward alone does not make an edge: of one that was forgotten since, its impression is forgotten, too.
-        there = self._table.lookup(slots, keys)[1] & ~shown
-        self.add_sums(slots[there], keys[there], sums[there], now_ms)
-
-    def _sums(self, opened: _Open, items: Int64, what: int, place_of: dict[int, int]) -> tuple[Int32, Int64, Float32]:
-        """The edges of some items of an impression, and what is added to each: slots, keys [E], sums [E, 3]."""
-        active = np.arange(len(opened.clusters), dtype=np.uint64)
-        bits = opened.edges[items][:, None] >> active & np.uint64(1)
-        places = np.array([place_of.get(cluster, -1) for cluster in opened.clusters.tolist()], np.int32)
-        item, cluster = np.nonzero(bits.astype(np.bool_) & (places >= 0))
-        weights = opened.weights[cluster].astype(np.float64)
-        scale = 1.0 if self._decay is None else self._decay.weight(opened.time_ms)
-        sums = np.zeros((len(item), 3), np.float32)
-        if what == SHOWN:
-            sums[:, 0], sums[:, 1] = weights * weights * scale, weights * scale
-        else:
-            sums[:, 2] = weights * scale
-        return places[cluster], opened.keys[items][item], sums
-
-    def add_sums(self, slots: Int32, keys: Int64, sums: Float32, now_ms: int) -> None:
-        """Add sums [E, 3] to edges; edges that are not there yet begin at 0. What finds no room in a full table is not counted."""
-        self._table.lookup_train(slots, keys, now_ms)
-        there = self._table.lookup(slots, keys)[1]
+        known = shown if shown.all() else shown | self._table.lookup(slots, keys)[1]
+        self._table.lookup_train(slots[known], keys[known], now_ms)
+        there = self._table.lookup(slots, keys)[1]  # what finds no room in a full table is not counted
         self._table.apply_gradients(slots[there], keys[there], -sums[there], now_ms)
+
+    def _sums(self, due: Sequence[_Due]) -> tuple[Int32, Int64, Float32]:
+        """The edges of some items of impressions, and what is added to each: slots, keys [E], sums [E, 3]."""
+        place_of = dict(zip(self.clusters.ids.tolist(), self.clusters.places.tolist(), strict=True))
+        most = max(len(opened.clusters) for opened, _, _ in due)
+        places, weights = np.full((len(due), most), -1, np.int32), np.zeros((len(due), most))
+        for row, (opened, _, _) in enumerate(due):
+            places[row, : len(opened.clusters)] = [place_of.get(cluster, -1) for cluster in opened.clusters.tolist()]
+            weights[row, : len(opened.clusters)] = opened.weights
+        scales = np.array([1.0 if self._decay is None else self._decay.weight(opened.time_ms) for opened, _, _ in due])
+        of = np.repeat(np.arange(len(due)), [len(items) for _, items, _ in due])
+        keys = np.concatenate([opened.keys[items] for opened, items, _ in due])
+        bits = np.concatenate([opened.edges[items] for opened, items, _ in due])[:, None]
+        bits = bits >> np.arange(most, dtype=np.uint64) & np.uint64(1)
+        item, cluster = np.nonzero(bits.astype(np.bool_) & (places[of] >= 0))
+        of = of[item]
+        weight, scale = weights[of, cluster], scales[of]
+        shown = np.array([what == SHOWN for _, _, what in due])[of]
+        sums = np.zeros((len(item), 3), np.float32)
+        sums[:, 0], sums[:, 1] = np.where(shown, (weight * weight * scale, weight * scale), 0)
+        sums[:, 2] = np.where(shown, 0, weight * scale)
+        return places[of, cluster], keys[item], sums
 
     def _follow(self, change: Split | Drop) -> None:
         self.moved = True

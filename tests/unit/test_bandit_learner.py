@@ -287,6 +287,53 @@ def test_sums_are_the_same_in_every_table(learner: Make) -> None:
     agree(learner, events, range(20), {4, 11})
 
 
+def test_a_step_is_one_update_with_the_bits_of_one_for_what_was_shown_and_one_for_rewards(
+    learner: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart(due: Any, now_ms: int) -> None:
+        slots, keys, each = old._sums(due)
+        shown = each[:, 1] > 0
+        for part in (lambda: shown, lambda: old._table.lookup(slots, keys)[1] & ~shown):
+            chosen = part()
+            old._table.lookup_train(slots[chosen], keys[chosen], now_ms)
+            old._table.apply_gradients(slots[chosen], keys[chosen], -each[chosen], now_ms)
+
+    bandit, old = learner(half_life_s=30), learner(half_life_s=30)
+    old._add = apart  # type: ignore[method-assign]
+    calls: list[str] = []
+    for name in ("lookup_train", "apply_gradients"):
+        verb = getattr(bandit._table, name)
+        monkeypatch.setattr(
+            bandit._table, name, lambda *given, name=name, verb=verb: (calls.append(name), verb(*given))[1]
+        )
+    rng = np.random.default_rng(3)
+    for one in (bandit, old):
+        three_clusters(one)
+    for step in range(12):
+        requests = [(rng.integers(0, 9, 4), rng.random(3), rng.integers(0, 8, 4)) for _ in range(rng.integers(1, 9))]
+        late = rng.integers(0, 9, (20, 2))
+        for one in (bandit, old):
+            now = T0 + 1000 * step
+            for n, (items, weights, bits) in enumerate(requests):
+                show(one, shown(f"{step}.{n}", [str(i) for i in items], [2, 0, 1], list(weights), list(bits)), now)
+            for n, item in late:
+                one.feedback(act(f"{step - 1}.{n}" if item % 2 else f"{step}.{n}", str(item)), now)
+            one.step(now, learn=True)
+            one._table.remove(np.zeros(1, np.int32), np.array([key_of(str(step % 9))]))
+        assert calls.count("lookup_train") == calls.count("apply_gradients") == 1
+        calls.clear()
+    mine, theirs = bandit._rows(), old._rows()
+    order, other = np.lexsort((mine.keys, mine.slots)), np.lexsort((theirs.keys, theirs.slots))
+    assert len(mine.keys) > 15 and mine.values[:, 2].any()
+    for name in (
+        "slots",
+        "keys",
+        "values",
+        "last_seen_ms",
+    ):  # `uses` of what was shown and rewarded at once: one, not two
+        np.testing.assert_array_equal(getattr(mine, name)[order], getattr(theirs, name)[other], err_msg=name)
+
+
 def test_a_restored_learner_goes_on_as_the_one_saved(learner: Make) -> None:
     bandit = learner(half_life_s=100.0)
     show(bandit, shown("r", ["a", "b"], [0], [0.5], [1, 1]))
