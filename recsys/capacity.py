@@ -22,6 +22,7 @@ SHARES: Mapping[str, float] = {
     "digests": 0.04,
     "open": 0.06,
     "held": 0.02,
+    "users": 0.02,
 }
 """Of the budget, by what is bounded. Tables count twice: the trainer's and the serving copy. Together with ranking's known rows and
 what processes need before they hold anything, they stay below 1."""

@@ -137,6 +137,10 @@ USER_STATE_FULL = _gauge(
     "recsys_user_state_full_ratio",
     "Share of the bytes for embedded user state; at 1 users leave, the longest away first.",
 )
+USER_CACHE_BYTES = _gauge(
+    "recsys_user_cache_bytes",
+    "Bytes of users' states held parsed; at their share of the memory those longest not asked for go, and are read again.",
+)
 USERS_LEFT = _counter("recsys_users_left_total", "Users whose embedded state made room for others.")
 LOOKUP_SECONDS = _histogram(
     "recsys_lookup_seconds",

@@ -27,6 +27,7 @@ READ_LIMIT = 1000
 """Records of a topic in one turn: half makes a backlog slower, double holds freshness back."""
 _OFFSET_BITS = 48
 """An arrival is a partition and an offset in one number; a user's events lie in one partition."""
+_STATE_AGE, _COUNTERS_AGE = (metrics.FRESHNESS_SECONDS.labels(name) for name in ("user_state", "counters"))
 MARK_MS = 100
 """The log's ends are asked for this often, to know what time everything was read up to: double makes `as_of` older."""
 
@@ -94,11 +95,12 @@ class StateConsumer:
             records = self._log.read(topic, partition, start, self._most)
             if records.next > start:
                 read.append((key, stored[key], records))
-        for key, begin, part in _in_order(read[::-1], self._most):  # impressions first
-            self.apply(part, store_from=begin, count_from=self.counter_positions[key], key=key, after=stored[key])
-            self.counter_positions[key] = max(self.counter_positions[key], part.next)
-            stored[key] = max(begin, part.next, stored[key])
-            count += len(part)
+        for parts in _in_order(read[::-1], self._most):  # impressions first
+            self._apply(parts, stored)
+            for key, _, part in parts:
+                self.counter_positions[key] = max(self.counter_positions[key], part.next)
+                stored[key] = max(stored[key], part.next)
+                count += len(part)
         if all(min(stored[key], self.counter_positions[key]) >= end for key, end in self._marks.items()):
             self.caught_up = True
             self.user_state = AsOf(positions=stored, time_ms=self._marked_ms - 1)
@@ -113,31 +115,39 @@ class StateConsumer:
             self._marks = {key: self._log.end(*positions.split(key)) for key in self._keys}
             self._marked_ms = now_ms
 
-    def apply(self, records: Batch, *, store_from: int, count_from: int, key: str, after: int) -> None:
-        """Records of one partition: to the store, which stands `after`, from offset `store_from` on, to the counters from `count_from` on.
+    def _apply(self, parts: Sequence[_Read], stored: Mapping[str, int]) -> None:
+        """Records of partitions, each to the store from where that stands on, and to the counters from where those do.
 
-        1. Judge each: what it is, and whether it is a copy. 2. Write to the store. 3. Count. The store may fail, and then the same
-        records come again: nothing is remembered before it has them.
+        1. Judge each: what it is, and whether it is a copy. 2. Write to the store, all in one transaction. 3. Count. The store may fail,
+        and then the same records come again: nothing is remembered before it has them.
         """
-        batch = _Batch(count_from)
-        for record in records:
-            try:
-                self._judge(record, batch)
-            except BadInput as error:
-                self._on_bad(record, str(error))
-        if records.next > store_from:
-            updates = [update for offset, update in batch.updates if offset >= store_from]
-            self._store.apply(updates, {key: records.next}, {key: after})
+        batch, moved = _Batch(), dict[str, int]()
+        for key, begin, records in parts:
+            batch.store_from, batch.count_from = begin, self.counter_positions[key]
+            for record in records:
+                try:
+                    self._judge(record, batch)
+                except BadInput as error:
+                    self._on_bad(record, str(error))
+            if records.next > begin:
+                moved[key] = records.next
+        if moved:
+            self._store.apply(batch.updates, moved, {key: stored[key] for key in moved})
         for count in batch.counts:
             count()
+        self._tell_age(parts)
+
+    def _tell_age(self, parts: Sequence[_Read]) -> None:
+        """How old feedback is now that it was applied."""
         now_ms = self._clock.now_ms()
-        for record in records:
-            if record.topic == "feedback":
-                age_s = max(0, now_ms - record.time_ms) / 1000
-                if record.offset >= store_from:
-                    metrics.FRESHNESS_SECONDS.labels("user_state").observe(age_s)
-                if record.offset >= count_from:
-                    metrics.FRESHNESS_SECONDS.labels("counters").observe(age_s)
+        for key, begin, records in parts:
+            for record in records:
+                if record.topic == "feedback":
+                    age_s = max(0, now_ms - record.time_ms) / 1000
+                    if record.offset >= begin:
+                        _STATE_AGE.observe(age_s)
+                    if record.offset >= self.counter_positions[key]:
+                        _COUNTERS_AGE.observe(age_s)
 
     def _judge(self, record: Record, batch: _Batch) -> None:
         now_ms = bounded_ms(record.time_ms, self._clock.now_ms())
@@ -163,11 +173,11 @@ class StateConsumer:
         if impression.activation != "deferred":
             seen = tuple(item.item_id for item in impression.items)
             seen_ms = impression.time_ms if late else now_ms
-            batch.updates.append((offset, UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=seen_ms)))
+            batch.update(offset, UserUpdate(user_id=impression.user_id, seen=seen, seen_ms=seen_ms))
 
     def _forget(self, user_id: str, offset: int, batch: _Batch) -> None:
         batch.histories[user_id] = ()
-        batch.updates.append((offset, UserUpdate(user_id=user_id, forget=True)))
+        batch.update(offset, UserUpdate(user_id=user_id, forget=True))
         if offset >= batch.count_from:
             batch.counts.append(lambda: self._sources.forget(user_id))
 
@@ -203,32 +213,36 @@ class StateConsumer:
             batch.histories[user_id] = _with(history, event) if kept else history
             batch.counts.append(lambda: self._sources.feedback(feedback, history, event, now_ms))
         if update := self._meaning.update(feedback, event, now_ms):
-            batch.updates.append((offset, update))
+            batch.update(offset, update)
 
 
 class _Batch:
-    """What one turn's records of one partition mean: for the store, by offset; for the counters, in order."""
+    """What the records of one slice of time mean: for the store and for the counters, in order."""
 
-    __slots__ = ("count_from", "counts", "events", "histories", "updates")
-
-    def __init__(self, count_from: int) -> None:
-        self.count_from = count_from
-        self.updates: list[tuple[int, UserUpdate]] = []
+    def __init__(self) -> None:
+        self.store_from = self.count_from = 0
+        """Of the partition that is looked at: what comes before is in there already."""
+        self.updates: list[UserUpdate] = []
         self.counts: list[Callable[[], object]] = []
         self.histories: Histories = {}
         """What users have when the store has what came before."""
         self.events: set[int] = set()
         """Digests of their ids."""
 
+    def update(self, offset: int, update: UserUpdate) -> None:
+        if offset >= self.store_from:
+            self.updates.append(update)
 
-def _in_order(read: Sequence[_Read], most: int) -> Iterator[_Read]:
-    """What was read of each partition, by time in slices, as far as those that are behind: feedback runs neither ahead of its impressions
+
+def _in_order(read: Sequence[_Read], most: int) -> Iterator[list[_Read]]:
+    """What was read of the partitions, by time in slices, as far as those that are behind: feedback runs neither ahead of its impressions
     nor so far behind that they are forgotten."""
-    yield from (part for part in read if not part[2])  # nothing but a position that moved
+    if moved := [part for part in read if not part[2]]:  # nothing but a position
+        yield moved
     rest = list(read)
     ends = [max(r.time_ms for r in records) for _, _, records in read if len(records) == most]
     while heads := [records[0].time_ms for _, _, records in rest if records]:
-        until_ms = min([min(heads) + SLICE_MS, *ends])
+        until_ms, now = min([min(heads) + SLICE_MS, *ends]), list[_Read]()
         if until_ms < min(heads):
             return
         for place, (key, begin, records) in enumerate(rest):
@@ -236,7 +250,8 @@ def _in_order(read: Sequence[_Read], most: int) -> Iterator[_Read]:
             if size:
                 whole = size == len(records)
                 rest[place] = key, begin, Batch(records[size:], records.next)
-                yield key, begin, Batch(records[:size], records.next if whole else records[size].offset)
+                now.append((key, begin, Batch(records[:size], records.next if whole else records[size].offset)))
+        yield now
 
 
 def _with(history: tuple[HistoryEvent, ...], event: HistoryEvent) -> tuple[HistoryEvent, ...]:

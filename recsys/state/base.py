@@ -40,7 +40,7 @@ class StateStore(Protocol):
         ...
 
     def get(self, user_id: str) -> UserState:
-        """The user's state; an empty one for an unknown user."""
+        """The user's state; an empty one for an unknown user. It contains at least the positions that `positions` gave last."""
         ...
 
     def positions(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -31,27 +31,67 @@ Acted = dict[str, tuple[int, str | None]]
 """Item id → (time, session) of its last event."""
 
 
+_STATE_BYTES, _EVENT_BYTES, _SEEN_BYTES, _HIDDEN_BYTES = 1000, 200, 200, 100
+"""In memory, beside twice what the ids and numbers take in the store: of a user, an event, a seen item, a hidden one."""
+
+
 class UserEntry:
     """History by time, then arrival, with the number of events of each type, seen items, oldest first, and items to leave out."""
 
-    __slots__ = ("acted", "counts", "hidden", "history", "items_changed", "seen")
+    __slots__ = ("_packed", "acted", "counts", "hidden", "history", "items_changed", "seen")
 
-    def __init__(
-        self,
-        history: Iterable[HistoryEvent] = (),
-        seen: Mapping[str, tuple[int, int]] | None = None,
-        items: tuple[Acted, dict[str, None]] | None = None,
-    ) -> None:
-        self.acted, self.hidden = items or ({}, {})
+    def __init__(self, history: bytes | None = None, seen: bytes | None = None, items: bytes | None = None) -> None:
+        """From what a store keeps; None: nothing."""
+        self.acted, self.hidden = unpack_items(items)
         self.items_changed = False
         """Whether `acted` or `hidden` must be stored again."""
-        self.history = list(history)
+        self.history = unpack_history(history)
         self.counts: dict[str, int] = {}
         for event in self.history:
             self.counts[event.type] = self.counts.get(event.type, 0) + 1
-        self.seen: Seen = dict(seen or {})
+        self.seen = unpack_seen(seen)
+        self._packed = len(history or b""), len(seen or b""), len(items or b"")
+
+    def copy(self) -> UserEntry:
+        """Another one that can be changed alone, of which nothing must be stored yet."""
+        other: UserEntry = UserEntry.__new__(UserEntry)
+        other.history, other.counts, other.seen = self.history.copy(), self.counts.copy(), self.seen.copy()
+        other.acted, other.hidden, other.items_changed = self.acted.copy(), self.hidden.copy(), False
+        other._packed = self._packed
+        return other
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to keep of this user."""
+        return not (self.history or self.seen or self.acted or self.hidden)
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what it takes in memory, as last read or packed."""
+        events, seen = len(self.history) + len(self.acted), len(self.seen)
+        held = _EVENT_BYTES * events + _SEEN_BYTES * seen + _HIDDEN_BYTES * len(self.hidden)
+        return _STATE_BYTES + 2 * sum(self._packed) + held
+
+    def packed_history(self) -> bytes:
+        """For the store."""
+        data = pack_history(self.history)
+        self._packed = len(data), *self._packed[1:]
+        return data
+
+    def packed_seen(self) -> bytes:
+        """For the store."""
+        data = pack_seen(self.seen)
+        self._packed = self._packed[0], len(data), self._packed[2]
+        return data
+
+    def packed_items(self) -> bytes:
+        """For the store."""
+        data = pack_items(self.acted, self.hidden)
+        self._packed = *self._packed[:2], len(data)
+        return data
 
     def apply(self, update: UserUpdate, history_len: int, seen_len: int) -> None:
+        """Add what an update says; see `StateStore.apply`."""
         if update.forget:
             self.history, self.counts, self.seen = [], {}, {}
             self.acted, self.hidden, self.items_changed = {}, {}, True
@@ -107,7 +147,14 @@ class UserEntry:
             del self.hidden[next(iter(self.hidden))]
 
     def state(self) -> UserState:
-        return state_of(self.history, self.seen, (self.acted, self.hidden))
+        """As the others see it: no later change is seen there."""
+        return UserState(
+            history=tuple(self.history),
+            seen=tuple(self.seen),
+            shown=tuple(self.seen.values()),
+            acted=tuple(_last_event(item_id, *last) for item_id, last in self.acted.items()) if self.acted else (),
+            hidden=tuple(self.hidden),
+        )
 
 
 def _time(event: HistoryEvent) -> int:
@@ -208,17 +255,6 @@ def unpack_items(data: bytes | None) -> tuple[Acted, dict[str, None]]:
 def _items(found: Any) -> tuple[Acted, dict[str, None]]:
     acted, hidden = found or ((), ())
     return {item_id: (time_ms, session) for item_id, time_ms, session in acted}, dict.fromkeys(hidden)
-
-
-def state_of(history: Iterable[HistoryEvent], seen: Seen, items: tuple[Acted, dict[str, None]]) -> UserState:
-    acted, hidden = items
-    return UserState(
-        history=tuple(history),
-        seen=tuple(seen),
-        shown=tuple(seen.values()),
-        acted=tuple(_last_event(item_id, *last) for item_id, last in acted.items()) if acted else (),
-        hidden=tuple(hidden),
-    )
 
 
 def _last_event(item_id: str, time_ms: int, session_id: str | None) -> HistoryEvent:

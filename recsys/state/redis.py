@@ -4,23 +4,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
 
 from recsys.errors import ConfigError, StateUnavailable, masked
 from recsys.state.base import check_after
-from recsys.state.merge import (
-    UserEntry,
-    pack_history,
-    pack_items,
-    pack_seen,
-    state_of,
-    unpack_history,
-    unpack_items,
-    unpack_seen,
-)
+from recsys.state.cache import UserCache
+from recsys.state.merge import UserEntry
 from recsys.types import UserState, UserUpdate
 
 _TIMEOUT_S = 0.5
@@ -30,7 +22,8 @@ _TIMEOUT_S = 0.5
 class RedisState:
     """See StateStore. Needs one Redis (not a cluster): a transaction covers the keys of many users."""
 
-    def __init__(self, url: str, prefix: str, history_len: int, seen_len: int) -> None:
+    def __init__(self, url: str, prefix: str, history_len: int, seen_len: int, cache: UserCache | None = None) -> None:
+        self._cache = cache or UserCache(0)
         self._url = masked(url)
         self._prefix = prefix
         self._history_len = history_len
@@ -61,30 +54,40 @@ class RedisState:
     def apply(
         self, updates: Sequence[UserUpdate], positions: Mapping[str, int], after: Mapping[str, int] | None = None
     ) -> None:
-        user_ids = list(dict.fromkeys(update.user_id for update in updates))
-        keys = [key for user_id in user_ids for key in self._keys(user_id)]
-        with self._mapped(), self._client.pipeline(transaction=True) as transaction:
-            if after:  # what happens to the positions from here on ends the transaction
-                transaction.watch(f"{self._prefix}:positions")
-                check_after(_numbers(transaction.hgetall(f"{self._prefix}:positions")), after)
-            values = self._client.mget(keys) if keys else []
-            entries = {
-                user_id: UserEntry(unpack_history(history), unpack_seen(seen), unpack_items(items))
-                for user_id, history, seen, items in zip(user_ids, values[::3], values[1::3], values[2::3], strict=True)
-            }
-            for update in updates:
-                entries[update.user_id].apply(update, self._history_len, self._seen_len)
-            transaction.multi()
-            for user_id in {update.user_id: None for update in updates if update.events or update.forget}:
-                self._put(transaction, self._keys(user_id)[0], pack_history(entries[user_id].history))
-            for user_id in {update.user_id: None for update in updates if update.seen or update.forget}:
-                self._put(transaction, self._keys(user_id)[1], pack_seen(entries[user_id].seen))
-            for user_id, entry in entries.items():
-                if entry.items_changed:
-                    self._put(transaction, self._keys(user_id)[2], pack_items(entry.acted, entry.hidden))
-            if positions:
-                transaction.hset(f"{self._prefix}:positions", mapping=dict(positions))
-            transaction.execute()
+        try:
+            with self._mapped(), self._client.pipeline(transaction=True) as transaction:
+                transaction.watch(f"{self._prefix}:positions")  # what happens to them from here on ends the transaction
+                found = _numbers(transaction.hgetall(f"{self._prefix}:positions"))
+                check_after(found, after or {})
+                self._cache.stand_at(found)
+                entries = self._entries({update.user_id: None for update in updates})
+                for update in updates:
+                    entries[update.user_id].apply(update, self._history_len, self._seen_len)
+                transaction.multi()
+                self._write(transaction, updates, entries)
+                if positions:
+                    transaction.hset(f"{self._prefix}:positions", mapping=dict(positions))
+                transaction.execute()
+        except BaseException:
+            self._cache.clear()
+            raise
+        self._cache.written(entries, (), {**found, **positions})
+
+    def _entries(self, user_ids: Iterable[str]) -> dict[str, UserEntry]:
+        known = {user_id: self._cache.entry(user_id) for user_id in user_ids}
+        unknown = [user_id for user_id, entry in known.items() if entry is None]
+        values = self._client.mget([key for user_id in unknown for key in self._keys(user_id)]) if unknown else []
+        read = map(UserEntry, values[::3], values[1::3], values[2::3])
+        return {user_id: entry or next(read) for user_id, entry in known.items()}
+
+    def _write(self, transaction: Any, updates: Sequence[UserUpdate], entries: Mapping[str, UserEntry]) -> None:
+        for user_id in {update.user_id: None for update in updates if update.events or update.forget}:
+            self._put(transaction, self._keys(user_id)[0], entries[user_id].packed_history())
+        for user_id in {update.user_id: None for update in updates if update.seen or update.forget}:
+            self._put(transaction, self._keys(user_id)[1], entries[user_id].packed_seen())
+        for user_id, entry in entries.items():
+            if entry.items_changed:
+                self._put(transaction, self._keys(user_id)[2], entry.packed_items())
 
     def _put(self, transaction: Any, key: str, value: bytes) -> None:
         if value == b"[]":
@@ -93,13 +96,18 @@ class RedisState:
             transaction.set(key, value)
 
     def get(self, user_id: str) -> UserState:
+        if (known := self._cache.state(user_id)) is not None:
+            return known
+        changes = self._cache.changes
         with self._mapped():
-            history, seen, items = self._client.mget(self._keys(user_id))
-        return state_of(unpack_history(history), unpack_seen(seen), unpack_items(items))
+            entry = UserEntry(*self._client.mget(self._keys(user_id)))
+        return self._cache.read(user_id, entry, changes)
 
     def positions(self) -> dict[str, int]:
         with self._mapped():
-            return _numbers(self._client.hgetall(f"{self._prefix}:positions"))
+            found = _numbers(self._client.hgetall(f"{self._prefix}:positions"))
+        self._cache.stand_at(found)
+        return found
 
     def logs(self) -> dict[str, str]:
         with self._mapped():
@@ -108,6 +116,7 @@ class RedisState:
             }
 
     def move(self, positions: Mapping[str, int], logs: Mapping[str, str]) -> None:
+        self._cache.clear()
         with self._mapped(), self._client.pipeline(transaction=True) as transaction:
             for name, values in (("positions", positions), ("logs", logs)):
                 if values:

@@ -11,16 +11,8 @@ from pathlib import Path
 from recsys import metrics
 from recsys.errors import StateUnavailable
 from recsys.state.base import check_after
-from recsys.state.merge import (
-    UserEntry,
-    pack_history,
-    pack_items,
-    pack_seen,
-    state_of,
-    unpack_history,
-    unpack_items,
-    unpack_seen,
-)
+from recsys.state.cache import UserCache
+from recsys.state.merge import UserEntry
 from recsys.types import UserState, UserUpdate
 
 # History and seen lie apart because a click changes 5 KB of one and an impression 10 KB of the other.
@@ -53,8 +45,11 @@ class SqliteState:
     While the file holds more than `max_bytes`, the users leave that were away for the most days; their pages are used again.
     """
 
-    def __init__(self, path: Path, history_len: int, seen_len: int, max_bytes: int = 4 * 2**30) -> None:
+    def __init__(
+        self, path: Path, history_len: int, seen_len: int, max_bytes: int = 4 * 2**30, cache: UserCache | None = None
+    ) -> None:
         self._path = path
+        self._cache = cache or UserCache(0)
         self._max_bytes = max_bytes
         self.full_ratio = 0.0
         """Bytes in use over `max_bytes`, as of the last update."""
@@ -90,17 +85,25 @@ class SqliteState:
     def apply(
         self, updates: Sequence[UserUpdate], positions: Mapping[str, int], after: Mapping[str, int] | None = None
     ) -> None:
-        with self._transaction() as connection:
-            check_after(dict(connection.execute("SELECT name, value FROM positions").fetchall()), after or {})
-            users = self._write(connection, updates)
-            self._make_room(connection, max(_LEAVE, 2 * users))
-            connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
+        try:
+            with self._transaction() as connection:
+                found = dict(connection.execute("SELECT name, value FROM positions").fetchall())
+                check_after(found, after or {})
+                self._cache.stand_at(found)
+                entries = self._write(connection, updates)
+                left = self._make_room(connection, max(_LEAVE, 2 * len(entries)))
+                connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
+        except BaseException:
+            self._cache.clear()
+            raise
+        self._cache.written(entries, left, {**found, **positions})
 
     def logs(self) -> dict[str, str]:
         with self._read_lock, self._mapped():
             return dict(self._reading.execute("SELECT name, value FROM logs").fetchall())
 
     def move(self, positions: Mapping[str, int], logs: Mapping[str, str]) -> None:
+        self._cache.clear()
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
             connection.executemany("INSERT OR REPLACE INTO logs VALUES (?, ?)", logs.items())
@@ -118,30 +121,32 @@ class SqliteState:
                     connection.execute("ROLLBACK")
                 raise
 
-    def _make_room(self, connection: sqlite3.Connection, most: int) -> None:
-        """Let up to `most` users leave: twice as many as came, so that no flood of new ones is faster."""
+    def _make_room(self, connection: sqlite3.Connection, most: int) -> list[str]:
+        """Let up to `most` users leave: twice as many as came, so that no flood of new ones is faster. Who left."""
         size, pages, free = (
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
         )
         self.full_ratio = (pages - free) * size / self._max_bytes
-        if self.full_ratio > 1.0:
-            away = connection.execute("SELECT user_id FROM users ORDER BY day LIMIT ?", (most,)).fetchall()
-            for table in _TABLES:
-                connection.executemany(f"DELETE FROM {table} WHERE user_id = ?", away)
-            metrics.USERS_LEFT.inc(len(away))
+        if self.full_ratio <= 1.0:
+            return []
+        away = connection.execute("SELECT user_id FROM users ORDER BY day LIMIT ?", (most,)).fetchall()
+        for table in _TABLES:
+            connection.executemany(f"DELETE FROM {table} WHERE user_id = ?", away)
+        metrics.USERS_LEFT.inc(len(away))
+        return [user_id for (user_id,) in away]
 
-    def _write(self, connection: sqlite3.Connection, updates: Sequence[UserUpdate]) -> int:
-        """Apply the updates; of how many users they are."""
+    def _write(self, connection: sqlite3.Connection, updates: Sequence[UserUpdate]) -> dict[str, UserEntry]:
+        """Apply the updates; the users they are of, changed."""
         entries: dict[str, UserEntry] = {}
         days: dict[str, int] = {}
         history: dict[str, None] = {}
         seen: dict[str, None] = {}
         for update in updates:
             user_id = update.user_id
-            if user_id not in entries:
-                history_, seen_, items_ = connection.execute(_GET, (user_id,)).fetchone()
-                entries[user_id] = UserEntry(unpack_history(history_), unpack_seen(seen_), unpack_items(items_))
-            entries[user_id].apply(update, self._history_len, self._seen_len)
+            if (entry := entries.get(user_id)) is None:
+                entry = self._cache.entry(user_id) or UserEntry(*connection.execute(_GET, (user_id,)).fetchone())
+                entries[user_id] = entry
+            entry.apply(update, self._history_len, self._seen_len)
             times = (event.time_ms for event in (*update.events, *update.acted))
             days[user_id] = max(days.get(user_id, 0), update.seen_ms // _DAY_MS, max(times, default=0) // _DAY_MS)
             if update.events or update.forget:
@@ -149,34 +154,37 @@ class SqliteState:
             if update.seen or update.forget:
                 seen[user_id] = None
         connection.executemany(
-            "INSERT OR REPLACE INTO history VALUES (?, ?)",
-            ((user_id, pack_history(entries[user_id].history)) for user_id in history),
+            "INSERT OR REPLACE INTO history VALUES (?, ?)", ((u, entries[u].packed_history()) for u in history)
         )
         connection.executemany(
-            "INSERT OR REPLACE INTO seen VALUES (?, ?)",
-            ((user_id, pack_seen(entries[user_id].seen)) for user_id in seen),
+            "INSERT OR REPLACE INTO seen VALUES (?, ?)", ((u, entries[u].packed_seen()) for u in seen)
         )
         connection.executemany(
             "INSERT OR REPLACE INTO items VALUES (?, ?)",
-            [(u, pack_items(entry.acted, entry.hidden)) for u, entry in entries.items() if entry.items_changed],
+            [(u, entry.packed_items()) for u, entry in entries.items() if entry.items_changed],
         )
         connection.executemany(
             "INSERT INTO users VALUES (?, ?) ON CONFLICT (user_id) DO UPDATE SET day = excluded.day WHERE excluded.day > day",
             days.items(),
         )
-        gone = [(u,) for u, e in entries.items() if not (e.history or e.seen or e.acted or e.hidden)]
-        for table in _TABLES:
+        gone = [(user_id,) for user_id, entry in entries.items() if entry.empty]
+        for table in _TABLES if gone else ():
             connection.executemany(f"DELETE FROM {table} WHERE user_id = ?", gone)
-        return len(entries)
+        return entries
 
     def get(self, user_id: str) -> UserState:
+        if (known := self._cache.state(user_id)) is not None:
+            return known
+        changes = self._cache.changes
         with self._read_lock, self._mapped():
-            history, seen, items = self._reading.execute(_GET, (user_id,)).fetchone()
-        return state_of(unpack_history(history), unpack_seen(seen), unpack_items(items))
+            entry = UserEntry(*self._reading.execute(_GET, (user_id,)).fetchone())
+        return self._cache.read(user_id, entry, changes)
 
     def positions(self) -> dict[str, int]:
         with self._read_lock, self._mapped():
-            return dict(self._reading.execute("SELECT name, value FROM positions").fetchall())
+            found = dict(self._reading.execute("SELECT name, value FROM positions").fetchall())
+        self._cache.stand_at(found)
+        return found
 
     def close(self) -> None:
         with self._read_lock, self._write_lock:

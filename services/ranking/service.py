@@ -41,6 +41,7 @@ from recsys.ranking import catalogue_file
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, Request
 from recsys.ranking.scorer import Scorer
+from recsys.state.cache import UserCache
 from recsys.state.open import open_state
 from recsys.streams import positions
 from recsys.streams.base import EventLog
@@ -81,7 +82,8 @@ class RankingService:
         self.config, self.log, self.clock, self._stop = config, log, clock, stop
         self._accept_gap = accept_gap
         self.schema = Schema.of(config)
-        self.store = open_state(config)
+        self._users = UserCache(bound_bytes(config.capacity.memory_bytes, "users"))
+        self.store = open_state(config, self._users)
         self._channel: GrpcParameters | None = None
         if parameters is None:
             parameters = self._channel = GrpcParameters(config.parameter_address, parameters_name(config, self.schema))
@@ -320,6 +322,7 @@ class RankingService:
     def _follow_dense(self) -> bool:
         metrics.READY.set(not self.not_ready())
         self.sources.tell()
+        metrics.USER_CACHE_BYTES.set(self._users.bytes)
         metrics.USER_STATE_FULL.set(getattr(self.store, "full_ratio", 0.0))
         metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.full_ratio))
         self.scorer.poll()

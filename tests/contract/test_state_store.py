@@ -17,6 +17,7 @@ from recsys.config import Config, StateConfig
 from recsys.errors import ConfigError, StateUnavailable
 from recsys.state import merge
 from recsys.state.base import StateStore
+from recsys.state.cache import UserCache
 from recsys.state.memory import MemoryState
 from recsys.state.open import open_state
 from recsys.state.redis import RedisState
@@ -25,23 +26,36 @@ from recsys.testing.servers import Server, free_port, redis_server
 from recsys.types import HistoryEvent, UserState, UserUpdate
 
 HISTORY_LEN, SEEN_LEN = 5, 4
+CACHE_BYTES = 10_000
+"""Of a store that keeps users parsed: some of them leave."""
 Open = Callable[[], StateStore]
 _numbers = itertools.count()
 
 
-@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.system)])
+@pytest.fixture(
+    params=[
+        "memory",
+        "sqlite",
+        "sqlite cached",
+        pytest.param("redis", marks=pytest.mark.system),
+        pytest.param("redis cached", marks=pytest.mark.system),
+    ]
+)
 def open_new(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Opens another empty store."""
     opened: list[StateStore] = []
 
     def make() -> StateStore:
-        if request.param == "memory":
+        kind, *cached = request.param.split()
+        cache = UserCache(CACHE_BYTES) if cached else None
+        if kind == "memory":
             store: StateStore = MemoryState(HISTORY_LEN, SEEN_LEN)
-        elif request.param == "sqlite":
-            store = SqliteState(tmp_path / f"{next(_numbers)}.db", HISTORY_LEN, SEEN_LEN)
+        elif kind == "sqlite":
+            store = SqliteState(tmp_path / f"{next(_numbers)}.db", HISTORY_LEN, SEEN_LEN, cache=cache)
         else:
             server: Server = request.getfixturevalue("redis")
-            store = RedisState(f"redis://127.0.0.1:{server.port}/0", f"test{next(_numbers)}", HISTORY_LEN, SEEN_LEN)
+            url = f"redis://127.0.0.1:{server.port}/0"
+            store = RedisState(url, f"test{next(_numbers)}", HISTORY_LEN, SEEN_LEN, cache)
         opened.append(store)
         return store
 
