@@ -239,7 +239,7 @@ class KeptManifests:
         """All that can be read, the newest first, each once."""
         found: dict[int, dict[str, Any]] = {}
         for path in self._folder.glob("*.json"):
-            with contextlib.suppress(ValueError, OSError, KeyError):
+            with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
                 fields = unseal(path.read_bytes())
                 found[int(fields["step"])] = fields
         return [found[step] for step in sorted(found, reverse=True)]
@@ -292,8 +292,8 @@ class KeptManifests:
         """What one can go back to, the newest first: the two that a restart uses, then those that were kept."""
         seen: set[int] = set()
         for fields in (*Manifests(self._trainer).look(), *self.manifests()):
-            if fields.get("step") not in seen:
-                seen.add(fields["step"])
+            if isinstance(step := fields.get("step"), int) and step not in seen:
+                seen.add(step)
                 yield fields
 
     def good_before(self, began: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -57,14 +57,30 @@ _NEXT_PRIOR = 0.6
 def expanded(raw: Sequence[Any]) -> list[Any]:
     """The tasks as parsed, each with `buckets` replaced by its chain of binary ones, and the helpers of es_dfm behind.
     ValueError names what is wrong."""
+    for task in raw:
+        _check_numbers(task)
     tasks = [one for task in raw for one in (_chain(task) if isinstance(task, Mapping) else [task])]
-    names = {task["name"] for task in tasks if isinstance(task, Mapping) and "name" in task}
+    names = [task["name"] for task in tasks if isinstance(task, Mapping) and "name" in task]
     for task in list(tasks):
         if isinstance(task, Mapping) and task.get("labels") == "es_dfm" and f"{task.get('name')}{LATE}" not in names:
             rest = {key: task[key] for key in ("group", "window_s", "loss_weight") if key in task}
             for end, prior in ((LATE, task.get("prior", 0.05) / 2), (NEVER, 0.98)):
-                tasks.append({"name": task["name"] + end, "types": (), "weight": 0.0, "prior": prior, **rest})
+                tasks.append({"name": f"{task.get('name')}{end}", "types": (), "weight": 0.0, "prior": prior, **rest})
     return tasks
+
+
+def _check_numbers(task: Any) -> None:
+    """What a task is expanded by, before its own types are checked."""
+    if not isinstance(task, Mapping) or not (task.get("buckets") or task.get("labels") == "es_dfm"):
+        return
+    name, bounds = task.get("name", ""), task.get("buckets") or []
+    if not isinstance(name, str):
+        raise ValueError(f"tasks: a name must be text, got {name!r}")
+    if not isinstance(bounds, Sequence) or not all(isinstance(bound, int | float) for bound in bounds):
+        raise ValueError(f"tasks: buckets of {name!r} must be a list of numbers, got {bounds!r}")
+    for key in ("prior", "weight"):
+        if not isinstance(value := task.get(key, 1.0), int | float):
+            raise ValueError(f"tasks: {key} of {name!r} must be a number, got {value!r}")
 
 
 def _chain(task: Mapping[str, Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.config import Config
-from recsys.errors import ConfigError, LogError
+from recsys.errors import ConfigError, LogError, SnapshotCorrupt
 from recsys.files import KeptManifests
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
@@ -45,19 +45,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def told(folder: Path, manifest: Mapping[str, Any], log: EventLog | None) -> dict[str, Any]:
-    """One checkpoint: its id is its step. `learnable`: records that the log has after it; null: it lost some of them, or is away."""
+    """One checkpoint: its id is its step. `learnable`: records that the log has after it; null: it lost some of them, or is away, or
+    the manifest, of an earlier release, does not say. SnapshotCorrupt where it is none."""
+    try:
+        return _told(folder, manifest, log)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise SnapshotCorrupt(f"{folder} has a manifest that is none of a checkpoint ({error!r}): restore it") from None
+
+
+def _told(folder: Path, manifest: Mapping[str, Any], log: EventLog | None) -> dict[str, Any]:
     names = [*(part["name"] for part in manifest["segments"]), manifest["dense"]["name"], manifest["small"]["name"]]
     sizes = [(folder / name).stat().st_size for name in names if (folder / name).exists()]
     covers_ms = manifest.get("covers_ms")
     return {
-        "id": manifest["step"],
+        "id": int(manifest["step"]),
         "as_of": None
         if covers_ms is None
         else datetime.fromtimestamp(covers_ms / 1000, UTC).isoformat(timespec="seconds"),
         "good": manifest.get("good", True),
         "whole": len(sizes) == len(names),
         "bytes": sum(sizes),
-        "learnable": None if log is None else _after(log, manifest["positions"]),
+        "learnable": None if log is None or "positions" not in manifest else _after(log, manifest["positions"]),
     }
 
 

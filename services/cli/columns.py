@@ -47,9 +47,15 @@ def _within(low: int, high: int) -> Callable[[Any], Any]:
     return lambda values: pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
 
 
+_EXACT = 2.0**53
+"""Up to here a float is the whole number that was meant."""
+
+
 def _whole(values: Any) -> Any:
     finite = pc.is_finite(values)
-    return pc.and_(finite, pc.equal(pc.floor(values), values)) if t.is_floating(values.type) else finite
+    if not t.is_floating(values.type):
+        return finite
+    return pc.and_(pc.and_(finite, _within(-_EXACT, _EXACT)(values)), pc.equal(pc.floor(values), values))
 
 
 INTEGER = Kind(name="an integer", fits=t.is_integer, right=_whole)

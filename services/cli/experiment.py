@@ -79,25 +79,34 @@ def read(path: Path) -> tuple[list[Run], Path]:
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"experiment file {str(path)!r} does not exist") from None
+        raise BadInput(f"experiment file {str(path)!r} does not exist: check its name") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise BadInput(f"experiment file {str(path)!r} cannot be read: {error}") from None
+        raise BadInput(f"experiment file {str(path)!r} cannot be read ({error}): mend it") from None
     _known(given, {"out", "defaults", "groups", "runs"}, str(path))
     out = path.parent / str(given.get("out", "results"))
     listed = given.get("runs")
     if not isinstance(listed, list) or not listed or not all(isinstance(each, dict) for each in listed):
         raise BadInput(f"{path} lists no runs: write a [[runs]] table with a name for each")
-    groups = {"": {}} | given.get("groups", {})
+    named, defaults = given.get("groups", {}), given.get("defaults", {})
+    if wrong := [each for each in (named, defaults, *_values(named)) if not isinstance(each, dict)]:
+        raise BadInput(
+            f"{path}: [defaults] and [groups.NAME] must be tables of options, got {wrong[0]!r}: write tables"
+        )
+    groups = {"": {}} | named
     if unknown := [each["group"] for each in listed if each.get("group", "") not in groups]:
         raise BadInput(
             f"{path}: a run is of group {unknown[0]!r}: write a [groups.{unknown[0]}] table, or leave group out"
         )
-    runs = [_run(given.get("defaults", {}) | groups[each.get("group", "")] | each, path, out) for each in listed]
+    runs = [_run(defaults | groups[each.get("group", "")] | each, path, out) for each in listed]
     names = [each.name for each in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadInput(f"{path} has two runs named {twice[0]!r}: each has a result file of its own")
     out.mkdir(parents=True, exist_ok=True)
     return runs, out
+
+
+def _values(table: Any) -> list[Any]:
+    return list(table.values()) if isinstance(table, dict) else []
 
 
 def _run(given: Mapping[str, Any], path: Path, out: Path) -> Run:

@@ -27,6 +27,7 @@ from services.common.process import Stop
 
 _CALLS = {"items": ("PUT", "/v1/items", "items"), "events": ("POST", "/v1/feedback", "events")}
 _TOPICS = {"items": "item", "events": "feedback"}
+_MOST = 2**53
 _STATUSES = ("accepted", "duplicate", "rejected")
 
 
@@ -52,13 +53,22 @@ class State:
     def read(cls, path: Path, kind: str) -> State:
         try:
             state = cls(**orjson.loads(path.read_bytes()))
+            state.check()
         except FileNotFoundError:
             return cls(kind=kind)
-        except (OSError, TypeError, orjson.JSONDecodeError) as error:
+        except (OSError, TypeError, ValueError, KeyError) as error:
             raise BadInput(f"{str(path)!r} is unreadable ({error}): delete it to start again", field="file") from None
         if state.kind != kind:
             raise BadInput(f"{str(path)!r} is of an import of {state.kind}: delete it to import {kind}", field="kind")
         return state
+
+    def check(self) -> None:
+        """ValueError where it holds what no import wrote."""
+        numbers = (self.rows, self.position, self.outcomes_bytes, *(self.counts[status] for status in _STATUSES))
+        if any(type(number) is not int or not 0 <= number < _MOST for number in numbers):
+            raise ValueError(f"not all of {numbers} are counts")
+        if not isinstance(self.digest, str) or not isinstance(self.system, str):
+            raise ValueError(f"digest {self.digest!r} or system {self.system!r} is no text")
 
     def write(self, path: Path) -> None:
         partial = path.with_name(path.name + ".partial")
@@ -157,6 +167,8 @@ class Import:
 
 def run(options: argparse.Namespace) -> int:
     """Import what is left of the file; outcomes are counted of this run, rows of the whole file."""
+    if not options.file.is_file():
+        raise BadInput(f"{str(options.file)!r} is no file: check its name", field="file")
     client = Client(url_of(config.load(options.config), options.url), Stop())
     outcomes = options.outcomes or options.file.with_name(options.file.name + ".outcomes.jsonl")
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()

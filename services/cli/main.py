@@ -33,7 +33,10 @@ _BAD_INPUT = (BadInput, ConfigError, FolderLocked, LogTruncated, SchemaMismatch,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if wrong := [word for word in words if not word.isascii() and any("\ud800" <= char <= "\udfff" for char in word)]:
+        parser().error(f"argument {wrong[0][:99]!r} is not UTF-8: write it again, or rename the file")
+    options = parser().parse_args(words)
     config.one_thread_each()
     for_owner_alone()
     try:
@@ -47,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return MISSED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            end, code = "nothing committed is lost: free space, then start again", MISSED
+        elif error.filename is not None:  # whatever a path is or is not, it was given
+            end, code = "check the path", BAD
+        else:
             raise
-        return fail(
-            options,
-            f"{error.filename or 'a file'}: {error.strerror}; nothing committed is lost: free space, then start again",
-            MISSED,
-        )
+        return fail(options, f"{error.filename or 'a file'}: {error.strerror}; {end}", code)
 
 
 def fail(options: argparse.Namespace, message: str, code: int) -> int:

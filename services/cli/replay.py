@@ -21,6 +21,8 @@ from recsys.events import files
 from services.cli.main import DONE, emit
 from services.cli.progress import progress_bar
 
+MOST_S, MOST_THREADS = 1e9, 1024
+"""Thirty years, and more cores than a machine has."""
 SCORED = pa.schema(
     [
         ("task", pa.string()),
@@ -52,9 +54,10 @@ def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:
     if not 0 < arguments.sample <= 1:
         raise BadInput(f"--sample {arguments.sample} must be above 0 and at most 1", field="sample")
     for name in ("delay", "sync_interval", "label_delay"):
-        if getattr(arguments, name) is not None and not 0 <= getattr(arguments, name) < float("inf"):
+        if getattr(arguments, name) is not None and not 0 <= getattr(arguments, name) <= MOST_S:
             raise BadInput(
-                f"--{name.replace('_', '-')} {getattr(arguments, name)} must be 0 or more seconds", field=name
+                f"--{name.replace('_', '-')} {getattr(arguments, name)} must be from 0 to {MOST_S:g} seconds",
+                field=name,
             )
     if 0 < arguments.sync_interval < 0.001:
         raise BadInput(
@@ -165,8 +168,8 @@ def _chosen(arguments: argparse.Namespace, option: str) -> bool:
 
 def set_threads(arguments: argparse.Namespace) -> None:
     """Torch threads of this process."""
-    if arguments.threads < 1:
-        raise BadInput(f"--threads {arguments.threads} must be 1 or more", field="threads")
+    if not 1 <= arguments.threads <= MOST_THREADS:
+        raise BadInput(f"--threads {arguments.threads} must be from 1 to {MOST_THREADS}", field="threads")
     torch.set_num_threads(arguments.threads)
 
 

@@ -36,17 +36,20 @@ def run(options: argparse.Namespace) -> int:
         )
     try:
         manifest = unseal(manifest_path.read_bytes())
-        chain, schema = manifest["segments"], manifest["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise SnapshotCorrupt(f"{manifest_path} is no manifest of a checkpoint or snapshot") from None
+        chain, schema = manifest["segments"], str(manifest["schema"])
+        tables = segments.merged(segments.read_chain(manifest_path.parent, chain))
+        file_bytes = sum(int(part["bytes"]) for part in chain)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SnapshotCorrupt(
+            f"{manifest_path} is no manifest of a checkpoint or snapshot ({error!r}): restore it"
+        ) from None
     names = _slot_names(options.config, schema)
-    tables = segments.merged(segments.read_chain(manifest_path.parent, chain))
     result = {
         "snapshot": str(manifest_path.parent),
         "step": manifest.get("step"),
         "schema": schema,
         "files": len(chain),
-        "file_bytes": sum(s["bytes"] for s in chain),
+        "file_bytes": file_bytes,
         "tables": {name: describe(part, names) for name, part in tables.items()},
     }
     emit(options, result, _text(result))

@@ -403,7 +403,7 @@ def test_import_refuses_what_it_cannot_read(
     pq.write_table(pa.table({"item": ["a"]}), tmp_path / "c.parquet")
     (tmp_path / "d.jsonl").write_text('{"version":1,"item_id":"a"}\n')
     for name, said in (
-        ("absent.jsonl", "No such"),
+        ("absent.jsonl", "is no file"),
         ("a.csv", "rename"),
         ("b.parquet", "check"),
         ("c.parquet", "'item'"),

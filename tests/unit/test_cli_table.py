@@ -65,3 +65,34 @@ def test_inspect_names_what_is_wrong(snapshot: Path, capsys: pytest.CaptureFixtu
     (snapshot / "manifest.json").write_text("[]")
     assert main(["table", "inspect", str(snapshot)]) == 2
     assert "no manifest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"segments": 5},
+        {"segments": {"a": 1}},
+        {"segments": [7]},
+        {"segments": ["x"]},
+        {"segments": [{"name": 3, "checksum": "", "bytes": 1}]},
+        {"segments": [{"checksum": "", "bytes": 1}]},
+        {"segments": [{"name": "x"}]},
+        {"bytes": "many"},
+        {"blocks": 1.5},
+        {"schema": ["x"]},
+    ],
+)
+def test_a_manifest_that_says_something_else_is_named(
+    snapshot: Path, wrong: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = snapshot / "manifest.json"
+    manifest = orjson.loads(path.read_bytes())
+    of_a_file = {name: wrong[name] for name in ("bytes", "blocks") if name in wrong}
+    manifest["segments"][0] |= of_a_file
+    path.write_bytes(orjson.dumps(manifest | {name: wrong[name] for name in wrong if name not in of_a_file}))
+    if of_a_file.get("blocks"):
+        for torn in snapshot.glob("segment-0-*"):
+            torn.write_bytes(b"")
+    assert main(["table", "inspect", str(snapshot), "--json"]) == (0 if "schema" in wrong else 2)
+    found = json.loads(capsys.readouterr().out)
+    assert "schema" in wrong or str(snapshot) in found["why"]

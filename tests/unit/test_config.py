@@ -46,6 +46,12 @@ def test_committed_configurations_are_valid(path: Path) -> None:
             ["retrieval.sources.trending = -1", "greater than or equal to 0"],
         ),
         ({"retrieval": {"sources": {"nearest": 10_001}}}, ["nearest = 10001", "less than or equal to 10000"]),
+        ({"tasks": [{"name": ["w"], "types": ["v"], "buckets": [3]}]}, ["a name must be text", "['w']"]),
+        ({"tasks": [{"name": "w", "types": ["v"], "buckets": 3}]}, ["'w'", "list of numbers", "3"]),
+        ({"tasks": [{"name": "w", "types": ["v"], "buckets": ["3"]}]}, ["'w'", "list of numbers", "['3']"]),
+        ({"tasks": [{"name": "w", "types": ["v"], "buckets": [3], "prior": "x"}]}, ["prior of 'w'", "number", "'x'"]),
+        ({"tasks": [{"types": ["v"], "labels": "es_dfm"}]}, ["tasks", "name", "required"]),
+        ({"tasks": [{"name": ["w"], "types": ["v"]}]}, ["tasks.0.name = ['w']", "string"]),
         ({"tasks": [{"name": "w", "types": ["v"], "buckets": [3], "min_value": 1}]}, ["'w'", "drop min_value"]),
     ],
 )

@@ -270,6 +270,7 @@ def test_globo_context_may_be_absent(globo: Path, tmp_path: Path) -> None:
         ("users", "is_video_author", [NAN], "row 1: is_video_author = nan"),
         ("videos", "music_type", [NAN], "row 1: music_type = nan: must be a whole number"),
         ("videos", "music_type", [9.5], "row 1: music_type = 9.5"),
+        ("videos", "music_type", [1e308], "row 1: music_type = 1e+308: must be a whole number"),
         ("videos", "video_duration", [NAN], "row 1: video_duration = nan"),
         ("history", "last_time_ms", [T, None], "row 2: last_time_ms = nothing"),
         ("history", "watch_seq", ["10", "10 abc"], "row 2: watch_seq = '10 abc': must be integers with spaces between"),

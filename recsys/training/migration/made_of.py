@@ -92,9 +92,9 @@ def check(what: str, manifest: Mapping[str, Any], config: Config) -> None:
     """That a checkpoint fits the configuration. Outgrown when it was made with another one that is known, else SchemaMismatch."""
     said, own = manifest.get("made_of"), Schema.of(config).hash
     if said is None:
-        if manifest["schema"] != own:
+        if manifest.get("schema") != own:
             raise SchemaMismatch(
-                f"{what} was written with schema {manifest['schema']}, the configuration makes {own}, and the release that wrote it did "
+                f"{what} was written with schema {manifest.get('schema')}, the configuration makes {own}, and the release that wrote it did "
                 "not say what that was: start once with the old catalogue, features and tasks, so that the next checkpoint says so, then "
                 "change them"
             )
