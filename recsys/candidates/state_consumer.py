@@ -107,6 +107,12 @@ class StateConsumer:
             self.counters = AsOf(positions=dict(self.counter_positions), time_ms=self._marked_ms - 1)
         return count
 
+    def rest_s(self, most_s: float) -> float:
+        """How long to wait for the next record, at most: what was read lately is told of in `as_of` by a turn after the next mark."""
+        if self.counters.positions == self.counter_positions:
+            return most_s
+        return min(most_s, max(0, self._marked_ms + MARK_MS - self._clock.now_ms()) / 1000)
+
     def _mark(self, stored: Mapping[str, int]) -> None:
         """Ask for the ends again, once those of the last time were read: a read that found nothing does not tell."""
         now_ms = self._clock.now_ms()

@@ -31,6 +31,11 @@ def check_sizes(topic: str, messages: Sequence[tuple[str, bytes]]) -> None:
 class Watch(Protocol):
     """Tells one thread that something may have come to the topics that it follows."""
 
+    @property
+    def tells(self) -> bool:
+        """Whether it does, but for a few appends: else each wait ends by its time."""
+        ...
+
     def wait(self, timeout_s: float) -> None:
         """Return once something was appended, by any process, since the call before returned, or after `timeout_s`; now and then for
         nothing.

@@ -19,7 +19,10 @@ _log = logging.getLogger(__name__)
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _IN_ATTRIB = 4
 POLL_S = 0.005
-"""A log that tells nobody is asked this often: half asks twice as much for nothing, double makes everything later by half of it."""
+"""A log that tells nobody is asked this often while something comes: half asks twice as much, double makes everything later by half of it."""
+
+SLOWEST_S = 0.05
+"""And this often while nothing comes: half asks twice as often for nothing, double is twice as late with the first event after a pause."""
 
 
 def touch(descriptor: int) -> None:
@@ -33,19 +36,23 @@ def watching(paths: Sequence[Path]) -> Watch:
     try:
         return FileWatch(paths)
     except OSError as error:
-        _log.warning("%s: files are not watched, the log is asked %.0f times a second", error, 1 / POLL_S)
+        _log.warning("%s: files are not watched, the log is asked up to %.0f times a second", error, 1 / POLL_S)
         return AskOften()
 
 
 class AskOften:
     """See Watch: of a log that tells nobody."""
 
+    tells = False
+
     def wait(self, timeout_s: float) -> None:
-        time.sleep(min(timeout_s, POLL_S))
+        time.sleep(min(timeout_s, SLOWEST_S))
 
 
 class FileWatch:
     """See Watch: returns when one of some files was touched. Raises OSError when the kernel cannot tell."""
+
+    tells = True
 
     def __init__(self, paths: Sequence[Path]) -> None:
         if _LIBC is None:

@@ -285,7 +285,9 @@ def _follow(service: ParameterService, stop: Stop) -> None:
             maintained = time.monotonic()
             _tried(service.maintain, stop)
         metrics.READY.set(not service.not_ready())
-        if not worked:
+        if worked:
+            rest.found()
+        else:
             rest()
 
 

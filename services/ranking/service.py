@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from recsys import metrics
 from recsys.candidates import recent_users, snapshot
@@ -26,9 +24,6 @@ from recsys.errors import (
     LogError,
     LogTruncated,
     LogUnavailable,
-    ParametersUnavailable,
-    RecsysError,
-    StateUnavailable,
 )
 from recsys.events import messages
 from recsys.features.catalogue import Catalogue
@@ -47,10 +42,11 @@ from recsys.streams import positions
 from recsys.streams.base import EventLog
 from recsys.types import AsOf, Feedback, Record, UserState
 from services.common.process import Stop, logger
-from services.common.rest import Rest
+from services.common.rest import NET_S, Rest
 from services.common.trouble import Troubles
 from services.ranking.builder import Builder
 from services.ranking.intake import Intake
+from services.ranking.loops import Idle, Loops
 from services.ranking.parse import Refused
 
 POLL_S = 0.005
@@ -116,7 +112,7 @@ class RankingService:
         self.patching = threading.Lock()
         """Held from reading items to appending their changes, so that two patches of one item both count."""
         self._trouble = Troubles()
-        self._threads: list[threading.Thread] = []
+        self._idle, self._loops = Idle(stop), Loops(stop, self._trouble)
         self.catalogue_ready = False
         self.state_ready = False
         self.on_caught_up: Callable[[], object] = lambda: None
@@ -126,18 +122,20 @@ class RankingService:
         """Read the catalogue, restore the counters, then follow everything in threads."""
         try:
             self._load_catalogue()
-            self._run("items", self._follow_items, self._until_appended("item"))
+            items = Rest(self.log.watch(("item",)), self._stop)
+            self._loops.run("items", self._follow_items, items, items)
             while not self.catalogue_ready:
                 if self._stop.wait(POLL_S):
                     return
             self._load_counters()
-            self._run("state", self._follow_state, self._until_appended(*STATE_TOPICS))
-            self._run("snapshot", self.save, self._seconds(SNAPSHOT_S))
+            events = Rest(self.log.watch(STATE_TOPICS), self._stop)
+            self._loops.run("state", self._follow_state, lambda: events(self.consumer.rest_s(NET_S)), events)
+            self._loops.run("snapshot", self.save, self._loops.seconds(SNAPSHOT_S))
         except LogTruncated as gap:  # answers go on from what is there; nothing is read or saved until somebody decides
             logger.error("%s", gap)
             self._trouble.note("start", gap)
-        self._run("dense", self._follow_dense, self._seconds(0.2))
-        self._run("generations", self._build_generation, self._seconds(0.1))
+        self._loops.run("dense", self._follow_dense, self._idle.pause(0.2, lambda: not self.scorer.dense_version))
+        self._loops.run("generations", self._build_generation, self._idle.pause(0.1, lambda: self._building))
         if not self._stop.wait(COMPILE_AFTER_S):
             try:
                 fused.warm_up()
@@ -192,33 +190,6 @@ class RankingService:
             catalogue_file.save(self._folder, self.sources, self.schema, read, logs, self.clock.now_ms())
             self._catalogue_saved, self._changes_saved, self._catalogue_saved_s = read, changed, now_s
 
-    def _until_appended(self, *topics: str) -> Callable[[], object]:
-        return Rest(self.log.watch(topics), self._stop)
-
-    def _seconds(self, seconds: float) -> Callable[[], object]:
-        return partial(self._stop.wait, seconds)
-
-    def _run(self, name: str, turn: Callable[[], bool], rest: Callable[[], object]) -> None:
-        thread = threading.Thread(target=self._loop, args=(name, turn, rest), name=name, daemon=True)
-        thread.start()
-        self._threads.append(thread)
-
-    def _loop(self, name: str, turn: Callable[[], bool], rest: Callable[[], object]) -> None:
-        self._trouble.turned(name)
-        while not self._stop:
-            try:
-                worked = turn()
-                self._trouble.turned(name)
-            except (RecsysError, OSError) as error:
-                again = isinstance(error, LogError | StateUnavailable | ParametersUnavailable)
-                again &= not isinstance(error, LogTruncated)
-                logger.log(logging.WARNING if again else logging.ERROR, "%s", error)
-                self._trouble.note(name, error)
-                worked = False
-                self._stop.wait(0.5 if again else 5.0)
-            if not worked:
-                rest()
-
     def not_ready(self) -> str:
         """Why this process cannot answer well yet; empty when it can."""
         if lasting := self._trouble.lasting(("start", "items", "state")) or self.log.trouble():
@@ -231,6 +202,7 @@ class RankingService:
         """The answer, logged, and what its user state, counters and parameters contain at least."""
         # Read before the answer is made: read after it, they could promise an event that the answer does not know.
         contains = {"user_state": self.consumer.user_state, "counters": self.consumer.counters}
+        self._idle.over()
         answer = self.pipeline.recommend(request, self.clock.now_ms())
         logged = False
         if self.config.ranking.log_impressions and answer.items:
@@ -304,6 +276,8 @@ class RankingService:
                 logger.error("%d new items of topic item are not in the catalogue: %s", len(refused), refused[-1])
             self._item_positions[partition] = records.next
             worked |= records.next > position
+        if worked:
+            self._idle.over()
         if worked or self.clock.monotonic_s() - self._freed_s > FREE_S:
             self._freed_s = self.clock.monotonic_s()
             self.sources.free_rows()
@@ -339,6 +313,11 @@ class RankingService:
             except LogError:
                 gauge.set(math.nan)  # not known: the last number would look as if all were well
                 raise
+
+    @property
+    def _building(self) -> bool:
+        """Whether a generation is being built, or will be at once."""
+        return self._builder.pid is not None or self.generations.due(self.clock.monotonic_s())
 
     def _build_generation(self) -> bool:
         generations, now_s = self.generations, self.clock.monotonic_s()
@@ -384,8 +363,8 @@ class RankingService:
     def close(self) -> None:
         """Stop the threads, save the counters, let go of everything."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout=5)
+        self._idle.over()
+        self._loops.join()
         self._builder.close()
         try:
             self.save()

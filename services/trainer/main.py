@@ -22,12 +22,13 @@ from recsys.model.layouts import parameters_name, sizes
 from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
+from recsys.streams.watch import SLOWEST_S
 from recsys.training.intake import CONSUMER, TOPICS
 from recsys.training.runner import Runner
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from services.common.process import NO_SPACE, FolderLock, HealthServer, Interrupted, Stop, logger
-from services.common.rest import Rest
+from services.common.rest import NET_S, Rest
 from services.common.tables import TableGauges
 from services.common.trouble import Troubles
 from services.trainer.pace import Pace
@@ -178,7 +179,8 @@ class Loop:
     def __init__(self, config: Config, log: EventLog, stop: Stop) -> None:
         self._stop = stop
         self._progressive = Progressive(tuple(task.name for task in config.tasks))
-        self._runner = Runner(config, log, SystemClock(), self._on_step, stopped=lambda: bool(stop))
+        self._clock = SystemClock()
+        self._runner = Runner(config, log, self._clock, self._on_step, stopped=lambda: bool(stop))
         self._published = [0, 0]
         self._tables = TableGauges()
         self._shown_s, self._ahead_s = 0.0, -SAY_EVERY_S
@@ -222,14 +224,21 @@ class Loop:
             while not self._stop:
                 pace.begin(self._read)
                 if not self._turn():
-                    rest()
-                elif self._goal == {}:  # what was accepted before it started is learned without a pause
+                    rest(self._rest_s())
+                    continue
+                rest.found()
+                if self._goal == {}:  # what was accepted before it started is learned without a pause
                     pace.hold(self._read)
         except Interrupted:
             return  # in a step that waited for compilers: the journal has it
         except Stopped as error:
             logger.info("%s", error)  # in the middle of a step that failed: the next start goes on there
         self._close()
+
+    def _rest_s(self) -> float:
+        """How long to wait for the next record: less where a label will be final meanwhile."""
+        soon_ms = self._clock.now_ms() + int(NET_S * 1000)
+        return SLOWEST_S if self._runner.trainer.joiner.due(soon_ms) else NET_S
 
     @property
     def _read(self) -> int:
