@@ -148,6 +148,10 @@ LOOKUP_SECONDS = _histogram(
     buckets=STAGE_BUCKETS_S,
 )
 LOOKUP_KEYS = _counter("recsys_lookup_keys_total", "Keys asked of the parameter service.")
+PARAMETERS_SHARED = _gauge(
+    "recsys_parameters_shared",
+    "1 while rows are read in place from the memory of a parameter service on this host; 0: asked for over gRPC.",
+)
 CATALOGUE_ITEMS = _gauge("recsys_catalogue_items", "Items that can be shown.")
 CATALOGUE_FULL = _gauge(
     "recsys_catalogue_full_ratio", "Share of the bytes for items; at 1 new ones are refused, others change."

@@ -14,8 +14,9 @@ from recsys.features.schema import Schema
 from recsys.model import fused, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
+from recsys.parameters.base import ParameterState, Reply
 from recsys.parameters.deltas import Delta, Version
-from recsys.parameters.store import ParameterState, ParameterStore, Reply
+from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.table.tables import Tables
 from recsys.training.checkpoint import network_bytes

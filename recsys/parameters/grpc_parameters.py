@@ -15,8 +15,9 @@ from recsys.errors import ConfigError, ParametersUnavailable
 from recsys.model.layouts import same_parameters
 from recsys.model.plan import Block
 from recsys.parameters import parameter_pb2 as pb
+from recsys.parameters.base import ParameterState, Reply
 from recsys.parameters.deltas import CHUNK_BYTES, Version
-from recsys.parameters.store import ParameterState, ParameterStore, Reply
+from recsys.parameters.store import ParameterStore
 from recsys.types import Float32
 
 _LOOKUP, _DENSE = "/recsys.v1.Parameters/Lookup", "/recsys.v1.Parameters/Dense"

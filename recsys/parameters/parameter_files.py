@@ -16,8 +16,9 @@ from safetensors.numpy import save as save_arrays
 from recsys.errors import SchemaMismatch, SnapshotCorrupt
 from recsys.files import KeptManifests, Manifests, fresh, read_file, write_file
 from recsys.model.layouts import same_parameters
+from recsys.parameters.base import ParameterState
 from recsys.parameters.deltas import Version
-from recsys.parameters.store import Counted, ParameterState, ParameterStore
+from recsys.parameters.store import Counted, ParameterStore
 from recsys.table import segments
 from recsys.table.base import Rows
 from recsys.table.segments import SegmentFile, TablesDelta

@@ -1,11 +1,10 @@
-"""The serving copy of the trainer's parameters: the seam that ranking looks rows up through, and the store behind it."""
+"""The serving copy of the trainer's parameters, kept up to date by its deltas."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -13,6 +12,8 @@ from safetensors import SafetensorError
 from recsys.errors import BadInput, SchemaMismatch
 from recsys.model.layouts import same_parameters
 from recsys.model.plan import Block
+from recsys.parameters.arena import Sharing
+from recsys.parameters.base import ParameterState, Reply
 from recsys.parameters.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Version, believable, not_finite
 from recsys.table import segments
 from recsys.table.base import Layout, Rows, Table
@@ -22,15 +23,6 @@ from recsys.types import Float32, Int32, Int64
 
 WHOLE, EVERY = "whole", "every"
 """Cursors: what came since a whole state began to come; every row there is."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterState:
-    """What a reply contains: the newest delta's version, what it covers, and the newest dense weights (0: none yet)."""
-
-    version: Version = Version()
-    covers_ms: int = 0
-    dense_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,30 +41,18 @@ class Counted:
         return Counted(epoch=delta.version.epoch, number=delta.number, missed=self.missed + missed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """Rows [N, D] of each block asked for, in order."""
-
-    values: tuple[Float32, ...]
-    state: ParameterState
-
-
-class Parameters(Protocol):
-    """Where ranking gets parameters from. Thread-safe. Raises ParametersUnavailable when they cannot be had in time."""
-
-    def lookup(self, blocks: Sequence[Block]) -> Reply: ...
-
-    def dense(self) -> tuple[int, bytes]:
-        """The newest dense weights: (dense_version, safetensors buffer); (0, b"") before the first."""
-        ...
-
-
 class ParameterStore:
     """Tables, dense weights and version, kept up to date by deltas in order. One writer; lookups from any thread."""
 
-    def __init__(self, layouts: Sequence[Layout], schema: str, implementation: Implementation = "cpu") -> None:
-        self._made_of = layouts, implementation
-        self.tables = Tables(layouts, implementation)
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        schema: str,
+        implementation: Implementation = "cpu",
+        sharing: Sharing | None = None,
+    ) -> None:
+        self._made_of, self._sharing = (layouts, implementation), sharing
+        self.tables = self._new_tables()
         self._schema = schema
         self.state = ParameterState()
         self._dense = b""
@@ -85,6 +65,15 @@ class ParameterStore:
         """The epoch whose whole state is coming; 0: none."""
         self.missing = 0
         self.found = 0
+
+    def _new_tables(self) -> Tables:
+        layouts, implementation = self._made_of
+        return Tables(layouts, implementation) if self._sharing is None else self._sharing.tables(layouts)
+
+    def share(self) -> None:
+        """Let processes of this host read the tables from now on."""
+        if self._sharing is not None:
+            self._sharing.announce(self.tables, self.state)
 
     def lookup(self, blocks: Sequence[Block]) -> Reply:
         """Rows of exactly the version that the reply names: look again when a delta came in between, then wait for it."""
@@ -134,15 +123,20 @@ class ParameterStore:
             _check_dense(delta.dense)
         gone = self._begin_or_end(delta)
         with self._whole:
-            self._changes += 1
+            self._count_change()
             try:
                 for layout, (slots, keys) in gone.items():
                     self.tables[layout].remove(slots, keys)
                 self._apply(delta)
             finally:
-                self._changes += 1
+                self._count_change()
         self.counted = self.counted.after(delta, after_gap=after_gap)
         return True
+
+    def _count_change(self) -> None:
+        self._changes += 1
+        if self._sharing is not None:
+            self._sharing.count(self._changes)
 
     def _begin_or_end(self, delta: Delta) -> dict[str, tuple[Int32, Int64]]:
         """Note where a whole state begins; at its end, the rows of before (slots, keys) that did not come with it."""
@@ -202,6 +196,8 @@ class ParameterStore:
                 covers_ms=covers_ms,
                 dense_version=delta.dense_version or self.state.dense_version,
             )
+        if self._sharing is not None:
+            self._sharing.tell(self.state)
 
     def restore(self, state: ParameterState, dense: bytes) -> None:
         """What a snapshot holds beside the tables' rows."""
@@ -210,7 +206,7 @@ class ParameterStore:
 
     def replace_all(self, deltas: Sequence[segments.TablesDelta], dense: bytes, dense_version: int) -> None:
         """The rows of a checkpoint in place of all that is here; then any delta may follow."""
-        tables = Tables(*self._made_of)
+        tables = self._new_tables()
         segments.load(tables, deltas)
         with self._whole:
             self._changes += 1
@@ -219,6 +215,8 @@ class ParameterStore:
                 self.restore(ParameterState(covers_ms=self.state.covers_ms, dense_version=dense_version), dense)
             finally:
                 self._changes += 1
+        if self._sharing is not None and self._sharing.announced:
+            self.share()
 
 
 def _check_dense(data: bytes) -> None:

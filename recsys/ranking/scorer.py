@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 
 from recsys.bandit.graph import Published
 from recsys.config import Config
-from recsys.errors import ParametersUnavailable, SchemaMismatch, TableFull
+from recsys.errors import SchemaMismatch
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
 from recsys.model import build, fused, scoring
@@ -26,16 +25,10 @@ from recsys.model.ranker import Ranker
 from recsys.model.scoring import Scoring
 from recsys.model.tower_scoring import user_vectors
 from recsys.model.two_tower import TwoTower
-from recsys.parameters.store import Parameters, ParameterState
+from recsys.parameters.base import Parameters, ParameterState
+from recsys.parameters.rows import RowSource
 from recsys.ranking.value import Value
-from recsys.table.tables import Tables
 from recsys.types import Bool, Float32, Int64
-
-KNOWN_ROWS = 200_000
-"""Rows kept for when parameter is away: 200k × 18 floats is 15 MB; half forgets popular items' neighbours sooner."""
-
-REMEMBER_EVERY = 8
-"""Of a layout's replies one in so many is kept: popular rows come in every reply; keeping all of them costs .8 ms a request."""
 
 NONE = np.zeros(0, np.int64)
 
@@ -67,19 +60,11 @@ class Scorer:
     """Ranker and user tower over looked-up rows. Thread-safe; dense weights are swapped whole by `refresh`."""
 
     def __init__(self, config: Config, schema: Schema, parameters: Parameters) -> None:
-        self._config, self._schema, self._parameters = config, schema, parameters
+        self._config, self._schema = config, schema
         self._networks = self._build(None, 0)
         self._told: Callable[[], Published] | None = None
-        small = [replace(layout, capacity=KNOWN_ROWS) for layout in layouts(config, schema)]
-        self._layouts = small
-        self._known = Tables(small, "cpu")
-        self._replies: Counter[str] = Counter()
-        self._remembering = threading.Lock()
-        """A table has one writer: of two requests at once one remembers."""
+        self._rows = RowSource(layouts(config, schema), parameters)
         self._refreshing = threading.Lock()
-        self.state = ParameterState()
-        self.available = True
-        """Whether the last look-up of any thread was answered. What one answer was made with is in its `Scored`."""
         self.value = Value(config)
 
     @property
@@ -90,7 +75,7 @@ class Scorer:
     def predict(self, batch: Sequence[Features]) -> list[Float32]:
         """Probabilities [K, T] of each request's items, from one forward pass."""
         lay = plan(self._schema, batch)
-        (deep, wide), _ = self._rows([lay.deep, lay.wide])
+        deep, wide = map(torch.from_numpy, self._rows.lookup([lay.deep, lay.wide]).values)
         self._networks.ranker.eval()
         with torch.inference_mode():
             inputs = ranker_inputs(self._schema, lay, deep, wide, self._config.model.dim)
@@ -101,30 +86,31 @@ class Scorer:
     def rank(self, features: Features, most: int, always: Int64 = NONE) -> Scored:
         """The whole network's probabilities of the `most` items that the wide part values most, `always` among them."""
         lay, networks = plan(self._schema, [features]), self._networks
-        (deep, wide), reply = self._rows([lay.deep, lay.wide])
+        found = self._rows.lookup([lay.deep, lay.wide])
+        deep, wide = found.values
         kept, predictions = self._score(networks, lay, (deep, wide), most, always)
         return Scored(
             kept=kept,
             predictions=predictions,
-            state=self.state if reply is None else reply,
+            state=found.state,
             dense_version=networks.dense_version,
-            available=reply is not None,
+            available=found.available,
         )
 
     def score_rows(
-        self, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64 = NONE
+        self, lay: Plan, rows: tuple[Float32, Float32], most: int, always: Int64 = NONE
     ) -> tuple[npt.NDArray[np.intp], Float32]:
         """As `rank`, of a request laid out whose rows were looked up: deep [U, d + tasks …] and wide [U', tasks]; which items are
         kept [k], and their probabilities [k, T]."""
         return self._score(self._networks, lay, rows, most, always)
 
     def _score(
-        self, networks: _Networks, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64
+        self, networks: _Networks, lay: Plan, rows: tuple[Float32, Float32], most: int, always: Int64
     ) -> tuple[npt.NDArray[np.intp], Float32]:
         if not scoring.compiled.is_set():
             return self._score_by_torch(networks.ranker, lay, rows, most, always)
         kernels, kept = networks.scoring or Scoring(self._schema, networks.ranker), np.arange(len(lay.item))
-        deep, wide = (values.numpy() for values in rows)
+        deep, wide = rows
         light = kernels.light(lay, deep, wide)
         if len(kept) > most:
             kept = self._kept(kernels.probabilities(light), most, always)
@@ -138,10 +124,11 @@ class Scorer:
         return np.sort(np.argsort(-value, kind="stable")[:most])
 
     def _score_by_torch(
-        self, ranker: Ranker, lay: Plan, rows: tuple[torch.Tensor, torch.Tensor], most: int, always: Int64
+        self, ranker: Ranker, lay: Plan, found: tuple[Float32, Float32], most: int, always: Int64
     ) -> tuple[npt.NDArray[np.intp], Float32]:
         """The same while the kernels are compiled."""
         dim, kept = self._config.model.dim, np.arange(len(lay.item))
+        rows = torch.from_numpy(found[0]), torch.from_numpy(found[1])
         with torch.inference_mode():
             if len(kept) > most:
                 sums = wide_sums(self._schema, lay, *rows, dim)
@@ -163,8 +150,7 @@ class Scorer:
 
     def rows(self, block: Block) -> Float32:
         """The values of a block's rows [U, D]; the last known ones when parameter is away."""
-        values: Float32 = self._rows([block])[0][0].numpy()
-        return values
+        return self._rows.lookup([block]).values[0]
 
     def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
         """The user's vector [tower_dim] (of several interests [K, tower_dim]); None before anything is known of them."""
@@ -183,7 +169,7 @@ class Scorer:
         block, (shared, past) = unique_rows(
             [(self._schema.shared_slots, *mine), (self._schema.history_slots, past_keys, past_mask)], "tower"
         )
-        (rows,), _ = self._rows([block])
+        rows = torch.from_numpy(self._rows.lookup([block]).values[0])
         fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
         parts = [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
         with torch.inference_mode():
@@ -192,70 +178,36 @@ class Scorer:
             )
         return user_vectors(towers, seen, history, past_mask[..., 0])
 
-    def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
-        """Item tower over item columns [n, I]: vectors [n, tower_dim]."""
+    def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower, *, required: bool = False) -> Float32:
+        """Item tower over item columns [n, I]: vectors [n, tower_dim]. `required`: raises ParametersUnavailable rather than use last
+        known rows."""
         block, (items,) = unique_rows([(self._schema.item_slots, keys, mask)], "tower")
-        (rows,), _ = self._rows([block])
+        rows = torch.from_numpy((self._rows.require if required else self._rows.lookup)([block]).values[0])
         with torch.inference_mode():
             parts = [(items, starts(self._schema.item_fields))]
             vectors: Float32 = towers.item_vectors(*fused.take_fields(rows, self._config.model.dim, parts)).numpy()
         return vectors
-
-    def _rows(self, blocks: Sequence[Block]) -> tuple[list[torch.Tensor], ParameterState | None]:
-        """Each block's rows, and the state that they are of; None: the parameter service is away, and they are the last known."""
-        try:
-            reply = self._parameters.lookup(blocks)
-            self._check_widths(blocks, reply.values)
-        except ParametersUnavailable:
-            self.available = False
-            return [torch.from_numpy(self._known[b.layout].lookup(b.slots, b.keys)[0]) for b in blocks], None
-        self.available, self.state = True, reply.state
-        # A reply says no width where there is no row.
-        found = [
-            v if len(b.keys) else self._known[b.layout].lookup(b.slots, b.keys)[0]
-            for b, v in zip(blocks, reply.values, strict=True)
-        ]
-        self._remember(blocks, found)
-        return [torch.from_numpy(values) for values in found], reply.state
-
-    def _check_widths(self, blocks: Sequence[Block], values: Sequence[Float32]) -> None:
-        for block, rows in zip(blocks, values, strict=True):
-            dim = self._known[block.layout].layout.dim
-            if len(rows) and rows.shape[1] != dim:
-                raise ParametersUnavailable(
-                    f"rows of {block.layout!r} are {rows.shape[1]} wide, not {dim}: run one release"
-                )
-
-    def _remember(self, blocks: Sequence[Block], values: Sequence[Float32]) -> None:
-        """Keep some of the rows for when parameter is away; a full store starts anew."""
-        if not self._remembering.acquire(blocking=False):
-            return
-        try:
-            for block, rows in zip(blocks, values, strict=True):
-                self._replies[block.layout] += 1
-                if self._replies[block.layout] % REMEMBER_EVERY == 1:
-                    self._known[block.layout].write(block.slots, block.keys, rows, 0)
-        except TableFull:
-            self._known = Tables(self._layouts, "cpu")
-        finally:
-            self._remembering.release()
 
     def adopt(self, ranker: Ranker, towers: TwoTower | None, told: Callable[[], Published] | None = None) -> None:
         """Score with these very networks, as they learn, and what is told of clusters: an in-process trainer's, in replay."""
         self._networks = _Networks(ranker, None, towers or self._networks.towers, 1, None)
         self._told = told
 
+    @property
+    def state(self) -> ParameterState:
+        """The newest state that is known of."""
+        return self._rows.state
+
     def poll(self) -> None:
         """Ask for the parameters' state without a request. Raises ParametersUnavailable."""
-        self.state = self._parameters.lookup([]).state
-        self.available = True
+        self._rows.poll()
 
     def refresh(self) -> bool:
         """Fetch and swap newer dense weights, if there are any. Raises ParametersUnavailable, SchemaMismatch."""
         with self._refreshing:
             if self.state.dense_version == self._networks.dense_version:
                 return False
-            version, payload = self._parameters.dense()
+            version, payload = self._rows.dense()
             if not payload or version == self._networks.dense_version:
                 return False
             self._networks = self._build(payload, version)

@@ -7,25 +7,23 @@ training need no second path. Reserved arrays are touched as rows come.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from recsys.table import kernels, optimizers, upkeep, worth
 from recsys.table.admission import Admission
 from recsys.table.base import Layout, Pending, Rows, Touched
-from recsys.table.cpu_arrays import LOCK_ROWS, STORED, Turn, decoded, new_values, parts, ready, segments
+from recsys.table.cpu_arrays import LOCK_ROWS, Turn, decoded, new_store, new_values, parts, ready
 from recsys.table.cursors import Cursors
 from recsys.table.index import KeyIndex, group
-from recsys.table.kernels import Store
-from recsys.table.memory import reserve
+from recsys.table.memory import Room, reserve
 from recsys.table.rows import (
     ROUNDING_SEED,
     check_layout,
     check_pairs,
     check_width,
-    default_values,
-    initial_state,
-    scales,
     seed_head,
     table_full,
 )
@@ -47,7 +45,7 @@ class CpuTable:
     may count as used twice.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, room: Room = reserve) -> None:
         check_layout(layout)
         if len(layout.slots) + layout.capacity > kernels.MAX_ROW:
             raise ValueError(f"layout {layout.name!r}: capacity {layout.capacity} is more than a CPU table's 2^28 rows")
@@ -57,24 +55,13 @@ class CpuTable:
         self._slot_of = np.array(slots, np.int32)
         self._place_of = np.full(slots[-1] + 1, -1, np.int32)
         self._place_of[slots] = np.arange(len(slots))
-        fresh, total = initial_state(layout), len(slots) + layout.capacity
-        spans, rates = segments(layout)
-        self._store = Store(
-            values=reserve((total, layout.dim), STORED[layout.precision]),
-            state=reserve((total, len(fresh)), np.float32),
-            fresh=fresh,
-            scale=scales(layout),
-            spans=spans,
-            rates=rates,
-        )
-        kernels.put(np.arange(len(slots), dtype=np.int32)[None, :], self._store.values, default_values(layout))
-        self._store.state[: len(slots)] = fresh
+        self._store = new_store(layout, room)
         self._head, self._drawn_head = (
             int(seed_head(seed).view(np.int64)[0]) for seed in (layout.seed, layout.seed ^ ROUNDING_SEED)
         )
         row_bytes = self._store.values.strides[0]
         links = None if row_bytes % 4 else self._store.values.view(np.int32)
-        self._index = KeyIndex(layout.capacity, len(slots), self._place_of, links, layout.order)
+        self._index = KeyIndex(layout.capacity, len(slots), self._place_of, links, layout.order, room)
         self._row_bytes = row_bytes + self._store.state.strides[0] + 4 * (links is None)
         self._stamps = Stamps(self._index)
         self._admission = Admission(layout, self._place_of, self._slot_of)
@@ -319,8 +306,19 @@ class CpuTable:
         check_width(self.layout, "state", rows.state, len(self._store.fresh), 0)
         with self._writer, self._turn:
             at = self._place_of[slots]
-            kernels.put(at[None, :], self._store.values, values)
+            kernels.put(at[None, :], self._store, values)
             self._store.state[at] = rows.state if rows.state.shape[1] else self._store.fresh
+
+    @property
+    def shared(self) -> dict[str, npt.NDArray[Any]]:
+        """What `recsys.table.shared` reads, where `room` gave memory that other processes map. Such a table is written, not trained."""
+        arrays = self._index.arrays
+        return {
+            "entries": arrays.entries,
+            "meta": arrays.meta,
+            "values": self._store.values,
+            "writes": self._store.writes,
+        }
 
     def memory_bytes(self) -> int:
         return self._index.end * self._row_bytes + self._index.index_bytes + self._admission.memory_bytes()
@@ -361,7 +359,7 @@ class CpuTable:
             self._admission.forget(slots[new], keys[new])
         todo = np.arange(len(keys), dtype=np.int32)
         self._index.insert(slots, keys, at, todo, self._store, (stamp, self._changes(slots, keys), 0, 0))
-        kernels.put(at, self._store.values, values)
+        kernels.put(at, self._store, values)
         return at
 
     def _require_room(self, slots: Int32, keys: Int64, now_ms: int | None, every: bool = False) -> None:

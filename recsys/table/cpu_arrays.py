@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from recsys.table import optimizers
+from recsys.table import kernels, optimizers
 from recsys.table.base import Layout
-from recsys.table.rows import state_width
+from recsys.table.kernels import Store
+from recsys.table.memory import Room, reserve
+from recsys.table.rows import default_values, initial_state, scales, state_width
 from recsys.types import Float32, Int64
 
 LOCK_ROWS = 4096
@@ -56,6 +58,25 @@ def decoded(values: npt.NDArray[Any]) -> Float32:
 def parts(count: int) -> Iterator[slice]:
     """So many keys at a time are read or changed under one turn of the lock."""
     return (slice(start, min(start + LOCK_ROWS, count)) for start in range(0, count, LOCK_ROWS))
+
+
+def new_store(layout: Layout, room: Room) -> Store:
+    """The rows of a table of this layout: the slots' defaults, and room for as many as it may have."""
+    fresh, defaults = initial_state(layout), len(layout.slots)
+    total = defaults + layout.capacity
+    spans, rates = segments(layout)
+    store = Store(
+        values=room((total, layout.dim), STORED[layout.precision]),
+        state=reserve((total, len(fresh)), np.float32),
+        writes=room((total,), np.uint8),
+        fresh=fresh,
+        scale=scales(layout),
+        spans=spans,
+        rates=rates,
+    )
+    kernels.put(np.arange(defaults, dtype=np.int32)[None, :], store, default_values(layout))
+    store.state[:defaults] = fresh
+    return store
 
 
 def segments(layout: Layout) -> tuple[Int64, npt.NDArray[np.float64]]:

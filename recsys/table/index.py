@@ -13,7 +13,7 @@ import numpy.typing as npt
 from recsys.table import kernels, upkeep, worth
 from recsys.table.cursors import MAX_CODE
 from recsys.table.kernels import Index, Store
-from recsys.table.memory import reserve
+from recsys.table.memory import Room, reserve
 from recsys.types import Int32, Int64, UInt8
 
 LOAD = 0.78
@@ -26,6 +26,7 @@ _PAD = 2**16
 _EMPTY_STORE = Store(
     np.zeros((1, 1), np.float32),
     np.zeros((1, 1), np.float32),
+    np.zeros(1, np.uint8),
     np.zeros(0, np.float32),
     np.zeros((1, 1), np.float32),
     np.zeros((0, 4), np.int64),
@@ -42,14 +43,21 @@ class KeyIndex:
     """
 
     def __init__(
-        self, capacity: int, first: int, place_of: Int32, links: Int32 | None = None, order: int | None = None
+        self,
+        capacity: int,
+        first: int,
+        place_of: Int32,
+        links: Int32 | None = None,
+        order: int | None = None,
+        room: Room = reserve,
     ) -> None:
         self.first, self.order = first, secrets.randbits(63) if order is None else order % 2**63
         most = int(capacity / (4 * LOAD) * (1 + 1 / upkeep.ROUND)) + _FIRST_LINES + 64
         size = (4 * most + min(_PAD, capacity) + 128) & ~63
-        meta = np.array([_FIRST_LINES, _FIRST_LINES, 0, first, 0, 0, self.order], np.int64)
+        meta = room((8,), np.int64)
+        meta[:] = _FIRST_LINES, _FIRST_LINES, 0, first, 0, 0, self.order, 0
         self.arrays = Index(
-            entries=reserve((size, 2), np.int64),
+            entries=room((size, 2), np.int64),
             changed=reserve((size,), np.uint8),
             meta=meta,
             place_of=place_of,

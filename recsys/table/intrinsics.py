@@ -119,6 +119,28 @@ def fence(_typing: Any) -> Any:
     return types.void(), emit
 
 
+@intrinsic
+def release(_typing: Any) -> Any:
+    """Nobody, not even in another process, sees what is stored after without what was stored before."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.fence("release")
+        return _context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def acquire(_typing: Any) -> Any:
+    """What is read after is read after what was read before; beside a writer who uses `release`."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.fence("acquire")
+        return _context.get_dummy_value()
+
+    return types.void(), emit
+
+
 _EIGHT = ir.VectorType(ir.FloatType(), 8)
 _DOUBLES = ir.VectorType(ir.DoubleType(), 8)
 

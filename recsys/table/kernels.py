@@ -22,15 +22,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from recsys.compiled import compiled
-from recsys.table.intrinsics import copy_line, decode, encode, fence, prefetch, search_line, stream_line
+from recsys.table.intrinsics import (
+    acquire,
+    copy_line,
+    decode,
+    encode,
+    fence,
+    prefetch,
+    release,
+    search_line,
+    stream_line,
+)
 from recsys.table.worth import HALF_LIFE
 from recsys.types import Float32, Int32, Int64
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-LINES, NEXT_LINES, SPLIT, NEXT_ROW, FREE, LIVE, SEED = range(7)
-"""Places in `meta`. NEXT_ROW: the lowest row never used; FREE: first of the list of freed rows, 0 if there is none."""
+LINES, NEXT_LINES, SPLIT, NEXT_ROW, FREE, LIVE, SEED, MOVES = range(8)
+"""Places in `meta`. NEXT_ROW: the lowest row never used; FREE: first of the list of freed rows, 0 if there is none. MOVES: odd while
+entries move or rows are freed, another number afterwards."""
 BLOCK = 64
 """Keys between asking for a line and using it: a core has about 20 misses in flight, 24 lines of a block of keys fit
 the first-level cache; 32 and 128 are as fast."""
@@ -62,13 +73,15 @@ class Index(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Values [rows, D] (float32, or halves as uint16 (float16) and int16 (bfloat16)) and optimiser state [rows, S]; how a
-    row begins: state `fresh` [S], values by `scale` [places, D]; how it learns, for each segment: `spans` (start, end,
-    start of its state, optimiser) and `rates` (rate, epsilon, three of the optimiser's own).
+    """Values [rows, D] (float32, or halves as uint16 (float16) and int16 (bfloat16)) and optimiser state [rows, S]; how often a
+    row was written by `put` [rows], odd while it is being written and before it ever was; how a row begins: state `fresh` [S],
+    values by `scale` [places, D]; how it learns, for each segment: `spans` (start, end, start of its state, optimiser) and
+    `rates` (rate, epsilon, three of the optimiser's own).
     """
 
     values: Array
     state: Float32
+    writes: Array
     fresh: Float32
     scale: Float32
     spans: Int64
@@ -280,6 +293,8 @@ def insert(index: Index, store: Store, slots: Int32, keys: Int64, at: Int32, tod
             meta[LIVE] += 1
             new += 1
             entry = np.int64(place << 32 | row)
+            if _U(row) < _U(store.writes.shape[0]):  # an index without rows has none
+                store.writes[_U(row)] |= 1
             entries[_U(i), _U(0)] = key
             for s in range(store.fresh.shape[0]):
                 store.state[_U(row), _U(s)] = store.fresh[s]
@@ -287,6 +302,7 @@ def insert(index: Index, store: Store, slots: Int32, keys: Int64, at: Int32, tod
                 _initialise(store, row, place, _mix(_mix(_U(slots[n]) + _U(head)) + _U(key)))
         at[0, n] = entry & _ROW
         at[1, n] = i
+        release()  # the word comes last: until then the entry is an empty one
         entries[_U(i), _U(1)] = (entry & _NOT_STAMP) | max(stamp, (entry >> 40) & MAX_STAMP) << 40
         changed[_U(i)] = code
     return new
@@ -307,9 +323,36 @@ def _initialise(store: Store, row: int, place: int, mixed: Any) -> None:
 
 
 @kernel
-def put(at: Int32, values: Array, given: Float32) -> None:
+def put(at: Int32, store: Store, given: Float32) -> None:
     """Set the rows of `at` to `given` [N, D], in order: the last of duplicates stays."""
     for n in range(given.shape[0]):
-        row, new = values[at[0, n]], given[n]
+        r = _U(at[0, n])
+        row, new = store.values[r], given[n]
+        store.writes[r] |= 1
+        release()
         for d in range(row.shape[0]):
             row[d] = encode(new[d], row[d])
+        release()
+        store.writes[r] += 1
+
+
+@kernel
+def read_shared(index: Index, values: Array, writes: Array, batch: Any, out: Float32, found: Array) -> int:
+    """As `read`, from another process's tables while it writes: `found` [N] is 2 for a row that was being written, so that `out` has
+    no use. Returns how many those are, or -1 where entries moved meanwhile and nothing has."""
+    slots, keys, at = batch
+    moves = index.meta[MOVES]
+    acquire()
+    find(index, slots, keys, at, (0, 0, 0))
+    for n in range(at.shape[1]):
+        at[2, _U(n)] = writes[_U(at[0, _U(n)])]
+    acquire()
+    gather(values, at, out, False)
+    acquire()
+    torn = 0
+    for n in range(at.shape[1]):
+        before = at[2, _U(n)]
+        whole = before & 1 == 0 and writes[_U(at[0, _U(n)])] == before
+        found[n] = (1 if at[1, _U(n)] >= 0 else 0) if whole else 2
+        torn += 0 if whole else 1
+    return -1 if moves & 1 or index.meta[MOVES] != moves else torn

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+Room = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
+"""Where a table's arrays lie: zeros of a shape and kind that never move."""
 _HUGE_PAGE = 2 * 2**20
 """Smaller arrays gain nothing from huge pages, and would occupy a whole one."""
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)

@@ -3,7 +3,7 @@
 Arithmetic is in float64 and storage in float32 (or half); where a vector of sixteen is at hand, it is in float32, which moves
 a step by some ten-millionths of itself.
 
-Legend: N keys of a call, D width of values, U unique rows; `at` as in `kernels.py`.
+Legend: N keys of a call, D width of values, U unique rows; `at` and `Store` as in `kernels.py`.
 """
 
 from __future__ import annotations

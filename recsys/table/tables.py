@@ -11,6 +11,7 @@ import numpy as np
 from recsys.errors import ConfigError
 from recsys.table.base import Layout, Table
 from recsys.table.cpu import CpuTable
+from recsys.table.memory import Room, reserve
 from recsys.table.reference import ReferenceTable
 from recsys.table.warm import warm_up
 from recsys.types import Bool, Float32, Int32, Int64
@@ -40,11 +41,11 @@ def placed(device: Literal["auto", "cpu", "cuda"], implementation: Literal["cpu"
 class Tables(Mapping[str, Table]):
     """One table for each layout; what is done to all of them at once."""
 
-    def __init__(self, layouts: Sequence[Layout], implementation: Implementation = "cpu") -> None:
+    def __init__(self, layouts: Sequence[Layout], implementation: Implementation = "cpu", room: Room = reserve) -> None:
         names = [layout.name for layout in layouts]
         if len(set(names)) != len(names):
             raise ValueError(f"layouts must have distinct names, got {names}")
-        self._tables: dict[str, Table] = {layout.name: _table(layout, implementation) for layout in layouts}
+        self._tables: dict[str, Table] = {layout.name: _table(layout, implementation, room) for layout in layouts}
         self._table_of = np.full(1 + max(max(layout.slots) for layout in layouts), -1, np.int64)
         for number, layout in enumerate(layouts):
             for slot in layout.slots:
@@ -117,7 +118,7 @@ class Tables(Mapping[str, Table]):
         return sum(table.memory_bytes() for table in self._tables.values())
 
 
-def _table(layout: Layout, implementation: Implementation) -> Table:
+def _table(layout: Layout, implementation: Implementation, room: Room) -> Table:
     if implementation == "cuda":
         from recsys.table.cuda import CudaTable  # loads torch and triton
 
@@ -125,4 +126,4 @@ def _table(layout: Layout, implementation: Implementation) -> Table:
     if implementation == "reference":
         return ReferenceTable(layout)
     warm_up(layout.precision)
-    return CpuTable(layout)
+    return CpuTable(layout, room)

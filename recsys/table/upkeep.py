@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recsys.table.intrinsics import above64, lowest_bit, prefetch, search_line
+from recsys.table.intrinsics import above64, lowest_bit, prefetch, release, search_line
 from recsys.table.kernels import (
     FREE,
     LINES,
     LIVE,
     MAX_ROW,
     MAX_STAMP,
+    MOVES,
     NEXT_LINES,
     SEED,
     SPLIT,
@@ -35,6 +36,19 @@ on average. A quarter: four times, 12%, but the load must be 0.72 then, see `ind
 _NO_PLACE = 256
 """One that no entry has, to look for an empty one."""
 _U = np.uint64
+
+
+@part
+def _begin(index: Index) -> None:
+    """Whoever reads beside finds out that entries move, or did: before the first one does."""
+    index.meta[MOVES] += 1
+    release()
+
+
+@part
+def _end(index: Index) -> None:
+    release()
+    index.meta[MOVES] += 1
 
 
 @part
@@ -61,6 +75,7 @@ def _take_out(index: Index, hole: int) -> None:
 def remove(index: Index, slots: Int32, keys: Int64, gone: Int32) -> int:
     """Take the keys out of the index and free their rows; `gone` says which were there, the result how many."""
     removed = 0
+    _begin(index)
     for n in range(slots.shape[0]):
         place = np.int64(index.place_of[slots[n]])
         i = np.int64(_home(index.meta, place, keys[n])) << 2
@@ -71,6 +86,7 @@ def remove(index: Index, slots: Int32, keys: Int64, gone: Int32) -> int:
                 removed += 1
                 break
             i += 1
+    _end(index)
     return removed
 
 
@@ -84,6 +100,7 @@ def sweep(index: Index, start: int, stop: int, looks: int, oldest: Int64, gone: 
     entries = index.entries
     looked = removed = 0
     i = start
+    _begin(index)
     while i < stop and looked < looks:
         entry = entries[i, 1]
         if entry == 0:
@@ -98,6 +115,7 @@ def sweep(index: Index, start: int, stop: int, looks: int, oldest: Int64, gone: 
             _take_out(index, i)
         else:
             i += 1
+    _end(index)
     return i, looked, removed
 
 
@@ -139,6 +157,7 @@ def grow(index: Index, live: int, load: float, moving: Int64, when: Array, fills
     it from the line itself would wait for the last entry's way to the cache.
     """
     entries, meta, changed = index.entries, index.meta, index.changed
+    _begin(index)
     while small(index, live, load):
         lines = meta[LINES]
         if meta[SPLIT] == 0:
@@ -187,6 +206,7 @@ def grow(index: Index, live: int, load: float, moving: Int64, when: Array, fills
         for n in range(waiting):
             key, word = moving[n, 0], moving[n, 1]
             _enter(index, _home(meta, (word >> 32) & 0xFF, key), key, word, when[n])
+    _end(index)
 
 
 @part

@@ -8,6 +8,7 @@ from recsys.compiled import one_at_a_time
 from recsys.table import upkeep
 from recsys.table.base import Layout, Precision, Segment, SlotPolicy
 from recsys.table.cpu import CpuTable
+from recsys.table.shared import SharedTable
 
 
 def warm_up(precision: Precision = "float32") -> None:
@@ -25,6 +26,7 @@ def _run_each_kernel(precision: Precision) -> None:
     table.lookup_train(slots, keys, now_ms=0)
     table.apply_gradients(slots, keys, np.zeros((1000, 2), np.float32), now_ms=0)
     table.lookup(slots, keys)
+    SharedTable([0], 2, table.shared).lookup(slots, keys)
     table.remove(slots[:1], keys[:1])
     table.expire(now_ms=2000)
     table.touched("warm_up")

@@ -17,7 +17,7 @@ from recsys.features.schema import Schema
 from recsys.model import build, fused, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
-from recsys.parameters.store import ParameterState, Reply
+from recsys.parameters.base import ParameterState, Reply
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer

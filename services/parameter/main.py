@@ -17,6 +17,7 @@ from recsys.events.dead_letters import letter
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts, parameters_name, sizes
 from recsys.parameters import grpc_parameters
+from recsys.parameters.arena import Sharing
 from recsys.parameters.deltas import WHOLE_BEGIN, DeltaReader
 from recsys.parameters.parameter_files import Place, Snapshots, load_checkpoint
 from recsys.parameters.store import ParameterStore
@@ -44,8 +45,10 @@ class ParameterService:
         self._device = placed(config.parameter.device, config.table.implementation)
         metrics.PARAMETER_DEVICE_INFO.labels(self._device).set(1)
         self.name = parameters_name(config, self.schema)
-        self.store = ParameterStore(layouts(config, self.schema), self.name, self._device)
-        self._snapshots = Snapshots(config.data_dir / "parameter", self.name)
+        folder = config.data_dir / "parameter"
+        self._sharing = Sharing(folder, self.name) if self._device == "cpu" else None
+        self.store = ParameterStore(layouts(config, self.schema), self.name, self._device, self._sharing)
+        self._snapshots = Snapshots(folder, self.name)
         self._outgrown = False
         """The last snapshot was of another configuration: only the trainer has rows of this one."""
         self._reader = DeltaReader()
@@ -86,6 +89,12 @@ class ParameterService:
             self._gap = str(gap_of(CONSUMER, resumed.gaps))
             logger.error("%s", self._gap)
         self._goal, self._read_s = self._log.end(TOPIC, 0), self._clock.monotonic_s()
+        self.store.share()
+
+    def close(self) -> None:
+        """Share nothing any more."""
+        if self._sharing is not None:
+            self._sharing.close()
 
     def _bridge_gap(self) -> bool:
         """Deltas are missing: what the trainer's newest checkpoint holds, then what the log still has. False without one."""
@@ -113,6 +122,8 @@ class ParameterService:
 
     def turn(self) -> int:
         """Apply what is new; returns how many messages were read."""
+        if self._sharing is not None:
+            self._sharing.beat()
         if self._gap:
             return 0
         try:
@@ -256,6 +267,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
         log = open_log(config, SystemClock(), "parameter")
         held.callback(log.close)
         service = ParameterService(config, log, SystemClock())
+        held.callback(service.close)
         held.callback(HealthServer(config.ranking.host, config.parameter.metrics_port, service.not_ready).close)
         while not _tried(lambda: service.start(accept_gap=accept_gap), stop):
             if stop:

@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 from recsys import metrics
 from recsys.candidates.generation import Job, build_index
 from recsys.config import Config
-from recsys.errors import ParametersUnavailable, RecsysError, SnapshotCorrupt
+from recsys.errors import RecsysError, SnapshotCorrupt
 from recsys.features.schema import Schema
 from recsys.model import build
 from recsys.model.layouts import parameters_name
 from recsys.model.two_tower import TwoTower
 from recsys.parameters.grpc_parameters import GrpcParameters
+from recsys.parameters.shared import SharedParameters
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.types import Bool, Float32, Int64
@@ -150,16 +151,15 @@ def main(folder: Path, name: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     config = Config.model_validate_json((folder / "config.json").read_bytes())
     schema = Schema.of(config)
-    scorer = Scorer(config, schema, GrpcParameters(config.parameter_address, parameters_name(config, schema), LOOKUP_S))
+    name_of_rows = parameters_name(config, schema)
+    remote = GrpcParameters(config.parameter_address, name_of_rows, LOOKUP_S)
+    scorer = Scorer(config, schema, SharedParameters(config.data_dir / "parameter", name_of_rows, remote))
     towers = build.two_tower(config, schema)
     towers.load_state_dict(safetensors.torch.load_file(folder / "towers.safetensors"))
     rows, keys, mask = (np.load(folder / f"{array}.npy", mmap_mode="r") for array in _ARRAYS)
 
     def item_vectors(keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
-        vectors = scorer.item_vectors(np.asarray(keys), np.asarray(mask), towers)
-        if not scorer.available:
-            raise ParametersUnavailable("the parameter service did not answer")
-        return vectors
+        return scorer.item_vectors(np.asarray(keys), np.asarray(mask), towers, required=True)
 
     job = Job(
         name=name,

@@ -30,8 +30,9 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused, scoring
 from recsys.model.layouts import parameters_name
+from recsys.parameters.base import Parameters
 from recsys.parameters.grpc_parameters import GrpcParameters
-from recsys.parameters.store import Parameters
+from recsys.parameters.shared import SharedParameters
 from recsys.ranking import catalogue_file
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Answer, Request
@@ -82,7 +83,9 @@ class RankingService:
         self.store = open_state(config, self._users)
         self._channel: GrpcParameters | None = None
         if parameters is None:
-            parameters = self._channel = GrpcParameters(config.parameter_address, parameters_name(config, self.schema))
+            name = parameters_name(config, self.schema)
+            self._channel = GrpcParameters(config.parameter_address, name)
+            parameters = SharedParameters(config.data_dir / "parameter", name, self._channel)
         self.sources = Sources(
             config, self.schema, Catalogue(self.schema, bound_bytes(config.capacity.memory_bytes, "catalogue"))
         )

@@ -44,6 +44,8 @@ NOTHING_READ = (
     "trainer/epoch-*",
     "trainer/restarting",
     "ranking/generations/*",
+    "parameter/memory.json",
+    "parameter/tables-*.memory",
     "*.tmp",
     "*.new",
     "*.bad",

@@ -13,6 +13,7 @@ from tests.documents import exported
 
 NO_UNIT = {
     "recsys_scoring_compiled",
+    "recsys_parameters_shared",
     "recsys_expert_scale",
     "recsys_ready",
     "recsys_breaker_open",

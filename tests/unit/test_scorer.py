@@ -12,8 +12,9 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
+from recsys.parameters.base import Reply
 from recsys.parameters.deltas import Delta, RowDelta, Version
-from recsys.parameters.store import ParameterStore, Reply
+from recsys.parameters.store import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer

@@ -34,6 +34,7 @@ LAYOUT_ONE = Layout(
 def test_nothing_compiles_after_warm_up() -> None:
     warm_up()
     compiled = [kernels.find, kernels.gather, kernels.read, kernels.insert, kernels.put, kernels.unknown]
+    compiled += [kernels.read_shared]
     compiled += [upkeep.remove, upkeep.sweep, upkeep.grow, upkeep.small, upkeep.changes, upkeep.relabel]
     compiled += [optimizers.largest, optimizers.chain, optimizers.step]
     before = [len(kernel.signatures) for kernel in compiled]
