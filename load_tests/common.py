@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from load_tests import calibrate
+from load_tests.processes import Family
 from recsys.provenance import cpu_model, git, head
 from recsys.testing.servers import free_port
 
@@ -245,6 +246,7 @@ class Running:
 
     def __init__(self, folder: Path, process: subprocess.Popen[bytes], ports: Mapping[str, int]) -> None:
         self.folder, self._up, self._ports = folder, psutil.Process(process.pid), dict(ports)
+        self.family = Family(self._up)
         self.port = ports["ranking"]
         self._process = process
 
@@ -281,22 +283,13 @@ class Running:
                 found[label] = found.get(label, 0.0) + float(value)
         return found
 
-    def processes(self) -> dict[str, psutil.Process]:
-        """The supervisor and its services by name."""
-        found = {"up": self._up}
-        for child in self._up.children(recursive=True):
-            words = child.cmdline()
-            if "serve" in words:
-                found[words[words.index("serve") + 1]] = child
-        return found
-
     def cpu_s(self) -> dict[str, float]:
-        """CPU seconds used so far by each process."""
-        return {name: sum(p.cpu_times()[:2]) for name, p in self.processes().items()}
+        """CPU seconds used so far by the supervisor and by each service, with what they started, ended processes included."""
+        return self.family.cpu_s()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Resident memory of each process."""
-        return {name: int(p.memory_info().rss) for name, p in self.processes().items()}
+        """Resident memory of the same."""
+        return self.family.memory_bytes()
 
     def stop(self) -> None:
         """SIGTERM and wait; what does not end is killed with its services."""

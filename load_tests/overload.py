@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -234,7 +235,7 @@ class Overload:
     def _held(self) -> dict[str, int]:
         """Threads and open files of all processes."""
         held = {"threads": 0, "descriptors": 0}
-        for process in self._running.processes().values():
+        for process in itertools.chain(*self._running.family.members().values()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 held["threads"] += process.num_threads()
                 held["descriptors"] += process.num_fds()

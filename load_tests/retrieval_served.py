@@ -103,7 +103,7 @@ class Served:
         """Ranking's own, after as many requests as make it touch what it maps."""
         for _ in range(REQUESTS):
             self._recommend()
-        return self._running.memory_bytes()["ranking"]
+        return int(self._running.family.members()["ranking"][0].memory_info().rss)
 
     def _recommend(self, **more: Any) -> list[dict[str, Any]]:
         body = {"user_id": f"user-{self._rng.integers(USERS)}", "n": 20, **more}
@@ -149,7 +149,7 @@ class Served:
         """Kill ranking; from its new process's start until it says it is ready."""
         say("restarting ranking")
         self._until(lambda: self._saved(num_items), "the catalogue's file", 150.0)
-        ranking = self._running.processes()["ranking"]
+        ranking = self._running.family.members()["ranking"][0]
         os.kill(ranking.pid, signal.SIGKILL)
         self._until(lambda: self._started() not in (None, ranking.pid), "a new ranking process")
         created = psutil.Process(self._started()).create_time()
@@ -158,7 +158,7 @@ class Served:
 
     def _started(self) -> int | None:
         try:
-            process = self._running.processes().get("ranking")
+            (process, *_) = self._running.family.members().get("ranking", (None,))
         except psutil.Error:  # it ends just now
             return None
         return process.pid if process else None

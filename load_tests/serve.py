@@ -317,7 +317,7 @@ class Serve:
 
 def cpu_since(before: dict[str, float], running: Running) -> dict[str, float]:
     """CPU seconds since `before`, by process."""
-    return {name: seconds - before[name] for name, seconds in running.cpu_s().items()}
+    return {name: seconds - before.get(name, 0.0) for name, seconds in running.cpu_s().items()}
 
 
 async def _until(done: Callable[[], bool], timeout_s: float = 120.0) -> None:
