@@ -4,8 +4,8 @@ Latency is taken from the instant a request was due; p50 and p99 are the median 
 percentile (`…_run`: over the whole run, as measured). Freshness is over all probes of the run: from the instant feedback was
 answered (trained rows: from the instant the label was final) to the first answer whose `as_of` covers it. `request_cpu` is what
 one request adds to the CPU time of all processes, its training included: the run against the same feedback and probes without
-requests. `event_cpu` is what one event adds to that of an idle system, in batches of 50. `stage_…` is the time that stages took,
-probes' included, per request. The label windows are one second.
+requests. `event_cpu` is what one event adds to that of an idle system, in batches of 50; `idle_cpu` is what that takes.
+`stage_…` is the time that stages took, probes' included, per request. The label windows are one second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WINDOW_S = 1.0
 RECENT_S = 0.5
 """Lists shown at most this long ago are clicked: the label's window, 1 s, is still open when the click arrives."""
 PROBES_A_SECOND, POLL_S, GIVE_UP_MS = 3, 0.005, 10_000
-QUIET_S, EVENTS_S = 10.0, 20.0
+QUIET_S, EVENTS_S, IDLE_AFTER_S = 10.0, 20.0, 60.0
 WARM_S = 5.0
 COVERED = ("user_state", "counters")
 STAGES = "recsys_stage_seconds_sum"
@@ -93,26 +93,27 @@ class Serve:
         self._recent: list[tuple[float, str, str, list[str]]] = []
         self._seen = Seen()
         self._events = 0
+        self._ready_at = time.monotonic()
 
     async def run(self) -> None:
         options, report = self._options, self._report
-        await self._put_items()
-        await self._remember()
+        await self.fill()
         say(f"warming up: {WARM_S:.0f} s")
-        await self._load(options.rate, WARM_S, 1)
+        await self.load(options.rate, WARM_S, 1)
         say(f"{options.rate:g} requests/s and {options.events:g} events/s for {options.seconds:g} s")
         before, stages = self._running.cpu_s(), self._running.by_label(STAGES)
-        samples = await self._load(options.rate, options.seconds, 2)
+        samples = await self.load(options.rate, options.seconds, 2)
         used = cpu_since(before, self._running)
         stages = {name: s - stages.get(name, 0.0) for name, s in self._running.by_label(STAGES).items()}
-        memory, seen = self._running.memory_bytes(), self._seen
+        memory, shared_once, seen = self._running.memory_bytes(), self._running.family.shared_once_bytes(), self._seen
         say(f"feedback and probes alone: {QUIET_S:.0f} s")
         before = self._running.cpu_s()
-        await self._load(0, QUIET_S, 3)
+        await self.load(0, QUIET_S, 3)
         quiet = cpu_since(before, self._running)
-        if options.events:
-            report.add("event_cpu", await self._event_cpu_ms(), "ms")
-        self._client.close()
+        idle = await self._idle_cores()
+        report.add("idle_cpu", idle * 100)
+        report.add("event_cpu", await self._event_cpu_ms(idle) if options.events else None)
+        self.close()
         self._latency(samples, seen)
         self._freshness(seen)
         added_ms = {
@@ -120,6 +121,7 @@ class Serve:
         }
         report.add("request_cpu", sum(added_ms.values()))
         report.add("memory", sum(memory.values()), "bytes")
+        report.add("memory_shared_once", shared_once, "bytes")
         for name, seconds in stages.items():
             report.add(f"stage_{name}", seconds * 1000 / len(samples), "ms")
         for name in sorted(used):
@@ -127,17 +129,36 @@ class Serve:
             report.add(f"cores_{name}", used[name] / options.seconds, "cores")
             report.add(f"memory_{name}", memory[name], "bytes")
 
-    async def _event_cpu_ms(self) -> float:
-        """What one event adds to the CPU time of all processes: feedback alone against nothing at all."""
-        say(f"feedback alone: {EVENTS_S:.0f} s, then nothing: {QUIET_S:.0f} s")
+    async def fill(self) -> None:
+        """Items, and what users did before."""
+        await self._put_items()
+        await self._remember()
+
+    async def one(self) -> Sample:
+        """One request, at once."""
+        (sample,) = await open_loop([0.0], self._recommend)
+        return sample
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def _idle_cores(self) -> float:
+        """What all processes take when nothing comes, a minute after they were ready and when what came is learned."""
+        wait_s = max(2 * WINDOW_S, self._ready_at + IDLE_AFTER_S - time.monotonic())
+        say(f"nothing: {wait_s:.0f} s until it counts, then {QUIET_S:.0f} s")
+        await asyncio.sleep(wait_s)
+        before = self._running.cpu_s()
+        await asyncio.sleep(QUIET_S)
+        return sum(cpu_since(before, self._running).values()) / QUIET_S
+
+    async def _event_cpu_ms(self, idle: float) -> float:
+        """What one event adds to the CPU time of all processes."""
+        say(f"feedback alone: {EVENTS_S:.0f} s")
         self._seen, before = Seen(), self._running.cpu_s()
         rate = self._options.events / POST
         await open_loop(poisson(rate, EVENTS_S, self._options.seed + 20), self._feedback)
         used, sent = sum(cpu_since(before, self._running).values()), self._seen.events
-        before = self._running.cpu_s()
-        await asyncio.sleep(QUIET_S)
-        idle = sum(cpu_since(before, self._running).values())
-        return (used - idle * EVENTS_S / QUIET_S) * 1000 / max(1, sent)
+        return (used - idle * EVENTS_S) * 1000 / max(1, sent)
 
     def _latency(self, samples: list[Sample], seen: Seen) -> None:
         report, good = self._report, [s for s in samples if s.ok]
@@ -217,7 +238,7 @@ class Serve:
             say(f"feedback answered {reply.status}: {reply.body[:300]!r}")
         return good
 
-    async def _load(self, rate: float, seconds: float, seed: int) -> list[Sample]:
+    async def load(self, rate: float, seconds: float, seed: int, *, probes: bool = True) -> list[Sample]:
         """Requests, feedback and probes for so long; what they see goes to a new `_seen`."""
         self._seen = Seen()
         options = self._options
@@ -225,8 +246,7 @@ class Serve:
         samples, *_ = await asyncio.gather(
             open_loop(poisson(rate, seconds, options.seed + seed), self._recommend),
             open_loop(poisson(options.events / POST, seconds, options.seed + seed + 10), self._feedback),
-            self._probe_state(end),
-            self._probe_trained(end),
+            *([self._probe_state(end), self._probe_trained(end)] if probes else []),
         )
         return samples
 

@@ -18,7 +18,7 @@ from load_tests.client import Client, closed_loop, open_loop, poisson
 from load_tests.common import RESULTS, Figure, Report, percentile, read_budgets, slowness_of, windowed
 from recsys.testing.servers import free_port
 
-TESTS = ("first_answer", "serve", "ingest")
+TESTS = ("first_answer", "serve", "knee", "ingest")
 
 
 async def with_server(answer: Callable[[bytes], Awaitable[bytes]], use: Callable[[int], Awaitable[None]]) -> None:
