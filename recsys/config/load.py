@@ -49,7 +49,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         how = f"check `extends` in {str(above[-1])!r}" if above else "check its name"
         raise ConfigError(f"configuration file {str(path)!r} does not exist: {how}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
     base = raw.pop("extends", None)
     if base is None:

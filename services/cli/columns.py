@@ -85,6 +85,7 @@ def check(path: Path, rules: Rules) -> None:
             _check_types(path, {field.name: field.type for field in file.schema_arrow}, rules)
             row = 0
             for batch in file.iter_batches(columns=list(rules)):
+                batch.validate(full=True)  # text that is not UTF-8
                 for name, (kind, nullable) in rules.items():
                     _check_values(f"{path} row", row, name, batch.column(name), kind, nullable)
                 row += batch.num_rows

@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[list[Run], Path]:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"experiment file {str(path)!r} does not exist: check its name") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise BadInput(f"experiment file {str(path)!r} cannot be read ({error}): mend it") from None
     _known(given, {"out", "defaults", "groups", "runs"}, str(path))
     out = path.parent / str(given.get("out", "results"))

@@ -107,6 +107,7 @@ class _Table:
     def __iter__(self) -> Iterator[Row]:
         number, ids = 0, _Ids()
         for batch in self._parquet.iter_batches(BATCH):
+            batch.validate(full=True)  # text that is not UTF-8
             for row in batch.to_pylist():
                 number += 1
                 event_id = ids.of(orjson.dumps(row, default=repr, option=orjson.OPT_SORT_KEYS))

@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from recsys.events.columns import LAYOUT
 from recsys.events.files import write_events
 from recsys.files import Manifests
 from recsys.types import Feedback, Item
+from services.cli.import_rows import open_rows
 from services.cli.main import BAD, main
 
 LONG = "x" * 5000
@@ -57,6 +62,26 @@ def test_wrong_words_are_named(
         code = ended.code
     said = capsys.readouterr().err
     assert code == BAD and says in said and said.strip().splitlines()[-1].startswith("recsys"), said
+
+
+@pytest.mark.parametrize("words", [("config", "check", "--config"), ("experiment", "run")])
+def test_a_file_nested_a_thousand_times_is_named(
+    here: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "deep.toml").write_text("a = " + "[" * 5000)
+    assert main([*words, "deep.toml"]) == BAD
+    assert "'deep.toml' cannot be read" in capsys.readouterr().err
+
+
+def test_text_of_a_table_that_is_not_utf_8_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32).tobytes()), pa.py_buffer(b"\xf3("))
+    pq.write_table(pa.table({"item_id": ["i"], "title": wrong}), here / "items.parquet")
+    (here / "sets").mkdir()
+    pq.write_table(pa.table({"movie_id": [1], "title": wrong, "genres": ["a"]}), here / "sets/ml1m_movies.parquet")
+    assert main(["data", "convert", "movielens", "sets", "made"]) == BAD
+    assert "ml1m_movies.parquet" in (said := capsys.readouterr().err) and "UTF8" in said
+    with pytest.raises(pa.ArrowException, match="UTF8"):
+        list(open_rows(here / "items.parquet", LAYOUT["item"]))  # `import` names the file
 
 
 @pytest.mark.parametrize(
