@@ -43,7 +43,7 @@ def _short(values: Any) -> Any:
     return pc.less_equal(pc.binary_length(values), fields.MAX_TEXT_BYTES)
 
 
-def _within(low: int, high: int) -> Callable[[Any], Any]:
+def _within(low: float, high: float) -> Callable[[Any], Any]:
     return lambda values: pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
 
 
