@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.errors import BadInput
+from recsys.features import kernels
 from recsys.features.catalogue import Catalogue
+from recsys.features.counters import columns_of, kept
 from recsys.features.numeric import bucket_of, number_of, squashed
-from recsys.features.schema import Schema, Side
-from recsys.keys import cross, key_of
+from recsys.features.schema import Schema
+from recsys.keys import key_of
 from recsys.types import Bool, Float32, HistoryEvent, Int32, Int64, UInt8
 
 Index = npt.NDArray[np.intp]
@@ -243,28 +245,19 @@ def _affinity(history: Int64, present: Bool, weights: Any, items: Int64, item_pr
 def _crosses(schema: Schema, user: UserFeatures, item_keys: Int64, item_mask: Bool) -> tuple[Int64, Bool]:
     keys = np.zeros((len(item_keys), len(schema.cross_slots)), np.int64)
     mask = np.zeros(keys.shape, np.bool_)
+    columns = columns_of(user.shared_keys, user.shared_mask, item_keys, item_mask)
     newest = slice(schema.cross_history)
-    blocks = {
-        "shared": (user.shared_keys, user.shared_mask),
-        "item": (item_keys, item_mask),
-        "history": (user.history_keys[newest], user.history_mask[newest]),
-    }
-
-    def columns(side: Side) -> list[Any]:
-        """Keys and mask [K or 1, columns]: those of all history entries are side by side."""
-        found = [block[..., side.where] for block in blocks[side.block]]
-        return found if side.block == "item" else [block.reshape(1, -1) for block in found]
-
-    start = 0
-    for left, right in schema.cross_sides:
-        (left_keys, left_mask), (right_keys, right_mask) = columns(left), columns(right)
-        pairs = cross(left_keys[:, :, None], right_keys[:, None, :])
-        both = left_mask[:, :, None] & right_mask[:, None, :]
-        end = start + pairs.shape[1] * pairs.shape[2]
-        keys[:, start:end] = np.where(both, pairs, 0).reshape(len(keys), end - start)
-        mask[:, start:end] = both.reshape(len(keys), end - start)
-        start += left.width * right.width
+    past_keys, past_mask = kept(user.history_keys[newest], np.int64), kept(user.history_mask[newest], np.bool_)
+    kernels.crosses(columns, past_keys, past_mask, schema.cross_spec, keys, mask)
     return keys, mask
+
+
+def warm_up(schema: Schema) -> None:
+    """Compile the kernel of crosses, or read it from the on-disk cache: no request waits for it."""
+    none = user_features(schema, Catalogue(schema), "", (), {})
+    _crosses(
+        schema, none, np.zeros((0, len(schema.item_slots)), np.int64), np.zeros((0, len(schema.item_slots)), np.bool_)
+    )
 
 
 def encode(features: Features) -> bytes:

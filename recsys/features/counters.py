@@ -161,14 +161,14 @@ class Counters:
 def columns_of(shared_keys: Int64, shared_mask: Bool, item_keys: Int64, item_mask: Bool) -> Columns:
     """Arrays that the kernels take, of the types that they were compiled for: writeable, too."""
     return Columns(
-        shared_keys=_kept(shared_keys, np.int64),
-        shared_mask=_kept(shared_mask, np.bool_),
-        item_keys=_kept(item_keys, np.int64),
-        item_mask=_kept(item_mask, np.bool_),
+        shared_keys=kept(shared_keys, np.int64),
+        shared_mask=kept(shared_mask, np.bool_),
+        item_keys=kept(item_keys, np.int64),
+        item_mask=kept(item_mask, np.bool_),
     )
 
 
-def _kept(array: npt.NDArray[Any], kind: type) -> npt.NDArray[Any]:
+def kept(array: npt.NDArray[Any], kind: type) -> npt.NDArray[Any]:
     """The array itself where it will do: asking first is ten times as fast as `numpy.require`, once for each event."""
     flags = array.flags
     fits = array.dtype == kind and flags.c_contiguous and flags.writeable and flags.aligned

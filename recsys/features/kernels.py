@@ -4,7 +4,8 @@ Legend: K items of a request, C counters (the first counts everything), H half-l
 the index (a power of two), V values that one item may have in one counter.
 
 A counter's key is folded from its number and its slots' keys, so one index holds all counters. `spec` [C, 3, 3] says for
-each counter and each of its up to three slots: 0 (none), 1 (shared column) or 2 (item columns); first column; columns.
+each counter and each of its up to three slots: 0 (none), 1 (shared column) or 2 (item columns); first column; columns. Crosses likewise, where a side
+may also be 3 (columns of the history).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from recsys.types import Bool, Float32, Int32, Int64
 
 MAX_SLOTS, MAX_VALUES = 3, 64
 """Slots of a counter; keys of one item in it, which bounds the room that a kernel needs."""
-NONE, SHARED, ITEM = range(3)
+NONE, SHARED, ITEM, PAST = range(4)
 
 
 class Columns(NamedTuple):
@@ -57,6 +58,40 @@ def mix(x: Any) -> Any:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def _side(columns: Any, past_keys: Any, past_mask: Any, side: Any, item: Any, number: Any) -> tuple[Any, Any]:
+    """One side's key of an item, and whether it has a value."""
+    kind, start, width = side[0], side[1], side[2]
+    if kind == ITEM:
+        return columns.item_keys[item, start + number], columns.item_mask[item, start + number]
+    if kind == SHARED:
+        return columns.shared_keys[start + number], columns.shared_mask[start + number]
+    entry, column = number // width, start + number % width
+    return past_keys[entry, column], past_mask[entry, column]
+
+
+@compiled
+def crosses(columns: Any, past_keys: Any, past_mask: Any, spec: Any, keys: Any, mask: Any) -> None:
+    """Crossed keys and masks [K, C] of a request: past [T, H] are its newest history entries, spec [X, 2, 4] says for both sides of a
+    cross its kind, first column, columns, and columns of all entries there may be. Keys and masks come as zeros."""
+    for item in range(len(keys)):
+        start = 0
+        for cross in range(len(spec)):
+            left, right = spec[cross, 0], spec[cross, 1]
+            lefts = left[2] * len(past_keys) if left[0] == PAST else left[2]
+            at = start
+            for a in range(lefts):
+                key, present = _side(columns, past_keys, past_mask, left, item, a)
+                mixed = mix(np.uint64(key))
+                for b in range(right[2]):
+                    other, known = _side(columns, past_keys, past_mask, right, item, b)
+                    if present and known:
+                        keys[item, at] = np.int64(mix(mixed + np.uint64(other)))
+                        mask[item, at] = True
+                    at += 1
+            start += left[3] * right[3]
 
 
 @compiled

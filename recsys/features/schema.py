@@ -15,7 +15,7 @@ import numpy as np
 
 from recsys.config import Config
 from recsys.features.counter_layout import CounterLayout
-from recsys.features.kernels import ITEM, MAX_SLOTS, SHARED
+from recsys.features.kernels import ITEM, MAX_SLOTS, PAST, SHARED
 from recsys.types import Int32
 
 
@@ -168,6 +168,16 @@ class Schema:
             for name, (_, where, width) in list(items.items())[: self.num_history_fields]
         }
         return tuple(((items | shared | past)[left], (shared | items)[right]) for left, right in self.crosses)
+
+    @cached_property
+    def cross_spec(self) -> Int32:
+        """Where the sides of each cross lie [X, 2, 4]: see `kernels.py`."""
+        kinds = {"shared": SHARED, "item": ITEM, "history": PAST}
+        sides = [
+            [(kinds[side.block], side.where.start, side.where.stop - side.where.start, side.width) for side in pair]
+            for pair in self.cross_sides
+        ]
+        return np.array(sides, np.int32).reshape(-1, 2, 4)
 
     @cached_property
     def counter_spec(self) -> Int32:

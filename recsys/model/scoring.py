@@ -17,8 +17,9 @@ from torch import nn
 
 from recsys import metrics
 from recsys.compiled import one_at_a_time
+from recsys.config import Config
 from recsys.features.schema import Schema
-from recsys.model import gather
+from recsys.model import build, gather
 from recsys.model import score_kernels as kernels
 from recsys.model.assemble import starts
 from recsys.model.din import MeanPool, TargetAttention
@@ -33,6 +34,26 @@ Array = np.ndarray[Any, Any]
 NOTHING = np.zeros(0, np.float32)
 compiled = threading.Event()
 """Set once no call of these kernels waits for a compiler."""
+
+
+class UnknownPart(TypeError):
+    """A part of a network that the kernels have no code for."""
+
+
+def packed(schema: Schema, ranker: Ranker) -> Scoring | None:
+    """What scores this network's requests; None where it has a part that the kernels do not know: torch does, then."""
+    try:
+        return Scoring(schema, ranker)
+    except UnknownPart as error:
+        metrics.SCORING_COMPILED.set(0)
+        logging.getLogger("recsys").warning("requests are scored by torch, slower: %s", error)
+        return None
+
+
+def scored_by(config: Config) -> str:
+    """What scores the requests of a configuration."""
+    schema = Schema.of(config)
+    return "torch" if packed(schema, build.ranker(config, schema)) is None else "compiled kernels"
 
 
 class Scoring:
@@ -188,7 +209,9 @@ def _activation(module: nn.Module) -> Float32:
     """[3, units]."""
     if isinstance(module, Dice):
         return np.concatenate([_affine(module.norm), array(module.alpha)[None]])
-    slope = array(module.get_parameter("weight"))
+    if not isinstance(module, nn.PReLU):
+        raise UnknownPart(f"activation {type(module).__name__}")
+    slope = array(module.weight)
     return np.stack([np.ones_like(slope), np.zeros_like(slope), slope])
 
 
@@ -198,7 +221,8 @@ def _attention(module: nn.Module) -> kernels.Attention:
         return kernels.Attention(
             none, none, none, none, none, sizes, np.zeros((3, 0), np.float32), NOTHING, NOTHING, False, False
         )
-    assert isinstance(module, TargetAttention)
+    if not isinstance(module, TargetAttention):
+        raise UnknownPart(f"attention {type(module).__name__}")
     first = module.candidate
     return kernels.Attention(
         candidate=array(first),

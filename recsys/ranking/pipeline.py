@@ -15,7 +15,7 @@ from recsys.candidates.mix import mix
 from recsys.candidates.sources import Sources
 from recsys.config import Config, SlateConfig
 from recsys.errors import StateUnavailable
-from recsys.features.build import Features, UserFeatures, encode, item_features, user_features
+from recsys.features.build import Features, UserFeatures, encode, item_features, user_features, warm_up
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking import slate
@@ -55,6 +55,7 @@ class Pipeline:
         generations: Generations | None,
         bandit: Bandit | None = None,
     ) -> None:
+        warm_up(schema)
         self._bandit = bandit
         self._config, self._schema, self._store = config, schema, store
         self._sources, self._scorer, self._generations = sources, scorer, generations

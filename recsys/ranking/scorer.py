@@ -107,9 +107,12 @@ class Scorer:
     def _score(
         self, networks: _Networks, lay: Plan, rows: tuple[Float32, Float32], most: int, always: Int64
     ) -> tuple[npt.NDArray[np.intp], Float32]:
-        if not scoring.compiled.is_set():
+        kernels = (
+            (networks.scoring or scoring.packed(self._schema, networks.ranker)) if scoring.compiled.is_set() else None
+        )
+        if kernels is None:
             return self._score_by_torch(networks.ranker, lay, rows, most, always)
-        kernels, kept = networks.scoring or Scoring(self._schema, networks.ranker), np.arange(len(lay.item))
+        kept = np.arange(len(lay.item))
         deep, wide = rows
         light = kernels.light(lay, deep, wide)
         if len(kept) > most:
@@ -126,7 +129,7 @@ class Scorer:
     def _score_by_torch(
         self, ranker: Ranker, lay: Plan, found: tuple[Float32, Float32], most: int, always: Int64
     ) -> tuple[npt.NDArray[np.intp], Float32]:
-        """The same while the kernels are compiled."""
+        """The same while the kernels are compiled, and of a network that they do not know."""
         dim, kept = self._config.model.dim, np.arange(len(lay.item))
         rows = torch.from_numpy(found[0]), torch.from_numpy(found[1])
         with torch.inference_mode():
@@ -228,7 +231,7 @@ class Scorer:
                 raise SchemaMismatch(
                     f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
                 ) from None
-        return _Networks(ranker.eval(), Scoring(self._schema, ranker), towers.eval(), version, clusters)
+        return _Networks(ranker.eval(), scoring.packed(self._schema, ranker), towers.eval(), version, clusters)
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -378,10 +378,13 @@ def _config_show(options: argparse.Namespace) -> int:
 
 
 def _config_check(options: argparse.Namespace) -> int:
+    from recsys.model.scoring import scored_by
     from recsys.ranking.rules import RuleBook
 
-    RuleBook.of(config.load(options.config))  # reads what a configuration's filters say, too
-    emit(options, {"ok": True}, "the configuration is valid")
+    loaded = config.load(options.config)
+    RuleBook.of(loaded)  # reads what a configuration's filters say, too
+    by = scored_by(loaded)
+    emit(options, {"ok": True, "scored_by": by}, f"the configuration is valid; requests are scored by {by}")
     return DONE
 
 

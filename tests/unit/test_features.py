@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from recsys.config import Config, parse
 from recsys.errors import BadInput
-from recsys.features.build import Signals, decode, encode, item_features, user_features
+from recsys.features.build import Features, Signals, decode, encode, item_features, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import cross, key_of, mix
-from recsys.types import HistoryEvent, Item
+from recsys.types import Bool, HistoryEvent, Int64, Item
 
 
 def event(item_id: str, time_ms: int) -> HistoryEvent:
@@ -90,6 +90,56 @@ def test_a_cross_pairs_any_two_fields_of_which_one_is_the_items() -> None:
         assert keys[mask].tolist() == expected
         assert not keys[~mask].any()
     assert features.cross_mask[1].sum() == 1 + 1 + 4 + 1 + 1  # of one tag, not two
+
+
+def crossed(schema: Schema, features: Features) -> tuple[Int64, Bool]:
+    """The kernel's keys and masks, a cross at a time in NumPy."""
+    user, newest = features.user, slice(schema.cross_history)
+    blocks = {
+        "shared": (user.shared_keys[None], user.shared_mask[None]),
+        "item": (features.item_keys, features.item_mask),
+        "history": (user.history_keys[newest], user.history_mask[newest]),
+    }
+    keys = np.zeros((len(features.item_keys), len(schema.cross_slots)), np.int64)
+    mask, start = np.zeros(keys.shape, np.bool_), 0
+    for sides in schema.cross_sides:
+        found = [[block[:, side.where] for block in blocks[side.block]] for side in sides]
+        past = [[b.reshape(1, -1) if s.block == "history" else b for b in f] for s, f in zip(sides, found, strict=True)]
+        (left, left_mask), (right, right_mask) = past
+        both = np.broadcast_to(
+            left_mask[:, :, None] & right_mask[:, None, :], (len(keys), left.shape[1], right.shape[1])
+        )
+        end = start + left.shape[1] * right.shape[1]
+        keys[:, start:end] = np.where(both, cross(left[:, :, None], right[:, None, :]), 0).reshape(len(keys), -1)
+        mask[:, start:end] = both.reshape(len(keys), -1)
+        start += sides[0].width * sides[1].width
+    return keys, mask
+
+
+@given(
+    st.lists(
+        st.sampled_from(["user*item", "user*tags", "item*category", "history*item", "history.tags*tags", "city*tags"]),
+        unique=True,
+    ),
+    st.lists(st.integers(0, 6), max_size=12),
+    st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    st.sampled_from([{}, {"city": "x"}]),
+)
+def test_crosses_are_those_of_numpy_bit_by_bit(
+    names: list[str], past: list[int], shown: list[int], context: dict[str, str]
+) -> None:
+    config = parse({"features": {"crosses": [name.split("*") for name in names], "context": ["city"]}})
+    schema = Schema.of(config)
+    catalogue = Catalogue(schema)
+    for number in range(5):
+        tags = ["all", f"t{number}"][: number % 3]
+        catalogue.apply(Item(item_id=f"i{number}", attributes={"category": "c", "tags": tags} if number else {}))
+    history = tuple(event(f"i{number}", time) for time, number in enumerate(past))
+    user = user_features(schema, catalogue, "u", history, context)
+    found = item_features(schema, catalogue, user, np.array(shown, np.int32), signals(schema, len(shown)), 0.8)
+    keys, mask = crossed(schema, found)
+    np.testing.assert_array_equal(found.cross_keys, keys)
+    np.testing.assert_array_equal(found.cross_mask, mask)
 
 
 def test_each_sequence_keeps_its_newest_events_and_others_are_left_out() -> None:

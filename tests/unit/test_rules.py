@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from recsys.config import parse
 from recsys.errors import BadInput, ConfigError
@@ -210,6 +211,17 @@ def test_config_check_reads_the_rules(tmp_path: Path, capsys: pytest.CaptureFixt
         file.write_text(f"[[slate.boosts]]\nfilters = {{ category = {condition} }}\n")
         assert main(["config", "check", "--config", str(file)]) == code
     assert "slate.boosts[0].filters.category" in capsys.readouterr().err
+
+
+def test_config_check_says_what_scores_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "any.toml"
+    file.write_text("")
+    asked = ["config", "check", "--config", str(file), "--json"]
+    assert main(asked) == 0 and json.loads(capsys.readouterr().out)["scored_by"] == "compiled kernels"
+    monkeypatch.setattr("recsys.model.din._activation", lambda name, width: nn.ELU())
+    assert main(asked) == 0 and json.loads(capsys.readouterr().out)["scored_by"] == "torch"
 
 
 @pytest.mark.parametrize(
