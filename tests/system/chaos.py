@@ -95,12 +95,14 @@ class Chaos:
     def _hit(self, target: str, how: str, freeze_s: float) -> float:
         """Do it; seconds from its end until every process says ready and new probes came through."""
         process = self._process(target)
+        self.probes.during, self.probes.hit = f"{how} {target}", time.monotonic()
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[how]
         with contextlib.suppress(psutil.NoSuchProcess):  # a builder may have ended
             process.send_signal(number)
             if how == "stop":
                 time.sleep(freeze_s)
                 process.send_signal(signal.SIGCONT)
+                self.probes.hit = time.monotonic()
         began = time.monotonic()
         if how != "stop":
             if target == "up":

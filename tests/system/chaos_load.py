@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
 import time
@@ -167,6 +168,12 @@ class Probes:
         self._ready: dict[str, bool] = {}
         self._down: dict[str, float] = {}
         """Since when each process has not said ready."""
+        self._up: dict[str, float] = {}
+        """Since when each has said ready without a pause."""
+        self.during, self.hit = "", 0.0
+        """The last kill, and when it was."""
+        self._looked_s: dict[str, float] = {}
+        """When the last answer was asked for that had not what was accepted, by kind."""
         self._took_s: list[float] = []
         """Of probes that came through."""
         self.through_s = THROUGH_S
@@ -205,14 +212,17 @@ class Probes:
 
     def _through(self, kind: str, began: float, seen: Callable[[], bool]) -> None:
         """Wait until what was accepted is seen, however long."""
+        self._looked_s.pop(kind, None)
         self._since[kind] = began
         try:
             while not self._stop.is_set():
+                asked_s = time.monotonic()
                 try:
                     if seen():
                         self._done_s[kind] = began
                         self._took_s.append(time.monotonic() - began)
                         return
+                    self._looked_s[kind] = asked_s
                 except (httpx.HTTPError, KeyError, json.JSONDecodeError):
                     pass
                 self._stop.wait(0.1)
@@ -261,11 +271,12 @@ class Probes:
                     late = [k for k in OF[name] if began - self._since.get(k, began) > self.through_s]
                     through = all(self._done_s.get(kind, 0.0) > self._down.get(name, began) for kind in KINDS)
                     try:
-                        said = http.get(f"{url}/readyz").status_code
-                    except httpx.HTTPError:
-                        said = 0  # no answer is no claim
+                        answer = http.get(f"{url}/readyz")
+                        said, why = answer.status_code, answer.json().get("reason", "")
+                    except (httpx.HTTPError, json.JSONDecodeError):
+                        said, why = 0, ""  # no answer is no claim
                     with self._counting:
-                        self._judge(name, said, late, through)
+                        self._judge(name, said, late, through, why)
                 self._stop.wait(POLL_S)
 
     def taken(self) -> tuple[list[dict[str, Any]], int]:
@@ -281,17 +292,41 @@ class Probes:
         if took:
             self.through_s = max(THROUGH_S, CALM_TIMES * took[len(took) * 9 // 10])
 
-    def _judge(self, name: str, said: int, late: list[str], through: bool) -> None:
+    def _claimed_s(self, kind: str) -> float:
+        """Since when every process that this kind of probe goes through has said ready; never where one does not."""
+        ways = self._urls if kind == "label" else ("ranking",)
+        return max(self._up.get(name, math.inf) for name in ways)
+
+    def _untrue(self, name: str, said: int, late: list[str], why: str) -> None:
+        """Keep what helps to find the cause."""
+        now_s = time.monotonic()
+        self.untrue.append(
+            {
+                "process": name,
+                "said": said,
+                "why": why,
+                "late": {kind: round(now_s - self._since.get(kind, now_s), 1) for kind in late},
+                "ready_for_s": {each: round(now_s - since_s, 1) for each, since_s in self._up.items()},
+                "during": self.during,
+                "after_s": round(now_s - self.hit, 1),
+                "time_ms": now_ms(),
+            }
+        )
+
+    def _judge(self, name: str, said: int, late: list[str], through: bool, why: str) -> None:
         """`late` and `through` were so before it was asked."""
         self.polls += 1
         self._ready[name] = said == 200
-        still = [kind for kind in late if kind in self._since]  # not through meanwhile
-        if said == 200 and still and (name == "ranking" or all(self._ready.get(n) for n in self._urls)):
-            self.untrue.append({"process": name, "said": said, "late": still, "time_ms": now_ms()})
+        # Not through meanwhile, though somebody asked since all that answer for it say ready: a probe whose way was down could not look.
+        still = [kind for kind in late if kind in self._since and self._looked_s.get(kind, 0.0) > self._claimed_s(kind)]
+        if said == 200 and still:
+            self._untrue(name, said, still, why)
         if said == 200:
             self._down.pop(name, None)
+            self._up.setdefault(name, time.monotonic())
             return
+        self._up.pop(name, None)
         self._down.setdefault(name, time.monotonic())
         # Probes of every kind began and came through while it said so all the time: it was not true.
         if said == 503 and through:
-            self.untrue.append({"process": name, "said": said, "late": [], "time_ms": now_ms()})
+            self._untrue(name, said, [], why)
