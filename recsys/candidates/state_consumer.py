@@ -56,6 +56,8 @@ class StateConsumer:
         """The partitions' ends at one time; once they are read, all that was appended before it is in."""
         self.caught_up = False
         """Whether everything was read that there was when the ends were first asked for."""
+        self.behind = False
+        """Whether the last turn left records that it could have read."""
         self._nothing_read = lambda: Recent(limit=recent_limit(config.capacity.memory_bytes))
         self._reread = self._nothing_read()
         """Events that are read again for a store that lost them."""
@@ -95,6 +97,7 @@ class StateConsumer:
             records = self._log.read(topic, partition, start, self._most)
             if records.next > start:
                 read.append((key, stored[key], records))
+        self.behind = any(len(records) >= self._most for _, _, records in read)
         for parts in _in_order(read[::-1], self._most):  # impressions first
             self._apply(parts, stored)
             for key, _, part in parts:

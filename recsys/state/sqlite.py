@@ -32,7 +32,8 @@ SELECT user_id, 0 FROM history UNION SELECT user_id, 0 FROM seen UNION SELECT us
 """
 _TABLES = ("history", "seen", "items", "users")
 _LEAVE = 100
-"""At least so many users may leave with one transaction: half makes room more slowly, double keeps readers waiting longer."""
+"""Room is looked for once so many users came, and at least as many may leave at once: half asks for the file's size twice as often and
+makes room more slowly, double keeps readers waiting longer."""
 _DAY_MS = 86_400_000
 _GET = "SELECT " + ", ".join(
     f"(SELECT value FROM {table} WHERE user_id = ?1)" for table in ("history", "seen", "items")
@@ -53,6 +54,7 @@ class SqliteState:
         self._max_bytes = max_bytes
         self.full_ratio = 0.0
         """Bytes in use over `max_bytes`, as of the last update."""
+        self._came = _LEAVE  # how full it is is seen at the first update
         self._history_len = history_len
         self._seen_len = seen_len
         self._read_lock = threading.Lock()
@@ -91,7 +93,7 @@ class SqliteState:
                 check_after(found, after or {})
                 self._cache.stand_at(found)
                 entries = self._write(connection, updates)
-                left = self._make_room(connection, max(_LEAVE, 2 * len(entries)))
+                left = self._make_room(connection, len(entries))
                 connection.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", positions.items())
         except BaseException:
             self._cache.clear()
@@ -121,8 +123,12 @@ class SqliteState:
                     connection.execute("ROLLBACK")
                 raise
 
-    def _make_room(self, connection: sqlite3.Connection, most: int) -> list[str]:
-        """Let up to `most` users leave: twice as many as came, so that no flood of new ones is faster. Who left."""
+    def _make_room(self, connection: sqlite3.Connection, came: int) -> list[str]:
+        """Where too much is kept let up to twice as many users leave as came, so that no flood of new ones is faster. Who left."""
+        self._came += came
+        if self._came < _LEAVE and self.full_ratio <= 1.0:
+            return []
+        most, self._came = max(_LEAVE, 2 * self._came), 0
         size, pages, free = (
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
         )
@@ -153,16 +159,13 @@ class SqliteState:
                 history[user_id] = None
             if update.seen or update.forget:
                 seen[user_id] = None
-        connection.executemany(
-            "INSERT OR REPLACE INTO history VALUES (?, ?)", ((u, entries[u].packed_history()) for u in history)
-        )
-        connection.executemany(
-            "INSERT OR REPLACE INTO seen VALUES (?, ?)", ((u, entries[u].packed_seen()) for u in seen)
-        )
-        connection.executemany(
-            "INSERT OR REPLACE INTO items VALUES (?, ?)",
-            [(u, entry.packed_items()) for u, entry in entries.items() if entry.items_changed],
-        )
+        for table, rows in (
+            ("history", [(u, entries[u].packed_history()) for u in history]),
+            ("seen", [(u, entries[u].packed_seen()) for u in seen]),
+            ("items", [(u, entry.packed_items()) for u, entry in entries.items() if entry.items_changed]),
+        ):
+            if rows:
+                connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows)
         connection.executemany(
             "INSERT INTO users VALUES (?, ?) ON CONFLICT (user_id) DO UPDATE SET day = excluded.day WHERE excluded.day > day",
             days.items(),

@@ -21,9 +21,11 @@ class Rest:
         self._watch, self._stop = watch, stop
         self._rested_s, self._misses = 0.0, 0
 
-    def found(self) -> None:
-        """A turn found something: there may be more at once."""
-        self._misses = 0
+    def found(self, something: bool) -> bool:
+        """Whether a turn found something: then there may be more before long."""
+        if something:
+            self._misses = 0
+        return something
 
     def __call__(self, timeout_s: float = NET_S) -> None:
         """Until something came, or `timeout_s`; two pauses end at least TOGETHER_S apart."""

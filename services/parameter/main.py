@@ -297,9 +297,7 @@ def _follow(service: ParameterService, stop: Stop) -> None:
             maintained = time.monotonic()
             _tried(service.maintain, stop)
         metrics.READY.set(not service.not_ready())
-        if worked:
-            rest.found()
-        else:
+        if not rest.found(bool(worked)):
             rest()
 
 

@@ -10,7 +10,6 @@ from functools import partial
 
 from recsys.errors import LogError, LogTruncated, ParametersUnavailable, RecsysError, StateUnavailable
 from services.common.process import Stop, logger
-from services.common.rest import Rest
 from services.common.trouble import Troubles
 
 IDLE_S = 1.0
@@ -52,10 +51,9 @@ class Loops:
         self._stop, self._trouble = stop, trouble
         self._threads: list[threading.Thread] = []
 
-    def run(self, name: str, turn: Callable[[], bool], rest: Callable[[], object], log: Rest | None = None) -> None:
-        """Start one; it rests after a turn that found nothing. `log`: what `rest` waits for."""
-        found = log.found if log else lambda: None
-        thread = threading.Thread(target=self._loop, args=(name, turn, rest, found), name=name, daemon=True)
+    def run(self, name: str, turn: Callable[[], bool], rest: Callable[[], object]) -> None:
+        """Start one; it rests after a turn that left nothing."""
+        thread = threading.Thread(target=self._loop, args=(name, turn, rest), name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
 
@@ -63,24 +61,20 @@ class Loops:
         """A rest of always the same length."""
         return partial(self._stop.wait, seconds)
 
-    def _loop(
-        self, name: str, turn: Callable[[], bool], rest: Callable[[], object], found: Callable[[], object]
-    ) -> None:
+    def _loop(self, name: str, turn: Callable[[], bool], rest: Callable[[], object]) -> None:
         self._trouble.turned(name)
         while not self._stop:
             try:
-                worked = turn()
+                more = turn()
                 self._trouble.turned(name)
             except (RecsysError, OSError) as error:
                 again = isinstance(error, LogError | StateUnavailable | ParametersUnavailable)
                 again &= not isinstance(error, LogTruncated)
                 logger.log(logging.WARNING if again else logging.ERROR, "%s", error)
                 self._trouble.note(name, error)
-                worked = False
+                more = False
                 self._stop.wait(0.5 if again else 5.0)
-            if worked:
-                found()
-            else:
+            if not more:
                 rest()
 
     def join(self) -> None:

@@ -126,13 +126,17 @@ class RankingService:
         try:
             self._load_catalogue()
             items = Rest(self.log.watch(("item",)), self._stop)
-            self._loops.run("items", self._follow_items, items, items)
+            self._loops.run("items", lambda: items.found(self._follow_items()), items)
             while not self.catalogue_ready:
                 if self._stop.wait(POLL_S):
                     return
             self._load_counters()
             events = Rest(self.log.watch(STATE_TOPICS), self._stop)
-            self._loops.run("state", self._follow_state, lambda: events(self.consumer.rest_s(NET_S)), events)
+            self._loops.run(
+                "state",
+                lambda: events.found(self._follow_state()) and self.consumer.behind,
+                lambda: events(self.consumer.rest_s(NET_S)),
+            )
             self._loops.run("snapshot", self.save, self._loops.seconds(SNAPSHOT_S))
         except LogTruncated as gap:  # answers go on from what is there; nothing is read or saved until somebody decides
             logger.error("%s", gap)

@@ -223,11 +223,9 @@ class Loop:
             rest, pace = Rest(self._log.watch(TOPICS), self._stop), Pace(self._stop)
             while not self._stop:
                 pace.begin(self._read)
-                if not self._turn():
+                if not rest.found(self._turn()):
                     rest(self._rest_s())
-                    continue
-                rest.found()
-                if self._goal == {}:  # what was accepted before it started is learned without a pause
+                elif self._goal == {}:  # what was accepted before it started is learned without a pause
                     pace.hold(self._read)
         except Interrupted:
             return  # in a step that waited for compilers: the journal has it

@@ -30,7 +30,9 @@ def test_a_log_that_tells_nobody_is_asked_less_and_less_until_something_comes() 
     for _ in range(15):
         rest()
     assert watch.waits[:3] == [0, POLL_S, 2 * POLL_S] and watch.waits[-1] >= SLOWEST_S
-    rest.found()
+    assert not rest.found(False)
+    rest()
+    assert watch.waits[-1] >= SLOWEST_S and rest.found(True)
     rest()
     assert watch.waits[-1] == 0
 
