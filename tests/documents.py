@@ -11,6 +11,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from load_tests.performance import document
 from recsys import metrics
 from recsys.config import Config, TaskConfig
 
@@ -101,6 +102,7 @@ DOCUMENTS = {
     "tests/config_options.txt": option_list,
     "deploy/configs/default.toml": default_toml,
     "docs/metrics.md": metrics_table,
+    "docs/performance.md": document,
 }
 
 if __name__ == "__main__":
