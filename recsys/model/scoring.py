@@ -19,7 +19,7 @@ from recsys import metrics
 from recsys.compiled import one_at_a_time
 from recsys.config import Config
 from recsys.features.schema import Schema
-from recsys.model import build, gather
+from recsys.model import build, eager, gather
 from recsys.model import score_kernels as kernels
 from recsys.model.assemble import starts
 from recsys.model.din import MeanPool, TargetAttention
@@ -114,10 +114,7 @@ class Scoring:
                 )
 
     def _take(self, rows: Float32, index: Index, fields: Index) -> Float32:
-        """Fields of looked-up rows, side by side: index [N, C] -> [N, F d]."""
-        out = np.empty((len(index), len(fields) - 1, self._dim), np.float32)
-        gather.take_fields(rows, index, fields, out)
-        return out.reshape(len(index), -1)
+        return take(rows, index, fields, self._dim)
 
     def _composed(self, user: Float32, pooled: Float32, items: Float32, numbers: Float32) -> Float32:
         """HoME's input [M, V]."""
@@ -152,6 +149,17 @@ class Scoring:
             if memory is not None:
                 p = memory(memory_keys(torch.from_numpy(hidden)), torch.from_numpy(p)).numpy()
         return p
+
+
+def take(rows: Float32, index: Index, fields: Index, dim: int) -> Float32:
+    """Fields of looked-up rows, side by side: index [..., C] -> [..., F d]; before it is compiled by torch."""
+    if not compiled.is_set():
+        with torch.inference_mode():
+            found: Float32 = eager.take_fields(torch.from_numpy(rows), dim, index, fields).flatten(-2).numpy()
+        return found
+    out = np.empty((index[..., 0].size, len(fields) - 1, dim), np.float32)
+    gather.take_fields(rows, index.reshape(len(out), index.shape[-1]), fields, out)
+    return out.reshape(*index.shape[:-1], -1)
 
 
 def warm_up() -> None:

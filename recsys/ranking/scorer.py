@@ -17,7 +17,7 @@ from recsys.config import Config
 from recsys.errors import SchemaMismatch
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build, fused, scoring
+from recsys.model import build, scoring
 from recsys.model.assemble import ranker_inputs, starts, wide_sums
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block, Plan, plan, unique_rows
@@ -172,23 +172,20 @@ class Scorer:
         block, (shared, past) = unique_rows(
             [(self._schema.shared_slots, *mine), (self._schema.history_slots, past_keys, past_mask)], "tower"
         )
-        rows = torch.from_numpy(self._rows.lookup([block]).values[0])
+        rows, dim = self._rows.lookup([block]).values[0], self._config.model.dim
         fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
-        parts = [(shared, np.arange(shared.shape[1] + 1)), (past, fields)]
-        with torch.inference_mode():
-            seen, history = (
-                found.flatten(-2).numpy() for found in fused.take_fields(rows, self._config.model.dim, parts)
-            )
+        seen = scoring.take(rows, shared, np.arange(shared.shape[1] + 1), dim)
+        history = scoring.take(rows, past, fields, dim)
         return user_vectors(towers, seen, history, past_mask[..., 0])
 
     def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower, *, required: bool = False) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]. `required`: raises ParametersUnavailable rather than use last
         known rows."""
         block, (items,) = unique_rows([(self._schema.item_slots, keys, mask)], "tower")
-        rows = torch.from_numpy((self._rows.require if required else self._rows.lookup)([block]).values[0])
+        rows = (self._rows.require if required else self._rows.lookup)([block]).values[0]
+        fields = scoring.take(rows, items, starts(self._schema.item_fields), self._config.model.dim)
         with torch.inference_mode():
-            parts = [(items, starts(self._schema.item_fields))]
-            vectors: Float32 = towers.item_vectors(*fused.take_fields(rows, self._config.model.dim, parts)).numpy()
+            vectors: Float32 = towers.item_vectors(torch.from_numpy(fields)).numpy()
         return vectors
 
     def adopt(self, ranker: Ranker, towers: TwoTower | None, told: Callable[[], Published] | None = None) -> None:
