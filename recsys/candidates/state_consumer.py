@@ -121,7 +121,7 @@ class StateConsumer:
         now_ms = self._clock.now_ms()
         read = all(min(stored.get(k, 0), self.counter_positions[k]) >= end for k, end in self._marks.items())
         if read and (not self._marks or abs(now_ms - self._marked_ms) >= MARK_MS):
-            self._marks = {key: self._log.end(*positions.split(key)) for key in self._keys}
+            self._marks = positions.ends(self._log, self._keys)
             self._marked_ms = now_ms
 
     def _apply(self, parts: Sequence[_Read], stored: Mapping[str, int]) -> None:

@@ -99,6 +99,10 @@ class EventLog(Protocol):
         """The offset that the next committed record will be at or after; what reads up to here knows all that is committed."""
         ...
 
+    def ends(self, places: Sequence[tuple[str, int]]) -> list[int]:
+        """The `end` of each (topic, partition), asked for together: on Kafka one question to the brokers instead of one each."""
+        ...
+
     def partitions(self, topic: str) -> int:
         """How many partitions the topic has; creates the topic with the configured number when it is new."""
         ...

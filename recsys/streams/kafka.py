@@ -100,22 +100,25 @@ class KafkaLog:
             return self._readers[topic, partition]
 
     def begin(self, topic: str, partition: int) -> int:
-        return self._bounds(topic, partition)[0]
+        self._cluster.check(topic)
+        return self._cluster.bounds(TopicPartition(self._cluster.prefix + topic, partition))[0]
 
     def end(self, topic: str, partition: int) -> int:
-        end = self._bounds(topic, partition)[1]
-        self._reader(topic, partition).known_end = end
-        return end
+        return self.ends([(topic, partition)])[0]
+
+    def ends(self, places: Sequence[tuple[str, int]]) -> list[int]:
+        for topic in dict.fromkeys(topic for topic, _ in places):
+            self._cluster.check(topic)
+        found = self._cluster.ends([TopicPartition(self._cluster.prefix + topic, number) for topic, number in places])
+        for place, end in zip(places, found, strict=True):
+            self._reader(*place).known_end = end
+        return found
 
     def watch(self, topics: Sequence[str]) -> Watch:
         return AskOften()  # the client has its own wait for the broker in every read
 
     def identity(self, topic: str, partition: int) -> str:
         return self._cluster.identity(topic)
-
-    def _bounds(self, topic: str, partition: int) -> tuple[int, int]:
-        self._cluster.check(topic)
-        return self._cluster.bounds(TopicPartition(self._cluster.prefix + topic, partition))
 
     def partitions(self, topic: str) -> int:
         return self._cluster.partitions(topic)

@@ -102,7 +102,7 @@ class Reader:
                 enable_auto_commit=False,
                 auto_offset_reset="none",
                 isolation_level="read_committed",
-                fetch_max_wait_ms=100,
+                fetch_max_wait_ms=500,
                 max_partition_fetch_bytes=MAX_BATCH_BYTES,
                 allow_auto_create_topics=False,
                 metrics_enabled=False,

@@ -61,6 +61,9 @@ class MemoryLog:
     def end(self, topic: str, partition: int) -> int:
         return len(self._topics[topic])
 
+    def ends(self, places: Sequence[tuple[str, int]]) -> list[int]:
+        return [self.end(*place) for place in places]
+
     def partitions(self, topic: str) -> int:
         return 1
 

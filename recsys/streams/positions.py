@@ -41,6 +41,12 @@ def keys_of(log: EventLog, topics: Iterable[str]) -> list[str]:
     return [f"{topic}/{partition}" for topic in topics for partition in range(log.partitions(topic))]
 
 
+def ends(log: EventLog, keys: Iterable[str]) -> dict[str, int]:
+    """Where each partition ends now."""
+    names = list(keys)
+    return dict(zip(names, log.ends([split(name) for name in names]), strict=True))
+
+
 def identities(log: EventLog, keys: Iterable[str]) -> dict[str, str]:
     """Which log each "topic/partition" is."""
     return {key: log.identity(*split(key)) for key in keys}

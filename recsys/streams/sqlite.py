@@ -200,6 +200,9 @@ class SqliteLog:
     def end(self, topic: str, partition: int) -> int:
         return self._ask(topic, LogFile.end)
 
+    def ends(self, places: Sequence[tuple[str, int]]) -> list[int]:
+        return [self.end(*place) for place in places]
+
     def partitions(self, topic: str) -> int:
         self._file(topic)
         return 1

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from recsys import metrics
 from recsys.clock import Clock, bounded_ms
 from recsys.streams.base import EventLog
+from recsys.streams.positions import ends as ends_of
 from recsys.streams.positions import identities, resume, split
 from recsys.streams.ranges import read_range
 from recsys.training.journal import log_ms
@@ -70,7 +71,7 @@ class Intake:
 
     def ends(self) -> dict[str, int]:
         """Where each partition ends now."""
-        return {key: self._log.end(*split(key)) for key in self.positions}
+        return ends_of(self._log, self.positions)
 
     def poll(self, until: Mapping[str, int] | None = None) -> Polled:
         """New records (before the ends `until`), the partitions' new ends, and log time: no impression or feedback before it is still
@@ -114,7 +115,7 @@ class Intake:
         self._read_ms = {key: min(time_ms, latest_ms) for key, time_ms in self._read_ms.items()}
         if self._all_read_ms() >= self._marked_ms and (not self._marks or not 0 <= wall_ms - self._marked_ms < MARK_MS):
             timed = [key for key in self.positions if not key.startswith("item/")]
-            self._marked_ms, self._marks = wall_ms, {key: self._log.end(*split(key)) for key in timed}
+            self._marked_ms, self._marks = wall_ms, ends_of(self._log, timed)
 
     def again(self, ends: Mapping[str, int]) -> list[Record]:
         """The records from here to these ends, in the order in which `poll` gave them."""
@@ -131,8 +132,7 @@ class Intake:
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Records not yet read, by (topic, partition)."""
-        places = {split(key): offset for key, offset in self.positions.items()}
-        return {place: max(0, self._log.end(*place) - offset) for place, offset in places.items()}
+        return {split(key): max(0, end - self.positions[key]) for key, end in self.ends().items()}
 
 
 def log_time(before_ms: int, polled: Polled) -> int:

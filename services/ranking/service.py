@@ -313,13 +313,13 @@ class RankingService:
         return False
 
     def _show_lag(self) -> None:
-        for place, offset in self.consumer.counter_positions.items():
-            gauge = metrics.CONSUMER_LAG.labels(*place.rsplit("/", 1), "state")
-            try:
-                gauge.set(max(0, self.log.end(*positions.split(place)) - offset))
-            except LogError:
-                gauge.set(math.nan)  # not known: the last number would look as if all were well
-                raise
+        read = dict(self.consumer.counter_positions)
+        lags = dict.fromkeys(read, math.nan)  # where it is not known the last number would look as if all were well
+        try:
+            lags = {place: max(0, end - read[place]) for place, end in positions.ends(self.log, read).items()}
+        finally:
+            for place, lag in lags.items():
+                metrics.CONSUMER_LAG.labels(*place.rsplit("/", 1), "state").set(lag)
 
     @property
     def _building(self) -> bool:

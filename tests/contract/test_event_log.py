@@ -278,6 +278,16 @@ class Stalling:
         return self._log.read(topic, partition, offset, limit)
 
 
+def test_ends_asked_for_together_are_those_asked_for_one_by_one(place: Place) -> None:
+    log = place.open()
+    log.append("feedback", messages(7))
+    log.append("impression", messages(2))
+    log.flush()
+    places = [(topic, n) for topic in ("feedback", "impression", "item") for n in range(log.partitions(topic))]
+    assert log.ends(places) == [log.end(*each) for each in places]
+    assert sum(log.ends(places)) >= 9 and log.ends([]) == []
+
+
 def test_a_record_that_is_too_large_is_refused_whole(place: Place) -> None:
     log = place.open()
     with pytest.raises(RecordTooLarge, match="1048577 bytes, more than 1048576: split it"):
