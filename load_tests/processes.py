@@ -6,12 +6,14 @@ time and of what their ended children left them, has each process once, whether 
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import psutil
 
-TRIES = 50
+TRIES, PAUSE_S = 50, 0.02
 T = TypeVar("T")
 
 
@@ -44,12 +46,14 @@ class Family:
                 before = self._living()
                 found: dict[str, list[T]] = {}
                 for process, kind in before.items():
-                    found.setdefault(kind, []).append(value(process))
+                    with contextlib.suppress(psutil.ZombieProcess):  # it holds no memory any more
+                        found.setdefault(kind, []).append(value(process))
                 if self._living() == before:
                     return found
             except psutil.NoSuchProcess:
                 if not self._root.is_running():
                     raise
+            time.sleep(PAUSE_S)
         raise RuntimeError(
             f"processes of {self._root.pid} come and go too fast to be counted: look why they are restarted"
         )
@@ -59,8 +63,16 @@ class Family:
         kinds = {self._root.pid: self._name}
         found = {self._root: self._name}
         for process in self._root.children(recursive=True):
-            words = process.cmdline()
+            words = _words(process)
             served = words[words.index("serve") + 1] if "serve" in words[:-1] else ""
             kinds[process.pid] = served or kinds.get(process.ppid(), self._name)
             found[process] = kinds[process.pid]
         return found
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Its command line; none of one that ended and that its parent has not waited for yet."""
+    try:
+        return process.cmdline()
+    except psutil.ZombieProcess:
+        return []

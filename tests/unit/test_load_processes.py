@@ -39,6 +39,9 @@ ended = start("serve", "ranking", ".3", "end")
 told = [json.loads(ended.communicate()[0])]
 stay = [start("serve", kind, seconds, "stay") for kind, seconds in (("ranking", ".2"), ("ranking", ".4"), ("trainer", ".1"))]
 told += [json.loads(each.stdout.readline()) for each in stay]
+nobody_waits = start("helper", "", ".3")  # it stays a zombie
+told += [json.loads(nobody_waits.stdout.readline())]
+while open(f"/proc/{nobody_waits.pid}/stat").read().rpartition(")")[2].split()[0] != "Z": time.sleep(.01)
 print(json.dumps({"told": told, "own": time.process_time()}), flush=True)
 sys.stdin.read()
 """
@@ -71,19 +74,22 @@ def test_each_process_counts_once_ended_ones_and_two_of_a_kind_included(tmp_path
         found = Family(root)
         used, memory, members = found.cpu_s(), found.memory_bytes(), found.members()
         by_hand = [sum(each) for each in said["told"]]
-        assert {kind: len(processes) for kind, processes in members.items()} == {"up": 1, "ranking": 2, "trainer": 1}
+        assert {kind: len(processes) for kind, processes in members.items()} == {"up": 2, "ranking": 2, "trainer": 1}
         assert used["ranking"] == pytest.approx(by_hand[1] + by_hand[2], abs=0.15)
         assert used["trainer"] == pytest.approx(by_hand[3], abs=0.1)
         # The ranking process that ended is the one's that waited for it; its helper came with it.
         assert sum(used.values()) == pytest.approx(sum(by_hand) + float(said["own"]), abs=0.3)  # type: ignore[arg-type]
-        assert sum(used.values()) > 1.8 * (0.3 + 0.2 + 0.4 + 0.1)
+        assert sum(used.values()) > 1.8 * (0.3 + 0.2 + 0.4 + 0.1) + 0.3
         rss = sum(p.memory_info().rss for p in [root, *root.children(recursive=True)])
         assert sum(memory.values()) == pytest.approx(rss, rel=0.05)
         assert 0 < found.shared_once_bytes() < rss
 
 
-def test_a_family_that_ended_says_so(tmp_path: Path) -> None:
-    with tree(tmp_path) as (root, _):
-        found = Family(root)
+def test_a_family_that_ended_says_so() -> None:
+    root = subprocess.Popen(["sleep", "60"])
+    found = Family(psutil.Process(root.pid))
+    assert set(found.members()) == {"up"}
+    root.kill()
+    root.wait()
     with pytest.raises(psutil.NoSuchProcess):
         found.cpu_s()
