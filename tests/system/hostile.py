@@ -7,8 +7,6 @@ processes must run (0 crashes), a click, an item and a label must come through (
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import signal
 import sys
@@ -29,10 +27,11 @@ from recsys.errors import BadInput
 from recsys.parameters import parameter_pb2 as pb
 from recsys.streams.open import open_log
 from recsys.types import TOPICS
-from services.cli.main import main as command_line
 from tests.system.chaos_load import WINDOW_S, Accepted, Probes, Traffic
 from tests.system.embedded import ROOT, Embedded, wait_for
-from tests.system.mutate import KINDS, Mutator
+from tests.system.hostile_commands import Commands, typed
+from tests.system.hostile_files import Files
+from tests.system.mutate import Mutator
 
 OPTIONS = f"""
 tasks = [{{ name = "click", types = ["click"], window_s = {WINDOW_S} }}]
@@ -55,22 +54,7 @@ ROUTES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("PATCH", "/v1/items", {"item_id": "h-item", "attributes": {"price": 3}}),
 )
 PATHS = (("GET", "/v1/items/{}"), ("DELETE", "/v1/items/h-{}"), ("GET", "/v1/users/{}"), ("GET", "/v1/items?limit={}"))
-COMMANDS = (
-    ("import", "items", "{file}"),
-    ("import", "events", "{file}"),
-    ("config", "check", "--config", "{file}"),
-    ("table", "inspect", "{file}"),
-    ("replay", "--events", "{file}"),
-)
-TYPED = (
-    *COMMANDS,
-    ("config", "show", "--config", "{file}"),
-    ("audit", "--config", "{file}"),
-    ("checkpoint", "list", "--config", "{file}"),
-    ("rollback", "--config", "{file}", "--to", "3", "--skip"),
-    ("evaluate", "policy", "--log", "{file}", "--policy", "{file}", "--clip", "1"),
-    ("evaluate", "compare", "{file}", "{file}", "--events", "{file}", "--set", "model.dim=4"),
-)
+RESULT = ROOT / "load_tests/results/hostile.json"
 SETTLE_S = 60.0
 GROWTH_BYTES = 96 * 2**20
 """What a process may have grown by after a door: allocators keep some, and what is valid is learned."""
@@ -80,19 +64,20 @@ class Hostile:
     """One running system and what is sent into it."""
 
     def __init__(self, system: Embedded, each: int, seed: int) -> None:
-        self.system, self.each, self.mutator = system, each, Mutator(seed)
+        self.system, self.each, self.seed, self.mutator = system, each, seed, Mutator(seed)
+        self.said: dict[str, str] = {}
         self.traffic = Traffic(system.url("ranking"), Accepted(system.folder / "accepted.txt"), seed, f"h{seed}")
         self.probes = Probes({name: system.url(name) for name in ("ranking", "trainer", "parameter")}, f"h{seed}")
 
-    def run(self) -> list[dict[str, Any]]:
-        """A row for each door."""
+    def run(self, doors: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each door of these, or of all."""
         self.system.start()
         self.traffic.put_items()
         self.traffic.start()
         self.probes.start()
         self._settled(time.monotonic())
         time.sleep(2 * WINDOW_S)  # some deltas, impressions and clicks to change
-        return [self._door(name, work) for name, work in self._doors()]
+        return [self._door(name, work) for name, work in self._doors() if not doors or name in doors]
 
     def _doors(self) -> Iterator[tuple[str, Callable[[], Counter[str]]]]:
         for method, path, valid in ROUTES:
@@ -101,8 +86,8 @@ class Hostile:
         for topic in TOPICS:
             yield f"topic {topic}", lambda t=topic: self._topic(t)
         yield "grpc", self._grpc
-        yield "files", self._files
-        yield "typed", self._typed
+        yield "files", lambda: self._commands(lambda commands: Files(commands).each(self.each))
+        yield "typed", lambda: self._commands(lambda commands: typed(commands, self.each))
 
     def _door(self, name: str, work: Callable[[], Counter[str]]) -> dict[str, Any]:
         pids, before = self.system.pids(), self._memory()
@@ -116,6 +101,8 @@ class Hostile:
         row = {
             "door": name,
             "sent": self.each,
+            "seed": self.seed,
+            "date": time.strftime("%Y-%m-%d"),
             "answers": dict(answers),
             "crashes": sum(self.system.pids().get(service) != pid for service, pid in pids.items())
             + answers["crashed"],
@@ -196,44 +183,14 @@ class Hostile:
                     answers[str(error.code())] += 1
         return answers
 
-    def _files(self) -> Counter[str]:
-        """Every command that reads a file, on every kind."""
-        answers: Counter[str] = Counter()
-        valid = json.dumps({"item_id": "file-1", "title": "x"}).encode() + b"\n"
-        path = self.system.folder / "wrong.jsonl"
-        for number in range(self.each):
-            path.write_bytes(self.mutator.make(KINDS[number % len(KINDS)], valid * 3))
-            command = COMMANDS[number // len(KINDS) % len(COMMANDS)]
-            self._run([part.format(file=path) for part in command], answers)
-        return answers
-
-    def _typed(self) -> Counter[str]:
-        """Commands with one word of them changed, left out or doubled."""
-        answers: Counter[str] = Counter()
-        path = self.system.folder / "wrong.toml"
-        path.write_text("nothing = 1")
-        for number in range(self.each):
-            words = [part.format(file=path) for part in TYPED[number % len(TYPED)]]
-            at = number // len(TYPED) % (len(words) - 1) + 1
-            word = self.mutator.any(words[at].encode())[:5000].replace(b"\0", b"").decode(errors="surrogateescape")
-            words[at : at + 1] = [[word], [], [words[at], word]][number // 7 % 3]
-            self._run(words, answers)
-        return answers
-
-    def _run(self, words: list[str], answers: Counter[str]) -> None:
-        """One command as `recsys` runs it, in this process: exit 0, 1 or 2, with a message, and nothing raised."""
-        said = io.StringIO()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            try:
-                code: Any = command_line([*words, "--json"])
-            except SystemExit as ended:  # of the parser
-                code = ended.code
-            except Exception as error:  # noqa: BLE001 - it is what is counted
-                code = f"raised {type(error).__name__}"
-        answers[f"exit {code}"] += 1
-        if code not in (0, 1, 2) or (code and not said.getvalue().strip()):
-            answers["crashed"] += 1
-            print(f"{code}: {words!r}: {said.getvalue()[-500:]}", file=sys.stderr)
+    def _commands(self, send: Callable[[Commands], None]) -> Counter[str]:
+        """Into commands that run in this process, beside the running system that they ask."""
+        folder = Path(tempfile.mkdtemp(dir=self.system.folder))
+        with Commands(folder, self.system.url("ranking"), self.seed) as commands:
+            commands.prepare(self.system.data, OPTIONS)
+            send(commands)
+        self.said |= commands.said
+        return commands.answers
 
 
 def good(rows: Sequence[dict[str, Any]]) -> bool:
@@ -244,16 +201,27 @@ def good(rows: Sequence[dict[str, Any]]) -> bool:
     )
 
 
-def run(each: int, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """All doors of a fresh system."""
+def run(
+    each: int, seed: int, folder: Path, doors: Sequence[str] = (), messages: Path | None = None
+) -> list[dict[str, Any]]:
+    """All doors of a fresh system, or these; `messages`: file of what commands said, each message once."""
     system = Embedded(folder, OPTIONS)
     hostile = Hostile(system, each, seed)
     try:
-        return hostile.run()
+        return hostile.run(doors)
     finally:
         hostile.traffic.stop(0.0)
         hostile.probes.stop()
         system.close()
+        if messages:
+            messages.write_text("\n".join(hostile.said.values()), encoding="utf-8", errors="replace")
+
+
+def saved(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These rows, and of doors that were not among them those of the last run."""
+    names = {row["door"] for row in rows}
+    before = json.loads(RESULT.read_text(encoding="utf-8"))["doors"] if RESULT.exists() else []
+    return [*(row for row in before if row["door"] not in names), *rows]
 
 
 def main() -> int:
@@ -265,14 +233,18 @@ def main() -> int:
     )
     parser.add_argument("--each", type=int, default=10_000, help="messages into each door")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--doors", nargs="+", default=(), metavar="DOOR", help="these alone, such as files typed")
+    parser.add_argument("--messages", type=Path, metavar="FILE", help="write what commands said, each message once")
     parser.add_argument("--json", action="store_true", help="print one JSON object alone on stdout")
     parser.add_argument("--save", action="store_true", help="also write load_tests/results/hostile.json")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
-    rows = run(options.each, options.seed, Path(tempfile.mkdtemp(prefix="hostile-")))
-    result = {"each": options.each, "seed": options.seed, "ok": good(rows), "doors": rows}
+    folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+    rows = run(options.each, options.seed, folder, options.doors, options.messages and options.messages.resolve())
+    rows = saved(rows) if options.save else rows
+    result = {"ok": good(rows), "doors": rows}
     if options.save:
-        (ROOT / "load_tests/results/hostile.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result) if options.json else json.dumps(result, indent=1))
     return 0 if result["ok"] else 1
 
