@@ -16,7 +16,7 @@ import numpy as np
 from load_tests.common import Report, percentile
 from recsys.bandit.graph import Published
 from recsys.bandit.served import Served
-from recsys.candidates.bandit import Active, Bandit
+from recsys.candidates.explorer import Active, Bandit
 from recsys.config import Config, parse
 from recsys.features.build import user_features
 from recsys.features.catalogue import Catalogue
@@ -56,7 +56,7 @@ def loop_choose(report: Report) -> None:
     def once(number: int) -> None:
         active = bandit.activate("g", user, queries[number])
         assert isinstance(active, Active)
-        rows, _ = bandit.candidates(active, quota, f"r{number}", 0, set(seen[number].tolist()), None)
+        rows, _ = bandit.candidates(active, quota, f"r{number}", 0, np.sort(seen[number]).astype(np.int32), None)
         assert len(rows) == quota
 
     once(0)

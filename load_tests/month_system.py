@@ -14,7 +14,7 @@ import psutil
 from recsys import capacity
 from recsys.clock import ManualClock
 from recsys.config import Config
-from recsys.ranking.request import Answer
+from recsys.ranking.shown import Shown
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.training.runner import OnStep, Runner
@@ -103,7 +103,7 @@ class System:
         while self.parameter.turn():
             pass
 
-    def recommend(self, asked: dict[str, Any], request_id: str) -> Answer:
+    def recommend(self, asked: dict[str, Any], request_id: str) -> Shown:
         """As over HTTP, but for the id, which seeds what is drawn."""
         while self.ranking.turn():
             pass

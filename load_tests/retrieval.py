@@ -187,11 +187,11 @@ def _world(report: Report, options: argparse.Namespace) -> None:
 def _stage(report: Report, name: str, world: TrainedWorld) -> None:
     """Every source of a request, once the bandit has learned, and the share of requests that it brings candidates for."""
     world.explore(EXPLORED)
-    works = [world.work(world.any_user(), f"timed-{n}") for n in range(QUERIES)]
-    _, times = _timed(QUERIES, lambda n: world.pipeline.find_candidates(works[n]))
+    opened = [world.opened(world.any_user(), f"timed-{n}") for n in range(QUERIES)]
+    gathered, times = _timed(QUERIES, lambda n: world.pipeline.gather(opened[n]))
     report.add(f"{name}_p50", percentile(times, 50), "cpu ms")
     report.add(f"{name}_p99", percentile(times, 99), "cpu ms")
-    explored = [any("bandit" in work.sources(n) for n in range(len(work.rows))) for work in works]
+    explored = [any("bandit" in one.candidates.sources(n) for n in range(len(one.candidates.rows))) for one in gathered]
     report.add(f"{name}_explored", float(np.mean(explored)), "share", "higher")
 
 

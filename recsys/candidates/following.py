@@ -1,12 +1,13 @@
-"""What follows what in a session, in which context: transitions and the factor model of one ranking process."""
+"""The source `following`: what follows what in a session, in which context, by transitions and a factor model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from recsys.candidates.base import NOTHING, Arrays, Asked, Counted, Listing, Parts, Reason, Source
 from recsys.config import Config
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -81,7 +82,47 @@ class Following:
         """Everything, as arrays."""
         return {"transitions": self._transitions.state(), "factors": self._factors.state()}
 
-    def restore(self, state: dict[str, dict[str, Any]], row_map: Int32) -> None:
+    def restore(self, state: Mapping[str, dict[str, Any]], row_map: Int32) -> None:
         """Load `state`; `row_map[old row]` is today's row, -1 where the item is gone."""
         self._transitions.restore(state["transitions"], row_map)
         self._factors.restore(state["factors"], row_map)
+
+
+class FollowingSource(Source):
+    """Brings nothing where `features.transitions` is off."""
+
+    name = "following"
+    needs_user = True
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.clear()
+
+    def clear(self) -> None:
+        self.following = Following(*self._parts) if self._parts.config.features.transitions else None
+
+    def candidates(self, asked: Asked, quota: int) -> Listing:
+        if self.following is None or asked.user is None:
+            return NOTHING
+        allowed = self._parts.catalogue.alive if asked.allowed is None else asked.allowed
+        shared = asked.user.shared_keys, asked.user.shared_mask
+        return self.following.candidates(asked.history_rows, shared, quota + len(asked.left_out), allowed)
+
+    def reason(self, asked: Asked) -> Reason:
+        return Reason(45, "often chosen next")
+
+    def counted(self, event: Counted) -> None:
+        if self.following is not None and event.shared is not None and event.weight:
+            before = dict.fromkeys(row for row in event.before if row >= 0)
+            self.following.add(event.row, list(before), event.shared)
+
+    def forget_rows(self, rows: Int32) -> None:
+        if self.following is not None:
+            self.following.forget_rows(rows)
+
+    def state(self) -> dict[str, Arrays]:
+        return {} if self.following is None else self.following.state()
+
+    def restore(self, state: Mapping[str, Arrays], row_map: Int32, **times: int) -> None:
+        if self.following is not None:
+            self.following.restore(state, row_map)

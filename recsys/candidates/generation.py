@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recsys import metrics
-from recsys.candidates.bandit import Bandit
+from recsys.candidates.explorer import Bandit
 from recsys.candidates.vectors import Vectors
 from recsys.config import Config
 from recsys.features.build import UserFeatures
@@ -86,7 +86,9 @@ class Located(NamedTuple):
     generation: Generation
     vector: Float32
 
-    def search(self, k: int, exclude: Collection[int] = (), allowed: Bool | None = None) -> tuple[Int32, Float32]:
+    def search(
+        self, k: int, exclude: Collection[int] | Int32 = (), allowed: Bool | None = None
+    ) -> tuple[Int32, Float32]:
         """The k allowed items nearest to the user."""
         rows, scores = self.generation.searcher.search(self.vector, k, exclude, allowed)
         return rows.astype(np.int32), scores.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The streaming sources and counters of one ranking process, fed by its state consumer or by replay."""
+"""The sources and counters of one ranking process, fed by its state consumer or by replay."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 
 from recsys import metrics
+from recsys.candidates import mix
+from recsys.candidates.base import Arrays, Counted, Parts
 from recsys.candidates.contexts import Shared
 from recsys.candidates.counter_feed import CounterFeed
-from recsys.candidates.following import Following
+from recsys.candidates.covisited import CovisitedSource
+from recsys.candidates.following import FollowingSource
 from recsys.candidates.limits import NEWCOMER, Limits, is_newcomer
-from recsys.candidates.mix import PRIORS
 from recsys.candidates.quotas import Quotas
+from recsys.candidates.registry import made, one_of
+from recsys.candidates.trending import TrendingSource
 from recsys.candidates.waiting_counts import Count, Held
 from recsys.capacity import entries
 from recsys.clock import bounded_ms
@@ -24,13 +28,13 @@ from recsys.features.build import Signals, UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
-from recsys.retrieval.covisits import PAIR_BYTES, CoVisits
-from recsys.retrieval.shared_attributes import Followed
+from recsys.retrieval import select
+from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.top_counts import Trending
-from recsys.types import Feedback, HistoryEvent, Impression, Int32, Int64, Item
+from recsys.types import Feedback, HistoryEvent, Impression, Int32, Item
 
-Arrays = dict[str, Any]
-
+_POPULAR = 1000
+"""Items that sources without a state of their own are told of after a restore."""
 _NO_ROW = -2
 _HELD_BYTES = 1500
 """Of a count that waits for its item."""
@@ -39,15 +43,20 @@ _LEAST = np.float32(0.001)
 
 
 class Sources:
-    """Trending, co-visits, followed attributes and rates over one catalogue. One writer; readers share its lock."""
+    """Every source of candidates, and the counters, over one catalogue. One writer; readers share its lock."""
 
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
-        self._config, self._schema, self.catalogue = config, schema, catalogue
+        self.config, self._schema, self.catalogue = config, schema, catalogue
         self._types = set(config.retrieval.count_types)
         self._gap_ms = int(config.retrieval.session_gap_s * 1000)
         self.lock = threading.RLock()
-        self.followed = Followed()
-        self.clear()
+        select.warm_up()
+        mix.warm_up()
+        self.by_name = made(Parts(config, schema, catalogue))
+        self._listed = list(self.by_name.values())
+        self._trending, self._covisited = one_of(self.by_name, TrendingSource), one_of(self.by_name, CovisitedSource)
+        self._following = one_of(self.by_name, FollowingSource)
+        self._count_anew()
         catalogue.on_free.append(self.forget_rows)
         self.frozen_ms: int | None = None
         """Replay: counters are read as at this log time, when it is before the request's."""
@@ -56,37 +65,42 @@ class Sources:
         self.on_forgotten: Callable[[int], None] = lambda user_key: None
         """Called with the key of each user to be forgotten."""
 
+    @property
+    def trending(self) -> Trending:
+        """What is chosen most of late."""
+        return self._trending.counts
+
+    @property
+    def covisits(self) -> CoVisits:
+        """What is chosen together."""
+        return self._covisited.counts
+
     def clear(self) -> None:
         """Begin to count anew. The catalogue and what its items are filed under stay."""
-        config, retrieval = self._config, self._config.retrieval
-        memory = config.capacity.memory_bytes
         with self.lock:
-            self.trending = Trending(retrieval.trending_half_life_s)
-            self.covisits = CoVisits(
-                retrieval.covisit_half_life_s,
-                retrieval.covisit_backward,
-                retrieval.covisit_neighbours,
-                max_pairs=max(4 * retrieval.covisit_neighbours, entries(memory, "counters", 4 * PAIR_BYTES)),
-            )
-            self.covisits.is_dead = lambda row: not self.catalogue.alive[row]
-            self.counting = CounterFeed(config, self._schema, self.catalogue)
-            self.following = Following(config, self._schema, self.catalogue) if config.features.transitions else None
-            self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
-            self._seen = Recent(limit=recent_limit(memory))
-            self._acted, self._showed = Limits(recent_limit(memory)), Limits(recent_limit(memory))
-            self._held = Held(entries(memory, "held", _HELD_BYTES))
+            for source in self._listed:
+                source.clear()
+            self._count_anew()
+
+    def _count_anew(self) -> None:
+        config, memory = self.config, self.config.capacity.memory_bytes
+        self.counting = CounterFeed(config, self._schema, self.catalogue)
+        self.quotas = Quotas(config.retrieval.sources, learn=config.retrieval.learn_quotas)
+        self._seen = Recent(limit=recent_limit(memory))
+        self._acted, self._showed = Limits(recent_limit(memory)), Limits(recent_limit(memory))
+        self._held = Held(entries(memory, "held", _HELD_BYTES))
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
         with self.lock:
             row = self.catalogue.apply(item)
             if row >= 0:
-                if item.deleted:
-                    self.followed.delete(row)
-                    self.trending.bury(np.array([row], np.int32))
-                else:
-                    self.trending.revive(row)
-                    self.followed.upsert(row, self._attribute_keys(row))
+                for source in self._listed:
+                    if item.deleted:
+                        source.deleted(row)
+                    else:
+                        source.changed(row)
+                if not item.deleted:
                     self._release(item.item_id)
         return row
 
@@ -96,9 +110,8 @@ class Sources:
 
     def forget_rows(self, rows: Int32) -> None:
         """These rows will be other items': nothing is kept by them. Called by the catalogue, which does not find them any more."""
-        for part in (self.trending, self.covisits, self.followed, self.following):
-            if part is not None:
-                part.forget_rows(rows)
+        for source in self._listed:
+            source.forget_rows(rows)
 
     def _release(self, item_id: str) -> None:
         """Count what waited for an item that is known now."""
@@ -108,28 +121,9 @@ class Sources:
     def restore_catalogue(self, arrays: Mapping[str, Any]) -> None:
         """Load a catalogue's arrays, and file its items by their attributes."""
         with self.lock:
-            catalogue = self.catalogue
-            catalogue.restore(arrays)
-            size = len(catalogue)
-            self.followed.load([self._filed(catalogue.columns(name), size) for name in self._attributes()])
-
-    def _dead_rows(self) -> Int32:
-        size = len(self.catalogue)
-        return np.flatnonzero(self.catalogue.found[:size] & ~self.catalogue.alive[:size]).astype(np.int32)
-
-    def _filed(self, where: slice, size: int) -> tuple[Int32, Int64]:
-        """Rows alive and their keys in some columns, one pair each."""
-        present = self.catalogue.mask[:size, where] & self.catalogue.alive[:size, None]
-        rows, columns = np.nonzero(present)
-        return rows.astype(np.int32), self.catalogue.keys[:size, where][rows, columns]
-
-    def _attributes(self) -> list[str]:
-        return [name for name, _ in self._schema.item_fields[1 : self._schema.num_history_fields]]
-
-    def _attribute_keys(self, row: int) -> list[list[int]]:
-        keys, mask = self.catalogue.keys[row], self.catalogue.mask[row]
-        columns = (self.catalogue.columns(name) for name in self._attributes())
-        return [keys[where][mask[where]].tolist() for where in columns]
+            self.catalogue.restore(arrays)
+            for source in self._listed:
+                source.catalogue_restored()
 
     def feedback(self, feedback: Feedback, history: Sequence[HistoryEvent], event: HistoryEvent, now_ms: int) -> bool:
         """Count one feedback; `history` is the user's, `event` this feedback in it. False for a duplicate."""
@@ -158,7 +152,7 @@ class Sources:
     def _weight(self, feedback: Feedback, history: Sequence[HistoryEvent], now_ms: int) -> float:
         """How much of a count this feedback is; 0 where its user had their say on the item."""
         item_id, new = feedback.item_id, is_newcomer(history, feedback.item_id)
-        most = 1 if new else self._config.feedback.user_limit
+        most = 1 if new else self.config.feedback.user_limit
         if not self._acted.admit(key_of(f"{feedback.user_id}\n{item_id}"), most, now_ms):
             return 0.0
         return NEWCOMER if new else 1.0
@@ -172,7 +166,7 @@ class Sources:
         if count.follower is not None:
             later = self.catalogue.row(count.follower[0])
             if later is not None:
-                self.covisits.add(later, [*[-1] * count.follower[1], row], count.now_ms)
+                self._tell(Counted(later, [*[-1] * count.follower[1], row], count.now_ms, 0.0, None))
             return
         if count.values:
             self.counting.count(count, np.array([row], np.int32))
@@ -183,14 +177,14 @@ class Sources:
         """An event that trending and co-visits count, after the session's earlier ones."""
         now_ms, known = count.now_ms, [self.catalogue.row(earlier) for earlier in before]
         self.on_counted(row)
-        self.trending.add(row, now_ms, count.weight)
-        self.followed.note(row, count.weight)
-        self.covisits.add(row, [-1 if r is None else r for r in known], now_ms)
+        self._tell(Counted(row, [-1 if r is None else r for r in known], now_ms, count.weight, count.shared))
         for place, earlier in enumerate(before):
             if known[place] is None:
                 self._count(earlier, Count(now_ms, follower=(item_id, place)))
-        if self.following is not None and count.shared is not None:
-            self.following.add(row, list(dict.fromkeys(r for r in known if r is not None)), count.shared)
+
+    def _tell(self, event: Counted) -> None:
+        for source in self._listed:
+            source.counted(event)
 
     def impression(self, impression: Impression, now_ms: int) -> bool:
         """Count one impression's items as shown, the deferred ones once they are viewed; False for a duplicate."""
@@ -208,7 +202,7 @@ class Sources:
     def _shown(self, item_ids: Sequence[str], shared: Shared, now_ms: int) -> None:
         """Count items as shown to a user, each so often within an hour as one user counts."""
         keys = np.fromiter(map(key_of, item_ids), np.int64, len(item_ids))
-        most = self._config.feedback.user_limit
+        most = self.config.feedback.user_limit
         admitted = self._showed.admit_items(int(shared[0][0]), keys, most, now_ms)
         count, rows = Count(now_ms, values=("shown",), shared=shared), self.catalogue.rows_of(keys)
         if not all(admitted):
@@ -254,7 +248,7 @@ class Sources:
             last_ms = past.time_ms
             if past.item_id != event.item_id and past.type in self._types:
                 item_ids.append(past.item_id)
-            if len(item_ids) == self._config.retrieval.covisit_window:
+            if len(item_ids) == self.config.retrieval.covisit_window:
                 break
         return item_ids
 
@@ -262,20 +256,26 @@ class Sources:
         """What the counters say about the items at `rows` for this user."""
         as_of_ms = now_ms if self.frozen_ms is None else min(now_ms, self.frozen_ms)
         with self.lock:
+            trending, following = self.trending, self._following.following
             covisit = self.covisits.score(history_rows, rows, as_of_ms)
             follows = np.zeros((len(rows), 0), np.float32)
-            if self.following is not None:
-                quota = self._config.retrieval.sources.get("trending", 0)
-                popular = PRIORS["trending"] * self.trending.shares(rows, quota, as_of_ms) if quota else 0.0
+            if following is not None:
+                quota = self.config.retrieval.sources.get(TrendingSource.name, 0)
+                popular = TrendingSource.prior * trending.shares(rows, quota, as_of_ms) if quota else 0.0
                 mixed = np.log(covisit + popular + _LEAST)[:, None]
                 shared = user.shared_keys, user.shared_mask
-                follows = np.concatenate([self.following.numbers(history_rows, shared, rows), mixed], 1)
+                follows = np.concatenate([following.numbers(history_rows, shared, rows), mixed], 1)
             return Signals(
                 counters=self.counting.numbers(user, rows, as_of_ms, now_ms),
-                popularity=self.trending.score(rows, as_of_ms),
+                popularity=trending.score(rows, as_of_ms),
                 covisit=covisit,
                 follows=follows,
             )
+
+    def quotas_at(self, now_ms: int) -> dict[str, int]:
+        """Most candidates of each source. From any thread."""
+        with self.lock:
+            return self.quotas.current(now_ms)
 
     def knows(self, event_id: str | int) -> bool:
         """Whether this feedback was read within the horizon. From any thread."""
@@ -303,14 +303,12 @@ class Sources:
         """Everything but the catalogue, by rows of today's catalogue, for a snapshot."""
         with self.lock:
             return {
-                "trending": self.trending.state(),
-                "covisits": self.covisits.state(),
+                **{part: arrays for source in self._listed for part, arrays in source.state().items()},
                 "seen": self.seen(),
                 "acted": self._acted.state(),
                 "showed": self._showed.state(),
                 "held": self._held.state(),
                 **self.counting.state(),
-                **(self.following.state() if self.following is not None else {}),
             }
 
     def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int, saved_ms: int = 0) -> None:
@@ -318,15 +316,13 @@ class Sources:
         cannot be: then these sources are not to be used."""
         times = {"saved_ms": saved_ms, "latest_ms": bounded_ms(2**62, now_ms)}
         with self.lock:
-            self.trending.restore(state["trending"], row_map, **times)
-            self.trending.bury(self._dead_rows())
-            self.covisits.restore(state["covisits"], row_map, **times)
+            for source in self._listed:
+                source.restore(state, row_map, **times)
             self._seen.restore(state["seen"])
             self.counting.restore(state, **times)
-            if self.following is not None:
-                self.following.restore(state, row_map)
-            for row, score in zip(*(a.tolist() for a in self.trending.top(1000, now_ms)), strict=True):
-                self.followed.note(row, score)
+            popular = self.trending.top(_POPULAR, now_ms)
+            for source in self._listed:
+                source.popular(*popular)
             for name, part in (("acted", self._acted), ("showed", self._showed), ("held", self._held)):
                 if name in state:  # earlier versions had none
                     part.restore(state[name], times["latest_ms"])

@@ -15,6 +15,8 @@ from recsys.config.features import CatalogueConfig, FeaturesConfig
 from recsys.config.feedback import FeedbackConfig
 from recsys.config.formula import formula
 from recsys.config.slate import SlateConfig
+from recsys.config.sources import SOURCES, default_quotas, described
+from recsys.config.sources import check as check_sources
 from recsys.config.stores import CapacityConfig, LogConfig, StateConfig
 from recsys.config.tasks import LATE, NEVER, Section, TaskConfig, check, expanded, quantities
 
@@ -142,9 +144,8 @@ class RetrievalConfig(Section):
     """Candidate sources: how many candidates each may bring."""
 
     sources: dict[str, Annotated[int, Field(ge=0, le=10_000)]] = Field(
-        default_factory=lambda: {"bandit": 50, "covisited": 100, "followed": 100, "nearest": 100, "trending": 150}
+        default_factory=default_quotas, description=f"Source name → most candidates: {described()}."
     )
-    """Source name → most candidates: bandit, covisited, followed, following (with `features.transitions`), nearest, trending."""
     learn_quotas: bool = False
     """Let the quotas follow how often each source's shown items are acted upon, within half and twice of what is configured."""
     trending_half_life_s: float = Field(1800.0, gt=0)
@@ -261,11 +262,8 @@ class Config(Section):
         attributes = set(self.catalogue.attributes)
         self.features.check(self.catalogue)
         self.feedback.check(self.retrieval.count_types)
-        unknown = set(self.retrieval.sources) - {"bandit", "covisited", "followed", "following", "nearest", "trending"}
-        if unknown:
-            raise ValueError(f"retrieval.sources: unknown source {sorted(unknown)[0]!r}")
-        sources = {*self.retrieval.sources, "caller", "newest"}
-        self.slate.check(attributes, sources, self.state.seen_len)
+        check_sources(self.retrieval.sources)
+        self.slate.check(attributes, SOURCES, self.state.seen_len)
         return self
 
     @property

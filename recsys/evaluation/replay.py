@@ -28,7 +28,7 @@ from recsys.features.schema import Schema
 from recsys.keys import key_of, mix
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
-from recsys.ranking.work import Work
+from recsys.ranking.stages import Ranked
 from recsys.state.memory import MemoryState
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
@@ -205,13 +205,11 @@ class Replay:
         if self.trainer is None:
             return None
         request = Request(request_id=impression.request_id, user_id=impression.user_id, context=impression.context)
-        work = Work(request=request, now_ms=now_ms, deadline=float("inf"))
-        self.pipeline.load_state(work)
+        opened = self.pipeline.open(request, now_ms)
         rows = self.sources.catalogue.rows([item.item_id for item in impression.items])
         if (rows < 0).any():
             return None
-        user = self.pipeline.user_of(work)
-        return self.pipeline.features_of(user, work.history_rows, rows, now_ms)
+        return self.pipeline.features_of(self.pipeline.user_of(opened), opened.history_rows, rows, now_ms)
 
     def _open(self, impression: Impression, now_ms: int) -> None:
         assert self.trainer is not None
@@ -289,30 +287,30 @@ class Replay:
             session_id=feedback.session_id,
             context=self._context.get(feedback.session_id or feedback.user_id, {}),
         )
-        work = self.pipeline.work(request, now_ms)
-        answer = self.pipeline.answer(work)
-        shown = [item.item_id for item in answer.items]
+        ranked = self.pipeline.rank(request, now_ms)
+        impression = self.pipeline.show(ranked).impression
+        shown = [item.item_id for item in impression.items]
         if reported:
-            found = self.sources.catalogue.keys[work.candidates, 0] == key_of(feedback.item_id)
+            found = self.sources.catalogue.keys[ranked.gathered.candidates.rows, 0] == key_of(feedback.item_id)
             self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id), found)
-        self._count_impression(answer.impression, now_ms)
+        self._count_impression(impression, now_ms)
         if self.trainer:
-            self.trainer.explored(answer.impression, now_ms)
+            self.trainer.explored(impression, now_ms)
         joined = replace(feedback, request_id=request.request_id)
-        opened = learning and self._open_pool(work, answer.impression, feedback.item_id, now_ms)
+        opened = learning and self._open_pool(ranked, impression, feedback.item_id, now_ms)
         return joined if feedback.item_id in shown else feedback, joined if opened else feedback
 
-    def _open_pool(self, work: Work, impression: Impression, clicked: str, now_ms: int) -> bool:
+    def _open_pool(self, ranked: Ranked, impression: Impression, clicked: str, now_ms: int) -> bool:
         """Learn from the candidates: the one that is clicked next, and others drawn by a hash. False without the clicked one."""
-        row = self.sources.catalogue.row(clicked)
-        if work.features is None or row is None or not (chosen := np.flatnonzero(work.rows == row)).size:
+        row, rows = self.sources.catalogue.row(clicked), ranked.kept.rows
+        if ranked.features is None or row is None or not (chosen := np.flatnonzero(rows == row)).size:
             return False
-        draws = mix(np.arange(len(work.rows)) + (self._requests << 20))
+        draws = mix(np.arange(len(rows)) + (self._requests << 20))
         draws[chosen[0]] = 0
         pool = np.argsort(draws, kind="stable")[: 1 + self.config.training.pool_negatives]
         ids = self.sources.catalogue.ids
-        items = tuple(ShownItem(item_id=ids[r], position=n) for n, r in enumerate(work.rows[pool].tolist(), start=1))
-        features = encode(work.features.take(pool))
+        items = tuple(ShownItem(item_id=ids[r], position=n) for n, r in enumerate(rows[pool].tolist(), start=1))
+        features = encode(ranked.features.take(pool))
         self._open(replace(impression, items=items, features=features, bandit=b""), now_ms)
         return True
 

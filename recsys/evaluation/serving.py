@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from recsys.bandit.graph import Published
-from recsys.candidates.bandit import Bandit
+from recsys.candidates.explorer import Bandit
 from recsys.candidates.generation import Generations
 from recsys.config import Config
 from recsys.features.catalogue import Catalogue

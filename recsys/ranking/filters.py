@@ -8,6 +8,7 @@ from typing import Any
 
 from recsys.config import Config
 from recsys.config.slate import MAX_BOOST
+from recsys.config.sources import without_quota
 from recsys.errors import nearest
 from recsys.events.fields import MAX_TEXT_BYTES, MAX_VALUES, bad, parse_id, parse_number, parse_position, parse_text
 from recsys.features.filters import Clause, Filters
@@ -69,7 +70,7 @@ def _values(raw: Any, field: str) -> tuple[str, ...]:
 
 def parse_boosts(raw: Any, config: Config, field: str = "boosts") -> tuple[Boost, ...]:
     """A list of {filters, sources, times, plus}."""
-    sources = [name for name, quota in config.retrieval.sources.items() if quota] + ["caller", "newest"]
+    sources = [name for name, quota in config.retrieval.sources.items() if quota] + without_quota()
     boosts = []
     for number, one in enumerate(_rules(raw, field, '[{"filters": {"category": "news"}, "times": 2}]')):
         here = f"{field}[{number}]"

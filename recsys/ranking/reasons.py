@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
+import numpy as np
+
+from recsys.candidates.base import Reason
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
+from recsys.types import Int32
 
-_PLAIN = {
-    "pinned": "placed here",
-    "caller": "one of the given candidates",
-    "covisited": "often chosen with what you chose",
-    "following": "often chosen next",
-    "trending": "popular now",
-    "followed": "like what you chose",
-    "bandit": "worth a try for users like you",
-}
-"""What a source says by itself, the most specific first; an item of none of these was the newest."""
+_SHARED = 80
+"""Weight of a value that item and history share: a source may say something more of the user, see `Source.reason`."""
+_RECENT = 5
+"""Events of the history that an item is compared with."""
 
 
 class Reasons:
@@ -27,25 +25,22 @@ class Reasons:
         self._catalogue = catalogue
         self._fields = [name for name, _ in schema.item_fields[1 : schema.num_history_fields]]
 
-    def of(self, row: int, sources: Sequence[str], user: UserFeatures | None, last_title: str) -> str:
-        """The most specific true reason; `user` None: no source and no ranker needed to know them."""
-        if "covisited" in sources and last_title:
-            return f"often chosen with “{last_title}”"
-        if user is not None and (shared := self._shared(row, user)):
-            return f"you recently chose {shared}"
-        if "nearest" in sources and user is not None and len(user.history_keys):
-            return "close to what you chose"
-        return next((reason for source, reason in _PLAIN.items() if source in sources), "new")
+    def of(self, told: Iterable[Reason], shared: str) -> str:
+        """The reason that says most of the user: their sources', or the value that the item shares with what they chose ("": none)."""
+        best = max(told, default=Reason(0, "new"))
+        return f"you recently chose {shared}" if shared and best.weight < _SHARED else best.text
 
-    def _shared(self, row: int, user: UserFeatures) -> str:
-        """The newest history event's attribute value that this item has, too."""
-        if not len(user.history_keys):
-            return ""
+    def shared(self, rows: Int32, user: UserFeatures | None) -> list[str]:
+        """For each item at `rows` the newest value of the history that it has, too; "" where there is none, or nothing is known."""
+        found = [""] * len(rows)
+        if user is None or not len(user.history_keys):
+            return found
         for name in self._fields:
             where = self._catalogue.columns(name)
-            item = set(self._catalogue.keys[row, where][self._catalogue.mask[row, where]].tolist())
-            for keys, mask in zip(user.history_keys[:5, where], user.history_mask[:5, where], strict=True):
-                for key in keys[mask].tolist():
-                    if key in item and (label := self._catalogue.labels.get(name, key)) is not None:
-                        return f"{name} {label}"
-        return ""
+            chosen = user.history_keys[:_RECENT, where][user.history_mask[:_RECENT, where]]
+            keys, mask = self._catalogue.keys[rows, where], self._catalogue.mask[rows, where]
+            has = ((keys[:, :, None] == chosen) & mask[:, :, None]).any(1)
+            for place, which in zip(*map(np.ndarray.tolist, np.nonzero(has)), strict=True):
+                if not found[place] and (label := self._catalogue.labels.get(name, int(chosen[which]))) is not None:
+                    found[place] = f"{name} {label}"
+        return found

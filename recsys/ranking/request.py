@@ -1,4 +1,4 @@
-"""A request and its answer."""
+"""A request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recsys.features.filters import Filters
-from recsys.types import AsOf, Impression, ShownItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +35,3 @@ class Request:
     pins: Mapping[int, str] = field(default_factory=dict)
     """Position → item."""
     activation: str = "shown"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What is shown, why, and as of when; `impression` is what is logged of it."""
-
-    request_id: str
-    items: tuple[ShownItem, ...]
-    reasons: tuple[str, ...]
-    degraded: tuple[str, ...]
-    policy: str
-    model_version: str
-    generation: str
-    parameters: AsOf
-    impression: Impression
-    titles: tuple[str, ...] = ()
-    """Of the items, as they were when they were chosen."""
-    note: str = ""
-    """Why there are fewer items than asked for; empty when there are not."""

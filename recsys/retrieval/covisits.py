@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from recsys.decay import ForwardDecay, counted
-from recsys.retrieval.top_counts import among, half_life_of, mapped
+from recsys.retrieval.select import among, best, looked_up, tally
+from recsys.retrieval.top_counts import half_life_of, mapped
 from recsys.types import Bool, Float32, Int32
 
 PAIR_BYTES = 100
@@ -21,16 +23,28 @@ _AT_ONCE = 200
 """Items whose pairs are looked through while readers wait: a millisecond or two."""
 
 
+_Flat = tuple[Int32, npt.NDArray[np.float64]]
+
+
 class _Neighbours:
     """The pairs of one item: forward-decayed sums by neighbour, the clock that counts what was added, and what was lost.
 
     `lost`, in the units of the sums: no pair, kept or not, was counted more often than its sum and this together.
     """
 
-    __slots__ = ("clock", "lost", "sums")
+    __slots__ = ("clock", "flat", "lost", "sums")
 
     def __init__(self, sums: dict[int, float], clock: float, lost: float) -> None:
         self.sums, self.clock, self.lost = sums, clock, lost
+        self.flat: _Flat | None = None
+        """`sums` as arrays, for readers; None since it changed."""
+
+    def arrays(self) -> _Flat:
+        """Neighbours and their sums."""
+        if self.flat is None:
+            size = len(self.sums)
+            self.flat = np.fromiter(self.sums, np.int32, size), np.fromiter(self.sums.values(), np.float64, size)
+        return self.flat
 
 
 class CoVisits:
@@ -117,7 +131,7 @@ class CoVisits:
             exponent -= _MAX_EXPONENT
             self._scale(source, 2.0**-_MAX_EXPONENT)
             self._items[source] = item  # even when nothing large enough was left
-        sums = item.sums
+        sums, item.flat = item.sums, None
         weight *= amount * 2.0**exponent
         if target in sums:
             sums[target] += weight
@@ -139,7 +153,7 @@ class CoVisits:
         item = self._items[source]
         kept = {target: total * factor for target, total in item.sums.items() if total * factor > 0.0}
         self._num_pairs -= len(item.sums) - len(kept)
-        item.sums = kept
+        item.sums, item.flat = kept, None
         item.lost *= factor
         if not kept:
             del self._items[source]
@@ -162,7 +176,7 @@ class CoVisits:
         if item is None or gone.isdisjoint(item.sums):
             return
         before = len(item.sums)
-        item.sums = {target: total for target, total in item.sums.items() if target not in gone}
+        item.sums, item.flat = {target: total for target, total in item.sums.items() if target not in gone}, None
         self._num_pairs -= before - len(item.sums)
         if not item.sums:
             del self._items[source]
@@ -181,33 +195,32 @@ class CoVisits:
 
         Rows of the history can be among them. Time is proportional to len(history_rows) × neighbours.
         """
-        blend, decay = self._blend(history_rows, now_ms)
-        found = np.fromiter(blend.keys(), np.int32, len(blend))
-        totals = np.fromiter(blend.values(), np.float64, len(blend))
+        found, totals, decay = self._blend(history_rows, now_ms)
         if allowed is not None:
             kept = among(found, allowed)
             found, totals = found[kept], totals[kept]
-        best = np.lexsort((found, -totals))[:k]
-        return found[best], (totals[best] * decay).astype(np.float32)
+        first = best(found, totals, k)
+        return found[first], (totals[first] * decay).astype(np.float32)
 
     def score(self, history_rows: Sequence[int], candidate_rows: Int32, now_ms: int) -> Float32:
         """Σ discount × count over the history (newest first) for each candidate [n]; 0 where they never met."""
-        blend, decay = self._blend(history_rows, now_ms)
-        totals = np.array([blend.get(row, 0.0) for row in candidate_rows.tolist()])
-        return (totals * decay).astype(np.float32)
+        found, totals, decay = self._blend(history_rows, now_ms)
+        return (looked_up(found, totals, candidate_rows) * decay).astype(np.float32)
 
-    def _blend(self, history_rows: Sequence[int], now_ms: int) -> tuple[dict[int, float], float]:
-        blend: dict[int, float] = {}
+    def _blend(self, history_rows: Sequence[int], now_ms: int) -> tuple[Int32, npt.NDArray[np.float64], float]:
+        """Neighbours of the history's items, each one's Σ discount × sum, and what a sum is worth now."""
+        rows, totals = [np.zeros(0, np.int32)], [np.zeros(0)]
         discount = 1.0
         with self._lock:
             for history_row in history_rows:
                 item = self._items.get(int(history_row))
                 if item is not None and discount > 0.0:
-                    scale = discount * 2.0 ** (-item.clock / self._half_life_visits)
-                    for row, total in item.sums.items():
-                        blend[row] = blend.get(row, 0.0) + scale * total
+                    neighbours, sums = item.arrays()
+                    rows.append(neighbours)
+                    totals.append(discount * 2.0 ** (-item.clock / self._half_life_visits) * sums)
                 discount *= self._history_discount
-            return blend, self._decay.decay(now_ms)
+            decay = self._decay.decay(now_ms)
+        return *tally(np.concatenate(rows), np.concatenate(totals)), decay
 
     def state(self) -> dict[str, Any]:
         """Everything, as arrays: item by item, the least recently counted first."""

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import numpy as np
 
 from recsys.retrieval.index import ItemIndex, unit
-from recsys.retrieval.top_counts import among, largest
+from recsys.retrieval.select import among, best, largest
 from recsys.types import Bool, Float32, Int32, UInt8
 
 
@@ -96,7 +96,7 @@ class Searcher:
                 self._free.append(slot)
 
     def search(
-        self, vector: Float32, k: int, exclude: Collection[int] = (), allowed: Bool | None = None
+        self, vector: Float32, k: int, exclude: Collection[int] | Int32 = (), allowed: Bool | None = None
     ) -> tuple[Int32, Float32]:
         """The k best rows for a vector [D] and their cosines, best first, ties by row; never one in `exclude`.
 
@@ -115,7 +115,7 @@ class Searcher:
         if norm == 0.0 or k <= 0:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         vector = self._index.query(vector / np.float32(norm))
-        excluded = np.fromiter(exclude, np.int32, len(exclude))
+        excluded = exclude if isinstance(exclude, np.ndarray) else np.fromiter(exclude, np.int32, len(exclude))
         searchable = self._without(excluded)
         if allowed is None:
             positions, scores = self._index.search(vector, k, searchable)
@@ -127,16 +127,11 @@ class Searcher:
             used = len(self._slots) + len(self._free)
             near = self._buffer[:used] @ vector
             buffered = self._buffer_rows[:used].copy()
-        kept = among(buffered, allowed)
-        if len(excluded) and len(kept):
-            kept = kept[~np.isin(buffered[kept], excluded)]
+        kept = among(buffered, allowed, excluded)
         rows = np.concatenate([self._index.rows[positions[shown]], buffered[kept]])
         scores = np.concatenate([scores[shown], near[kept]])
-        if len(rows) > 4 * k:
-            best = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
-            rows, scores = rows[best], scores[best]
-        order = np.lexsort((rows, -scores))[:k]
-        return rows[order], scores[order]
+        first = best(rows, scores, k)
+        return rows[first], scores[first]
 
     def _without(self, excluded: Int32) -> UInt8:
         """The bits of the positions to search."""
@@ -162,5 +157,5 @@ def _merged(found: list[tuple[Int32, Float32]], k: int) -> tuple[Int32, Float32]
     rows, where = np.unique(np.concatenate([rows for rows, _ in found]), return_inverse=True)
     scores = np.full(len(rows), -np.inf, np.float32)
     np.maximum.at(scores, where, np.concatenate([scores for _, scores in found]))
-    best = largest(scores, k)
-    return rows[best], scores[best]
+    first = largest(scores, k)
+    return rows[first], scores[first]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.decay import ForwardDecay
-from recsys.retrieval.top_counts import among, largest
+from recsys.retrieval.select import among, best, largest, tally
 from recsys.types import Bool, Float32, Int32, Int64
 
 _POPULAR = 200
@@ -31,6 +31,8 @@ takes twice the time."""
 _DEEP_EVERY = 20_000
 """Notes and changes after which these are found anew: it takes some milliseconds of a million items."""
 
+_BEHIND = np.int64(2**32)
+"""Behind every row."""
 _Ranked: TypeAlias = tuple[Int32, npt.NDArray[np.float64]]
 
 
@@ -260,19 +262,18 @@ class Followed:
             rows, scores = _blend([(*self._ranked(value), weight) for value, weight in values])
             known, kept = len(rows), among(rows, allowed, left_out)
             rows, scores = rows[kept], scores[kept]
+            order: Int32 | Int64 = rows
             if len(rows) < min(k, known) and any(value.cut for value, _ in values):
                 more, theirs = _blend([(*self._deeper(value, allowed), weight) for value, weight in values])
                 new = among(np.where(np.isin(more, rows), -1, more), allowed, left_out)
+                order = np.concatenate([rows, more[new] + _BEHIND])  # of equals those at hand come first
                 rows, scores = np.concatenate([rows, more[new]]), np.concatenate([scores, theirs[new]])
-        best = largest(scores, k)
-        return rows[best].astype(np.int32), scores[best].astype(np.float32)
+        first = best(order, scores, k)
+        return rows[first], scores[first].astype(np.float32)
 
 
 def _blend(found: Sequence[tuple[Int32, npt.NDArray[np.float64], float]]) -> _Ranked:
-    """The rows of some values, in order, and their worth in all of these together."""
+    """The rows of some values, and their worth in all of these together."""
     if not found:
         return np.zeros(0, np.int32), np.zeros(0)
-    rows, where = np.unique(np.concatenate([rows for rows, _, _ in found]), return_inverse=True)
-    return rows, np.bincount(where, np.concatenate([weight * w for _, w, weight in found])).astype(
-        np.float64, copy=False
-    )
+    return tally(np.concatenate([rows for rows, _, _ in found]), np.concatenate([weight * w for _, w, weight in found]))

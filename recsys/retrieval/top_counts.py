@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from recsys.decay import ForwardDecay, counted
-from recsys.types import Bool, Float32, Int32, Int64
+from recsys.retrieval.select import among, largest
+from recsys.types import Bool, Float32, Int32
 
 _NOTHING = 2.0**-300
 """A stored sum below this is dropped at a rescale: more than a hundred half-lives old, whatever its size was."""
@@ -143,8 +143,8 @@ class Trending:
                 rows = every[among(every, allowed, left_out)].astype(np.int32)
             sums = self._sums[rows]
             decay = self._decay.decay(now_ms)
-        best = largest(sums, k)  # rows ascend: ties by row
-        return rows[best], (sums[best] * decay).astype(np.float32)
+        first = largest(sums, k)  # rows ascend: ties by row
+        return rows[first], (sums[first] * decay).astype(np.float32)
 
     def score(self, rows: Int32, now_ms: int) -> Float32:
         """Counts decayed to `now_ms` [n]; 0 for a row never counted."""
@@ -179,27 +179,6 @@ class Trending:
             self._dead, self._buried = bytearray(len(sums)), {}
             sums *= self._decay.restore(state["clock"].tolist(), half_life_of(state), **times)
             self._resize(np.where(sums < _NOTHING, 0.0, sums))
-
-
-def largest(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
-    """Places of the k largest values [n], best first, the lower place first among equals; without sorting the rest."""
-    if k >= len(values):
-        return np.argsort(-values, kind="stable")
-    if k < 1:
-        return np.zeros(0, np.intp)
-    rows = np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
-    return rows[np.argsort(-values[rows], kind="stable")[:k]]
-
-
-def among(rows: Int32 | Int64, allowed: Bool | None, left_out: Int32 | None = None) -> npt.NDArray[np.intp]:
-    """Which places of `rows` hold an allowed one that is not left out; below 0 or beyond the mask's end there is none."""
-    kept = rows >= 0
-    if allowed is not None:
-        kept &= rows < len(allowed)
-        kept[kept] = allowed[rows[kept]]
-    if left_out is not None and len(left_out):
-        kept &= ~np.isin(rows, left_out)
-    return np.flatnonzero(kept)
 
 
 def half_life_of(state: Mapping[str, Any]) -> float | None:

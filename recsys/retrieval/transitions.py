@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys.compiled import compiled
-from recsys.retrieval.top_counts import among, mapped
+from recsys.retrieval.select import among, best
+from recsys.retrieval.top_counts import mapped
 from recsys.types import Bool, Float32, Int32, Int64
 
 _PLACES = 2048
@@ -144,8 +145,8 @@ class Transitions:
         table, sums = self._sums(source, context, _ALL if allowed is None else allowed)
         places = among(table, allowed)
         rows, scores = table[places].astype(np.int32), sums[places, len(RANK_HALF_LIVES)]
-        best = np.lexsort((rows, -scores))[:k]
-        return rows[best], scores[best].astype(np.float32)
+        first = best(rows, scores, k)
+        return rows[first], scores[first].astype(np.float32)
 
     def state(self) -> dict[str, Any]:
         """Everything that is still linked, as arrays, oldest first."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recsys.bandit.graph import Published
-from recsys.candidates.bandit import Bandit
+from recsys.candidates.explorer import Bandit
 from recsys.candidates.generation import CHUNK, Generations, Located, usable
 from recsys.candidates.sources import Sources
 from recsys.config import Config
@@ -21,7 +21,7 @@ from recsys.parameters.base import ParameterState, Reply
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.work import Work
+from recsys.ranking.stages import Opened
 from recsys.retrieval.index import ItemIndex
 from recsys.state.memory import MemoryState
 from recsys.table.tables import Tables
@@ -139,10 +139,9 @@ class TrainedWorld:
     def _answer(self, request_id: str) -> None:
         self.now_ms += STEP_MS
         user = self._world.any_user()
-        work = self.work(self._world.users[user], request_id)
-        self.pipeline.find_candidates(work)
-        self.pipeline.score(work)  # without features: nobody trained the ranker, the sources' own scores rank
-        impression = self.pipeline.answer(work).impression
+        gathered = self.pipeline.gather(self.opened(self._world.users[user], request_id))
+        # Without features: nobody trained the ranker, the sources' own scores rank.
+        impression = self.pipeline.show(self.pipeline.score(gathered, None)).impression
         if (served := self._explorer.served(impression)) is None:
             return
         self._explorer.impression(impression, served, self.now_ms)
@@ -161,12 +160,9 @@ class TrainedWorld:
         self._explorer.step(self.now_ms, learn=True)
         self._bandit.refresh()
 
-    def work(self, user_id: str, request_id: str = "r") -> Work:
+    def opened(self, user_id: str, request_id: str = "r") -> Opened:
         """A request whose history is loaded."""
-        request = Request(request_id=request_id, user_id=user_id)
-        work = Work(request=request, now_ms=self.now_ms, deadline=float("inf"))
-        self.pipeline.load_state(work)
-        return work
+        return self.pipeline.open(Request(request_id=request_id, user_id=user_id), self.now_ms)
 
     def item_vectors(self) -> Float32:
         """Every item's vector by the towers [N, D]."""
@@ -179,6 +175,6 @@ class TrainedWorld:
 
     def user_vectors(self, count: int) -> Float32:
         """Vectors of random users as they are now [n, D]."""
-        users: list[UserFeatures] = [self.pipeline.user_of(self.work(self.any_user())) for _ in range(count)]
+        users: list[UserFeatures] = [self.pipeline.user_of(self.opened(self.any_user())) for _ in range(count)]
         vectors = (self.scorer.user_vector(user, self.scorer.towers) for user in users)
         return np.stack([vector for vector in vectors if vector is not None])

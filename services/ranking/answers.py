@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from fastapi import Response
 
-from recsys.ranking.request import Answer
+from recsys.ranking.shown import Shown
 from recsys.types import AsOf, UserState
 from services.ranking.parse import Refused
 from services.ranking.problems import problem
@@ -102,7 +102,7 @@ def outcomes(found: Sequence[dict[str, str]], rows: Sequence[object]) -> Respons
     return json({"outcomes": found})
 
 
-def dump(answer: Answer, contains: Mapping[str, AsOf]) -> bytes:
+def dump(answer: Shown, contains: Mapping[str, AsOf]) -> bytes:
     """The body of an answer; `contains` is its `as_of`."""
     items = []
     for shown, title, reason in zip(answer.items, answer.titles, answer.reasons, strict=True):

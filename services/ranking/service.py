@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from recsys import metrics
 from recsys.candidates import recent_users, snapshot
-from recsys.candidates.bandit import Bandit
+from recsys.candidates.explorer import Bandit
 from recsys.candidates.generation import Generations
 from recsys.candidates.sources import Sources
 from recsys.candidates.state_consumer import TOPICS as STATE_TOPICS
@@ -35,8 +35,9 @@ from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.parameters.shared import SharedParameters
 from recsys.ranking import catalogue_file
 from recsys.ranking.pipeline import Pipeline
-from recsys.ranking.request import Answer, Request
+from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
+from recsys.ranking.shown import Shown
 from recsys.state.cache import UserCache
 from recsys.state.open import open_state
 from recsys.streams import positions
@@ -205,7 +206,7 @@ class RankingService:
             return self._trouble.of("items") or "reading the catalogue"
         return "" if self.state_ready else self._trouble.of("state") or "reading the state log"
 
-    def recommend(self, request: Request) -> tuple[Answer, dict[str, AsOf]]:
+    def recommend(self, request: Request) -> tuple[Shown, dict[str, AsOf]]:
         """The answer, logged, and what its user state, counters and parameters contain at least."""
         # Read before the answer is made: read after it, they could promise an event that the answer does not know.
         contains = {"user_state": self.consumer.user_state, "counters": self.consumer.counters}

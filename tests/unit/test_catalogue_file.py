@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recsys.candidates.followed import FollowedSource
+from recsys.candidates.registry import one_of
 from recsys.candidates.sources import Sources
 from recsys.config import parse
 from recsys.features.catalogue import Catalogue
@@ -64,9 +66,12 @@ def test_restored_catalogue_answers_as_the_one_that_read_the_log(tmp_path: Path)
     np.testing.assert_array_equal(one.matching(filters)[:size], other.matching(filters)[:size])
     for attribute, key in {(a, int(k)) for a, c in ((0, 1), (1, 2), (1, 3)) for k in one.keys[:size, c] if k}:
         for sources in (first, second):
-            sources.followed.note(40)
+            one_of(sources.by_name, FollowedSource).index.note(40)
         query = [(attribute, key, 1.0)]
-        found = [sorted(sources.followed.query(query, 500)[0].tolist()) for sources in (first, second)]
+        found = [
+            sorted(one_of(sources.by_name, FollowedSource).index.query(query, 500)[0].tolist())
+            for sources in (first, second)
+        ]
         assert found[0] == found[1]  # what moved between values counts as new in its row's order
 
 

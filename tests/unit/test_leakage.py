@@ -13,8 +13,8 @@ import pytest
 from recsys.config import Config, load
 from recsys.evaluation.replay import Event, Options, Replay
 from recsys.events.files import merged
-from recsys.ranking.request import Answer
-from recsys.ranking.work import Work
+from recsys.ranking.shown import Shown
+from recsys.ranking.stages import Ranked
 from recsys.state.memory import MemoryState
 from recsys.types import Feedback, HistoryEvent, Item, UserUpdate
 from services.cli.convert import convert_kuairand
@@ -89,14 +89,14 @@ def answers(config: Config, state: type[MemoryState], folder: Path) -> list[list
     replay = Replay(config, Options(), folder)
     replay.store = replay.pipeline._store = state(config.state.history_len, config.state.seen_len)
     lists: list[list[tuple[str, float]]] = []
-    answer = replay.pipeline.answer
+    show = replay.pipeline.show
 
-    def kept(work: Work) -> Answer:
-        made = answer(work)
+    def kept(ranked: Ranked) -> Shown:
+        made = show(ranked)
         lists.append([(item.item_id, item.score or 0.0) for item in made.items])
         return made
 
-    replay.pipeline.answer = kept  # type: ignore[method-assign]
+    replay.pipeline.show = kept  # type: ignore[method-assign]
     replay.run(clicks(200))
     return lists
 

@@ -12,7 +12,7 @@ import torch
 
 from recsys import metrics
 from recsys.config import parse
-from recsys.ranking.work import Work
+from recsys.ranking.stages import Gathered
 from recsys.testing.towers import TrainedWorld
 from recsys.testing.vectors import clustered
 from recsys.types import Float32
@@ -27,16 +27,14 @@ def trained(folder: Path, vectors: Float32 | None = None, **sections: Any) -> Tr
     return world
 
 
-def asked(world: TrainedWorld) -> list[Work]:
-    works = [world.work(world.any_user(), f"asked-{n}") for n in range(REQUESTS)]
-    for work in works:
-        world.pipeline.find_candidates(work)
-    return works
+def asked(world: TrainedWorld) -> list[Gathered]:
+    return [world.pipeline.gather(world.opened(world.any_user(), f"asked-{n}")) for n in range(REQUESTS)]
 
 
-def answered_by(works: list[Work]) -> Counter[str]:
+def answered_by(gathered: list[Gathered]) -> Counter[str]:
     """In how many requests each source brought a candidate."""
-    return Counter(name for work in works for name in {s for n in range(len(work.rows)) for s in work.sources(n)})
+    found = [one.candidates for one in gathered]
+    return Counter(name for one in found for name in {s for n in range(len(one.rows)) for s in one.sources(n)})
 
 
 @pytest.mark.parametrize(
@@ -46,22 +44,20 @@ def answered_by(works: list[Work]) -> Counter[str]:
 )
 def test_nearest_and_bandit_bring_candidates_for_nearly_all_requests(tmp_path: Path, options: dict[str, Any]) -> None:
     world = trained(tmp_path, **options)
-    works = asked(world)
-    found = answered_by(works)
+    requests = asked(world)
+    found = answered_by(requests)
     assert min(found["nearest"], found["bandit"]) >= 0.9 * REQUESTS, found
-    for work in works:
-        world.pipeline.build_features(work)
-        world.pipeline.score(work)
-        answer = world.pipeline.answer(work)
-        assert len({item.item_id for item in answer.items}) == work.request.n and not answer.degraded
+    for one in requests:
+        shown = world.pipeline.show(world.pipeline.score(one, world.pipeline.describe(one)))
+        assert len({item.item_id for item in shown.items}) == one.asked.n and not shown.degraded
 
 
 def test_where_items_are_placed_users_are_near_one_of_them(tmp_path: Path) -> None:
     vectors = clustered(NUM, centres=20)
     world = trained(tmp_path, vectors)
-    works = asked(world)
-    assert answered_by(works)["bandit"] >= 0.9 * REQUESTS
-    for located in (work.located for work in works if work.located is not None):
+    requests = asked(world)
+    assert answered_by(requests)["bandit"] >= 0.9 * REQUESTS
+    for located in (one.asked.located for one in requests if one.asked.located is not None):
         rows, scores = located.search(1)
         assert scores[0] > 0.6 and rows[0] == np.argmax(vectors @ located.vector)
 
@@ -75,7 +71,7 @@ def test_items_and_users_without_a_direction_are_left_out_and_counted(tmp_path: 
     vectors[3], vectors[7] = 0, np.nan
     world = trained(tmp_path, vectors)
     assert counted("item") == before + 2
-    located = next(work.located for work in asked(world) if work.located is not None)
+    located = next(one.asked.located for one in asked(world) if one.asked.located is not None)
     assert set(range(NUM)) - set(located.search(NUM)[0].tolist()) == {3, 7}
     with torch.no_grad():
         for weights in located.generation.towers.parameters():
@@ -84,9 +80,9 @@ def test_items_and_users_without_a_direction_are_left_out_and_counted(tmp_path: 
     world.generations.refresh(1e12)
     assert counted("item") >= before + 3
     users = counted("user")
-    works = asked(world)
+    requests = asked(world)
     assert counted("user") > users
-    assert not {"nearest", "bandit"} & answered_by(works).keys()
-    for work in works:
-        world.pipeline.score(work)
-        assert len(world.pipeline.answer(work).items) == work.request.n and not work.degraded
+    assert not {"nearest", "bandit"} & answered_by(requests).keys()
+    for one in requests:
+        shown = world.pipeline.show(world.pipeline.score(one, None))
+        assert len(shown.items) == one.asked.n and not shown.degraded

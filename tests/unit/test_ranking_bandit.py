@@ -13,7 +13,7 @@ import pytest
 from recsys.bandit.graph import Published
 from recsys.bandit.served import decode
 from recsys.candidates import recent_users
-from recsys.candidates.bandit import Active, Bandit
+from recsys.candidates.explorer import Active, Bandit
 from recsys.candidates.generation import Generations
 from recsys.config import Config, parse
 from recsys.errors import ParametersUnavailable
@@ -28,6 +28,7 @@ from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.index import ItemIndex
 from recsys.retrieval.searcher import Searcher
+from recsys.retrieval.select import NO_ROWS
 from recsys.types import Float32, HistoryEvent, Item
 
 DIM, NUM = 8, 60
@@ -97,7 +98,7 @@ class World:
         )
 
     def found(self, active: Active, quota: int = 10, request: str = "r", **more: Any) -> list[int]:
-        arguments: dict[str, Any] = {"forbidden": (), "allowed": None} | more
+        arguments: dict[str, Any] = {"left_out": NO_ROWS, "allowed": None} | more
         rows, scores = self.bandit.candidates(active, quota, request, 0, **arguments)
         assert (np.diff(scores) < 0).all() and (scores > 0).all()
         return [int(row) for row in rows]
@@ -173,7 +174,7 @@ def test_only_alive_allowed_and_not_forbidden_items_are_found() -> None:
     world.catalogue.apply(Item(item_id=f"i{near[0]}", deleted=True))
     allowed = world.catalogue.alive.copy()
     allowed[near[1]] = False
-    assert set(world.found(active, forbidden={near[2]})) == set(near) - {near[0], near[2]}
+    assert set(world.found(active, left_out=np.array([near[2]], np.int32))) == set(near) - {near[0], near[2]}
     assert set(world.found(active, allowed=allowed)) == set(near[2:])
 
 

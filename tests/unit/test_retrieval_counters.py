@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.retrieval.covisits import CoVisits
+from recsys.retrieval.select import largest
 from recsys.retrieval.shared_attributes import Followed
-from recsys.retrieval.top_counts import Trending, largest
+from recsys.retrieval.top_counts import Trending
 from recsys.types import Int32
 
 HOUR_MS = 3_600_000

@@ -6,11 +6,14 @@ import time
 
 import numpy as np
 
-from recsys.candidates.mix import mix
+from recsys.candidates.mix import Showable, mix
+from recsys.retrieval.select import NO_ROWS
 from recsys.retrieval.shared_attributes import Followed
 from recsys.types import Float32, Int32
 
 NEWS, SPORT = 11, 22
+PRIORS = {"nearest": 3.0, "trending": 10.0}
+ALL = Showable(np.ones(100, np.bool_), np.ones(100, np.bool_), NO_ROWS)
 
 
 def source(name: str, rows: list[int], scores: list[float]) -> tuple[str, Int32, Float32]:
@@ -102,8 +105,9 @@ def test_followed_takes_a_large_catalogue_quickly() -> None:
 def test_mix_adds_counts_and_priors_and_says_who_brought_what() -> None:
     rows, scores, masks = mix(
         [source("covisited", [4, 2], [3.0, 1.0]), source("trending", [2, 9], [300.0, 100.0])],
-        limit=10,
-        priors={"trending": 4.0},
+        10,
+        {"trending": 4.0},
+        ALL,
     )
     assert rows.tolist() == [2, 4, 9]
     assert scores.tolist() == [4.0, 3.0, 1.0]
@@ -111,8 +115,8 @@ def test_mix_adds_counts_and_priors_and_says_who_brought_what() -> None:
 
 
 def test_mix_is_deterministic_bounded_and_breaks_ties_by_row() -> None:
-    first = mix([source("nearest", [5, 1, 3], [1.0, 1.0, 1.0]), source("caller", [8], [0.0])], limit=3)
+    first = mix([source("nearest", [5, 1, 3], [1.0, 1.0, 1.0]), source("caller", [8], [0.0])], 3, PRIORS, ALL)
     assert first[0].tolist() == [1, 3, 5]
-    assert mix([source("nearest", [5, 1], [-1.0, -2.0])], limit=9)[0].tolist() == [1, 5]
-    assert mix([], limit=5)[0].tolist() == []
-    assert mix([source("trending", [], [])], limit=5)[2].tolist() == []
+    assert mix([source("nearest", [5, 1], [-1.0, -2.0])], 9, PRIORS, ALL)[0].tolist() == [1, 5]
+    assert mix([], 5, PRIORS, ALL)[0].tolist() == []
+    assert mix([source("trending", [], [])], 5, PRIORS, ALL)[2].tolist() == []

@@ -14,7 +14,8 @@ from recsys.config import parse
 from recsys.errors import BadInput, ConfigError
 from recsys.ranking.filters import parse_filters
 from recsys.ranking.pipeline import Pipeline
-from recsys.ranking.request import Answer, Boost, Request
+from recsys.ranking.request import Boost, Request
+from recsys.ranking.shown import Shown
 from recsys.types import HistoryEvent, Item, UserUpdate
 from services.cli.main import main
 from services.ranking.parse import recommend
@@ -23,11 +24,11 @@ from tests.unit.test_scorer import world
 NO_DRAW = {"draw_positions": []}
 
 
-def ask(pipeline: Pipeline, now_ms: int = 1000, **fields: Any) -> Answer:
+def ask(pipeline: Pipeline, now_ms: int = 1000, **fields: Any) -> Shown:
     return pipeline.recommend(Request(request_id="r", user_id="u", **{"n": 30, **fields}), now_ms)
 
 
-def order(answer: Answer) -> list[str]:
+def order(answer: Shown) -> list[str]:
     return [item.item_id for item in answer.items]
 
 

@@ -19,7 +19,6 @@ from recsys.parameters.store import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.ranking.work import Work
 from recsys.state.memory import MemoryState
 from recsys.table.base import Layout, Segment, SlotPolicy
 from recsys.testing.world import World
@@ -43,11 +42,10 @@ def world(slate: Mapping[str, object] = {}, **ranking: object) -> tuple[Config, 
 
 
 def features(pipeline: Pipeline, ids: tuple[str, ...]) -> Features:
-    work = Work(request=Request(request_id="r", user_id="u", candidates=ids), now_ms=1000, deadline=float("inf"))
-    for stage in (pipeline.load_state, pipeline.find_candidates, pipeline.build_features):
-        stage(work)
-    assert work.features is not None
-    return work.features
+    opened = pipeline.open(Request(request_id="r", user_id="u", candidates=ids), 1000)
+    found = pipeline.describe(pipeline.gather(opened))
+    assert found is not None
+    return found
 
 
 def test_the_light_stage_keeps_the_best_by_the_wide_part_and_scores_them_alike() -> None:
