@@ -28,8 +28,11 @@ READ_LIMIT = 1000
 _OFFSET_BITS = 48
 """An arrival is a partition and an offset in one number; a user's events lie in one partition."""
 _STATE_AGE, _COUNTERS_AGE = (metrics.FRESHNESS_SECONDS.labels(name) for name in ("user_state", "counters"))
-MARK_MS = 100
-"""The log's ends are asked for this often, to know what time everything was read up to: double makes `as_of` older."""
+MARK_MS, SLOWEST_MARK_MS, MARK_COST = 25, 100, 20
+"""The log's ends are asked for this often while something comes, to know what time everything was read up to: double makes `as_of` older.
+Where asking takes long (Kafka), at most a twentieth of the time is spent on it, up to the slowest."""
+SETTLED_MS = 100
+"""Who sent an event hears of it after it was read; the marks of so long tell that it is in."""
 
 
 class StateConsumer:
@@ -52,6 +55,8 @@ class StateConsumer:
         self.counter_positions = {key: log.begin(*positions.split(key)) for key in self._keys}
         self.counter_logs: dict[str, str] = {}
         """Which log each of the positions belongs to, as it was saved; after `resume`, as it is."""
+        self._read_ms, self._mark_ms = 0, MARK_MS
+        """When something was read last, and how often the ends are asked for."""
         self._marked_ms, self._marks = 0, dict[str, int]()
         """The partitions' ends at one time; once they are read, all that was appended before it is in."""
         self.caught_up = False
@@ -104,6 +109,8 @@ class StateConsumer:
                 self.counter_positions[key] = max(self.counter_positions[key], part.next)
                 stored[key] = max(stored[key], part.next)
                 count += len(part)
+        if count:
+            self._read_ms = self._clock.now_ms()
         if all(min(stored[key], self.counter_positions[key]) >= end for key, end in self._marks.items()):
             self.caught_up = True
             self.user_state = AsOf(positions=stored, time_ms=self._marked_ms - 1)
@@ -112,17 +119,20 @@ class StateConsumer:
 
     def rest_s(self, most_s: float) -> float:
         """How long to wait for the next record, at most: what was read lately is told of in `as_of` by a turn after the next mark."""
-        if self.counters.positions == self.counter_positions:
+        now_ms = self._clock.now_ms()
+        if self.counters.positions == self.counter_positions and now_ms > self._read_ms + SETTLED_MS:
             return most_s
-        return min(most_s, max(0, self._marked_ms + MARK_MS - self._clock.now_ms()) / 1000)
+        return min(most_s, max(0, self._marked_ms + self._mark_ms - now_ms) / 1000)
 
     def _mark(self, stored: Mapping[str, int]) -> None:
         """Ask for the ends again, once those of the last time were read: a read that found nothing does not tell."""
         now_ms = self._clock.now_ms()
         read = all(min(stored.get(k, 0), self.counter_positions[k]) >= end for k, end in self._marks.items())
-        if read and (not self._marks or abs(now_ms - self._marked_ms) >= MARK_MS):
+        if read and (not self._marks or abs(now_ms - self._marked_ms) >= self._mark_ms):
+            began_s = self._clock.monotonic_s()
             self._marks = positions.ends(self._log, self._keys)
-            self._marked_ms = now_ms
+            self._marked_ms, took_s = now_ms, self._clock.monotonic_s() - began_s
+            self._mark_ms = min(SLOWEST_MARK_MS, max(MARK_MS, int(MARK_COST * took_s * 1000)))
 
     def _apply(self, parts: Sequence[_Read], stored: Mapping[str, int]) -> None:
         """Records of partitions, each to the store from where that stands on, and to the counters from where those do.

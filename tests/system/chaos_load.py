@@ -165,6 +165,8 @@ class Probes:
         self._since: dict[str, float] = {}
         """When the probe that is under way was accepted, by kind."""
         self._done_s: dict[str, float] = {}
+        self._prompt_s: dict[str, float] = {}
+        """When the last probe began that came through within `through_s`: while somebody catches up, they come through late."""
         self._ready: dict[str, bool] = {}
         self._down: dict[str, float] = {}
         """Since when each process has not said ready."""
@@ -220,7 +222,10 @@ class Probes:
                 try:
                     if seen():
                         self._done_s[kind] = began
-                        self._took_s.append(time.monotonic() - began)
+                        took_s = time.monotonic() - began
+                        self._took_s.append(took_s)
+                        if took_s <= self.through_s:
+                            self._prompt_s[kind] = began
                         return
                     self._looked_s[kind] = asked_s
                 except (httpx.HTTPError, KeyError, json.JSONDecodeError):
@@ -269,7 +274,7 @@ class Probes:
                 for name, url in self._urls.items():
                     began = time.monotonic()
                     late = [k for k in OF[name] if began - self._since.get(k, began) > self.through_s]
-                    through = all(self._done_s.get(kind, 0.0) > self._down.get(name, began) for kind in KINDS)
+                    through = all(self._prompt_s.get(kind, 0.0) > self._down.get(name, began) for kind in KINDS)
                     try:
                         answer = http.get(f"{url}/readyz")
                         said, why = answer.status_code, answer.json().get("reason", "")
@@ -327,6 +332,6 @@ class Probes:
             return
         self._up.pop(name, None)
         self._down.setdefault(name, time.monotonic())
-        # Probes of every kind began and came through while it said so all the time: it was not true.
+        # Probes of every kind began and came through in time while it said so all along: it was not true.
         if said == 503 and through:
             self._untrue(name, said, [], why)

@@ -37,3 +37,10 @@ def test_not_ready_is_untrue_while_all_goes_through_and_says_why() -> None:
     probes._judge("trainer", 503, [], True, "catching up")
     (untrue,), _ = probes.taken()
     assert (untrue["process"], untrue["why"], untrue["during"]) == ("trainer", "catching up", "kill trainer")
+
+
+def test_what_comes_through_late_does_not_make_not_ready_untrue() -> None:
+    probes = Probes({"ranking": "", "trainer": "", "parameter": ""}, "run")
+    probes._through("label", time.monotonic() - probes.through_s - 1, lambda: True)
+    probes._through("click", time.monotonic(), lambda: True)
+    assert probes._prompt_s.keys() == {"click"} and probes._done_s.keys() == {"label", "click"}

@@ -11,7 +11,7 @@ import pytest
 from recsys.candidates import snapshot
 from recsys.candidates.limits import NEWCOMER
 from recsys.candidates.sources import Sources
-from recsys.candidates.state_consumer import StateConsumer
+from recsys.candidates.state_consumer import MARK_MS, SETTLED_MS, StateConsumer
 from recsys.clock import ManualClock
 from recsys.config import Config, parse
 from recsys.errors import StateUnavailable
@@ -266,6 +266,23 @@ def test_counters_restored_from_a_snapshot_go_on_where_they_were(
     assert again.popularity() == ranking.popularity() == [1.0, 2 / NEWCOMER, 0.0, 0.0]
     assert again.consumer.counter_positions == ranking.consumer.counter_positions
     assert again.sources.covisits.candidates([0], 10, clock.now_ms())[0].tolist() == [1]
+
+
+def test_as_of_passes_the_answer_to_who_sent_an_event_soon_after_it(ranking: Ranking, clock: ManualClock) -> None:
+    """The mark of the turn that read it is older than the answer: others follow until it is not."""
+    ranking.catch_up()
+    clock.advance(MARK_MS)
+    click(ranking, "u", "i0")
+    ranking.consumer.turn()
+    told_ms = clock.now_ms() + 10
+    while ranking.consumer.counters.time_ms < told_ms:
+        rest_s = ranking.consumer.rest_s(10.0)
+        assert rest_s <= MARK_MS / 1000
+        clock.advance(max(1, int(rest_s * 1000)))
+        ranking.consumer.turn()
+    clock.advance(SETTLED_MS)
+    ranking.consumer.turn()
+    assert ranking.consumer.rest_s(10.0) == 10.0
 
 
 def test_a_torn_snapshot_is_not_used(ranking: Ranking, clock: ManualClock, tmp_path: Path) -> None:
