@@ -1,6 +1,6 @@
 """What a source of candidates is: it is asked for a request's best items, and fed with what happens.
 
-A new one is a module with a class, and a line in `recsys/config/sources.py`: from that list come its name in the
+A new one is a module with a class, and a line in `recsys/config/source_list.py`: from that list come its name in the
 configuration, its default quota, its place in snapshots and in the documents.
 """
 

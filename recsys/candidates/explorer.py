@@ -16,8 +16,8 @@ from recsys import metrics
 from recsys.bandit.graph import NEWEST_SHARE, Graph, Published, Space
 from recsys.bandit.score import Edges, Rule, Scores, best, choose, cluster_weights, score, warm_up
 from recsys.bandit.served import Served
+from recsys.candidates.model_vectors import Vectors
 from recsys.candidates.recent_users import Recent, RecentUsers
-from recsys.candidates.vectors import Vectors
 from recsys.compiled import compiled
 from recsys.config import Config
 from recsys.decay import ForwardDecay

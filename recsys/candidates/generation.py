@@ -12,7 +12,7 @@ import numpy as np
 
 from recsys import metrics
 from recsys.candidates.explorer import Bandit
-from recsys.candidates.vectors import Vectors
+from recsys.candidates.model_vectors import Vectors
 from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue, set_rows

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TypeVar
 
 from recsys.candidates.base import Parts, Source
-from recsys.config.sources import SOURCES
+from recsys.config.source_list import SOURCES
 
 One = TypeVar("One", bound=Source)
 

@@ -15,8 +15,8 @@ from recsys.config.features import CatalogueConfig, FeaturesConfig
 from recsys.config.feedback import FeedbackConfig
 from recsys.config.formula import formula
 from recsys.config.slate import SlateConfig
-from recsys.config.sources import SOURCES, default_quotas, described
-from recsys.config.sources import check as check_sources
+from recsys.config.source_list import SOURCES, default_quotas, described
+from recsys.config.source_list import check as check_sources
 from recsys.config.stores import CapacityConfig, LogConfig, StateConfig
 from recsys.config.tasks import LATE, NEVER, Section, TaskConfig, check, expanded, quantities
 

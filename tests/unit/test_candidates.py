@@ -15,7 +15,7 @@ from recsys.candidates.mix import Found, Mixed, Showable, mix
 from recsys.candidates.registry import class_of
 from recsys.candidates.sources import Sources
 from recsys.config import parse
-from recsys.config.sources import SOURCES, Listed
+from recsys.config.source_list import SOURCES, Listed
 from recsys.errors import ConfigError
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
