@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +451,33 @@ def test_what_nobody_is_told_of_is_read_after_the_wait(tmp_path: Path, without: 
     rest()
     assert time.monotonic() - started < 10.0
     assert [r.value for r in log.read("feedback", 0, 1)] == [b"committed"]
+    log.close()
+
+
+class Commits(SqliteLog):
+    """Counts its commits."""
+
+    number = 0
+
+    def _append(self, topic: str, messages: Sequence[tuple[str, bytes]]) -> LogFile:
+        self.number += 1
+        return super()._append(topic, messages)
+
+
+def test_what_comes_while_a_commit_is_under_way_is_one_commit_that_all_wait_for(tmp_path: Path) -> None:
+    log = Commits(tmp_path, clock=SystemClock())
+    log.append("impression", messages(1))
+    with (tmp_path / "impression.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # another process's append is not done
+        answers = [threading.Thread(target=log.append, args=("impression", messages(1, n))) for n in range(6)]
+        for answer in answers:
+            answer.start()
+        while log._queue.qsize() < 5:
+            time.sleep(0.001)
+        assert all(answer.is_alive() for answer in answers), "answered before it was logged"
+    for answer in answers:
+        answer.join()
+    assert log.number == 3 and log.end("impression", 0) == 7
     log.close()
 
 
