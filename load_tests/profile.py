@@ -156,8 +156,8 @@ def shared_out(process: str, samples: list[str], gained: Mapping[int, float], wh
             counts[int(match[1])][(process, re.sub(r"[-_]\d+$", "", match[2]), *frames)] += int(count)
     used: Used = defaultdict(float)
     for tid, stacks in counts.items():
-        for frames, count in stacks.items():
-            used[frames] += gained.get(tid, 0.0) * count / stacks.total()
+        for seen, times in stacks.items():
+            used[seen] += gained.get(tid, 0.0) * times / stacks.total()
     if (rest := whole - sum(used.values())) > 0:
         used[(process, NATIVE)] += rest
     return dict(used)

@@ -28,7 +28,7 @@ from recsys.errors import RecsysError
 from recsys.events.files import write_events
 from services.cli.main import main as command_line
 from tests.system.embedded import ROOT, wait_for
-from tests.system.hostile_world import SMALL, convertible, toml, world
+from tests.system.hostile_world import PLAIN, SMALL, convertible, toml, world
 from tests.system.mutate import STRANGE, Mutator
 
 GOLDEN = ROOT / "tests/golden/data-2026-11.tar.xz"
@@ -67,11 +67,12 @@ class Commands:
         write_events("lines", *world(), jsonl=True)
         write_events("parquet", *world())
         with tarfile.open(GOLDEN) as archive:
-            archive.extractall("old", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # 3.11.4
+            archive.extractall("old", filter="data") if hasattr(tarfile, "data_filter") else archive.extractall("old")
         wait_for(lambda: _copied(data, Path("now/data")), "a copy of the data folder with a checkpoint", 30.0)
         for name in FOLDERS:
             Path(f"{name}.toml").write_text(f'data_dir = "{name}/data"\n{config if name == "now" else ""}')
         Path("small.toml").write_text(toml(SMALL))
+        Path("plain.toml").write_text(toml(PLAIN))
         Path("wrong.toml").write_text("nothing = 1\n")
         Path("policy.toml").write_text(toml({"policy": "greedy"}))
         convertible(Path("sets"))
@@ -210,7 +211,7 @@ URLS = (
     *("http://127.0.0.1:99999", "http://127.0.0.1:-1", "http:///v1", "http://127.0.0.1:9/v1?x=#y", "http://\ud800"),
 )
 KEPT = ("--config", "now.toml")
-REPLAYED = ("replay", "--events", "lines", "--config", "small.toml")
+REPLAYED = ("replay", "--events", "lines", "--config", "plain.toml")
 TYPED = (
     ("import", "items", "lines/items.jsonl", "--url", "URL", "--outcomes", "made.jsonl"),
     ("import", "events", "parquet/feedback.parquet", "--url", "URL", *KEPT),
@@ -269,8 +270,8 @@ TYPED = (
     (
         "evaluate",
         "compare",
-        "small.toml",
-        "small.toml",
+        "plain.toml",
+        "plain.toml",
         "--events",
         "lines",
         "--set",

@@ -73,8 +73,8 @@ class Files:
         """How far an import is, as another program may have left it beside the rows."""
         path = self._to.folder / "begun.jsonl"
         shutil.copyfile(self._to.folder / "lines/items.jsonl", path)
-        state = {"kind": "items", "rows": 2, "position": 100, "outcomes_bytes": 5, "counts": {"accepted": 2}}
-        state["counts"] |= {"duplicate": 0, "rejected": 0}
+        counts = {"accepted": 2, "duplicate": 0, "rejected": 0}
+        state = {"kind": "items", "rows": 2, "position": 100, "outcomes_bytes": 5, "counts": counts}
         state |= {"digest": "", "system": ""}
         path.with_name(f"{path.name}.import.json").write_bytes(self._mutator.any(json.dumps(state).encode()))
         path.with_name(f"{path.name}.outcomes.jsonl").unlink(missing_ok=True)
@@ -168,7 +168,7 @@ class Files:
         kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and (p == path or p.suffix == ".db")}
         beside = {p: p.read_bytes() for p in folder.rglob("*-wal")}
         valid = path.read_bytes()
-        changed = self._mutator.any(valid) if len(valid) < 100_000 or path.suffix == ".json" else self._flipped(valid)
+        changed = self._mutator.any(valid) if len(valid) < 50_000 else self._flipped(valid)
         if path.suffix == ".json" and self._rng.random() < 0.7:
             changed = _sealed(changed)
         path.write_bytes(changed)

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from recsys.types import Feedback, Impression, Item, ShownItem
 
 SMALL = {"model": {"dim": 4}}
+PLAIN: dict[str, Any] = SMALL | {"training": {"two_tower": False}, "ranking": {"scorer": "sources"}}
+"""Without a network: where words are wrong, not events."""
 CONFIG: dict[str, Any] = {
     "data_dir": "data",
     "seed": 3,
