@@ -5,7 +5,6 @@ Hostile input is expected: nothing here recurses, and no message repeats more th
 
 from __future__ import annotations
 
-import base64
 import binascii
 import math
 import re
@@ -18,6 +17,8 @@ from recsys.types import FORGET
 MAX_ID_BYTES = 256
 MAX_TEXT_BYTES = 1024
 MAX_NAME_CHARS = 64
+MAX_PLAIN = 64
+"""So many printable characters are at most `MAX_ID_BYTES` and hold no control character."""
 MAX_FIELDS = 64
 """Fields of a context or of an item's attributes."""
 MAX_VALUES = 1000
@@ -37,8 +38,7 @@ _find_control = re.compile(CONTROL).search
 def parse_id(value: Any, field: str) -> str:
     """A public id: a string of 1–256 bytes without control characters, or an integer: its decimal string."""
     if type(value) is str:
-        # 64 printable characters are at most 256 bytes and hold no control character: the common case, at C speed.
-        if 0 < len(value) <= 64 and value.isprintable():
+        if 0 < len(value) <= MAX_PLAIN and value.isprintable():  # the common case, at C speed
             return value
         if 0 < _num_bytes(value, field) <= MAX_ID_BYTES and not _find_control(value):
             return value
@@ -199,7 +199,7 @@ def parse_base64(value: Any, field: str) -> bytes:
         return b""
     try:
         if type(value) is str:
-            return base64.b64decode(value, validate=True)
+            return binascii.a2b_base64(value, strict_mode=True)
     except (binascii.Error, ValueError):
         pass
     raise bad(field, value, "must be a base64 string")

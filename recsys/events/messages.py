@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Collection, Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 import orjson
 
 from recsys.errors import BadInput, nearest
 from recsys.events.fields import (
+    MAX_FIELDS,
     MAX_ID_BYTES,
     MAX_ITEMS,
     MAX_NAME_CHARS,
+    MAX_PLAIN,
+    MAX_POSITION,
     MAX_TEXT_BYTES,
     bad,
     optional_text,
@@ -64,7 +68,8 @@ _OPAQUE_FIELDS = ("schema", "features", "bandit", "policy", "model_version", "ge
 IMPRESSION_FIELDS = frozenset(
     ("version", "request_id", "user_id", "time_ms", "items", "context", "session_id", "activation", *_OPAQUE_FIELDS)
 )
-SHOWN_FIELDS = frozenset(("item_id", "position", "sources", "score", "predictions", "propensity", "pool"))
+_SHOWN_ORDER = ("item_id", "position", "sources", "score", "predictions", "propensity", "pool")
+SHOWN_FIELDS = frozenset(_SHOWN_ORDER)
 ITEM_FIELDS = frozenset(("version", "item_id", "title", "attributes", "deleted"))
 
 _NOTHING: dict[str, Any] = {}
@@ -209,13 +214,15 @@ def _shown_items(value: Any) -> tuple[ShownItem, ...]:
     """The items of an impression: 1 to 1,000, distinct."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_ITEMS:
         raise bad("items", value, f"must be a list of 1 to {MAX_ITEMS} shown items")
-    items = tuple(_shown(v, f"items[{i}]") for i, v in enumerate(value))
+    items = tuple([_plain(v) or _shown(v, f"items[{i}]") for i, v in enumerate(value)])
     check_distinct(items)
     return items
 
 
 def check_distinct(items: Collection[ShownItem]) -> None:
     """Refuse an impression that shows one item twice: feedback could not be joined."""
+    if len({item.item_id for item in items}) == len(items):
+        return
     seen: set[str] = set()
     for i, item in enumerate(items):
         if item.item_id in seen:
@@ -261,6 +268,42 @@ def _unknown(message: Mapping[str, Any], known: Iterable[str], where: str) -> Ba
         f"{where}{shorten(name)} is not a known field: did you mean {nearest(name, known)!r}? "
         "Fields of your own belong into `context` or `attributes`",
         field=field,
+    )
+
+
+def _plain(value: Any) -> ShownItem | None:
+    """What `_shown` says of an item as ranking writes most of them; None: it has to say."""
+    if type(value) is not dict or not value.keys() <= SHOWN_FIELDS:
+        return None
+    item_id, position, sources, score, predictions, propensity, pool = map(value.get, _SHOWN_ORDER)
+    if (
+        type(item_id) is not str
+        or not 0 < len(item_id) <= MAX_PLAIN
+        or not item_id.isprintable()
+        or type(position) is not int
+        or not 1 <= position <= MAX_POSITION
+        or pool is not None
+        or not (score is None or (type(score) is float and isfinite(score)))
+        or not (propensity is None or (type(propensity) is float and 0.0 < propensity <= 1.0))
+        or not (sources is None or (type(sources) is list and len(sources) <= MAX_FIELDS))
+        or not (predictions is None or (type(predictions) is dict and len(predictions) <= MAX_FIELDS))
+    ):
+        return None
+    for source in sources or ():
+        if type(source) is not str or len(source) > MAX_PLAIN or not source.isascii():
+            return None
+    for name, p in (predictions or _NOTHING).items():
+        if type(p) is not float or not 0.0 <= p <= 1.0:
+            return None
+        if type(name) is not str or not 0 < len(name) <= MAX_PLAIN or not name.isprintable():
+            return None
+    return ShownItem(
+        item_id=item_id,
+        position=position,
+        sources=tuple(sources or ()),
+        score=score,
+        predictions=dict(predictions or _NOTHING),
+        propensity=propensity,
     )
 
 

@@ -6,6 +6,7 @@ K items of one request, T history entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -296,7 +297,7 @@ def decode(schema: Schema, data: bytes) -> Features:
         (items, len(schema.item_slots)),
         (items, len(schema.cross_slots)),
     ]
-    sizes = [int(np.prod(shape)) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
     packed, numbers = (sum(sizes) + 7) // 8, items * len(schema.numbers)
     expected = 4 + 8 * sum(sizes) + packed + 2 * history + 4 * numbers
     if len(data) != expected:
@@ -304,7 +305,7 @@ def decode(schema: Schema, data: bytes) -> Features:
             f"features: {len(data)} bytes, schema {schema.hash} needs {expected}; write them with the same schema",
             field="features",
         )
-    bits = np.unpackbits(np.frombuffer(data, np.uint8, packed, 4 + 8 * sum(sizes)), count=sum(sizes)).astype(np.bool_)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8, packed, 4 + 8 * sum(sizes)), count=sum(sizes)).view(np.bool_)
     keys, masks, start = [], [], 0
     for shape, size in zip(shapes, sizes, strict=True):
         keys.append(np.frombuffer(data, "<i8", size, 4 + 8 * start).reshape(shape))

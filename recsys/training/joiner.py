@@ -36,16 +36,18 @@ class Joiner:
 
     def __init__(self, tasks: Sequence[TaskConfig], folder: Path, memory_bytes: int = 0) -> None:
         """`memory_bytes`: the whole budget, of which open impressions and held feedback have their shares."""
-        self._tasks = tuple(tasks)
+        self._tasks, self._names = tuple(tasks), [task.name for task in tasks]
         self._windows_ms = np.array([int(task.window_s * 1000) for task in tasks])
         waits = [int(task.wait_s * 1000) for task in tasks]
         self._regular_ms = np.where([task.labels in WAITS for task in tasks], waits, self._windows_ms)
         """When each task's labels are emitted, counted from the impression."""
+        self._ages_ms: list[int] = self._windows_ms.tolist()
         self._ends_ms = sorted({*self._windows_ms.tolist(), *self._regular_ms.tolist()})
-        self._due = [(self._regular_ms == end, self._windows_ms == end) for end in self._ends_ms]
-        """At each end: tasks emitted regularly, tasks that become final."""
+        self._due = [np.stack([self._regular_ms == end, self._windows_ms == end])[:, None] for end in self._ends_ms]
+        """At each end [2, 1, T]: tasks emitted regularly, tasks that become final."""
         self._all_wait = all(task.labels == "window" for task in tasks)
-        self._at_once = np.array([task.labels != "window" for task in tasks])
+        self._followed = np.ones(len(self._tasks), np.bool_)
+        self._at_once = [task.labels != "window" for task in tasks]
         self._early = np.array([task.labels == "early_positive" for task in tasks])
         self._helpers = helpers(tasks)
         self._types: dict[str, list[int]] = {}
@@ -85,18 +87,21 @@ class Joiner:
             self._requests.add(_unopened(message.request_id), now_ms)
             self._settled += ["not_opened"] * len(self.early)
             return "no_room" if message.features else "no_features"
-        names = [task.name for task in self._tasks]
-        predictions = [[item.predictions.get(name, np.nan) for name in names] for item in message.items]
+        names = self._names
+        predictions = [item.predictions.get(name, np.nan) for item in message.items for name in names]
+        labels, observed = np.zeros((2, len(message.items), len(names)), np.bool_)
+        counted, shown = np.zeros((2, len(message.items)), np.bool_)
+        shown[:] = message.activation != "deferred"
         self._open[message.request_id] = Opened(
             time_ms=now_ms,
             items={item.item_id: index for index, item in enumerate(message.items)},
-            labels=np.zeros((len(message.items), len(names)), np.bool_),
-            observed=np.zeros((len(message.items), len(names)), np.bool_),
-            counted=np.zeros(len(message.items), np.bool_),
-            shown=np.full(len(message.items), message.activation != "deferred"),
-            predictions=np.array(predictions, np.float32),
+            labels=labels,
+            observed=observed,
+            counted=counted,
+            shown=shown,
+            predictions=np.array(predictions, np.float32).reshape(len(message.items), len(names)),
             place=self._spill.append(now_ms, message.features),
-            followed=np.ones(len(names), np.bool_),
+            followed=self._followed,
             num_bytes=num_bytes,
         )
         self._open_bytes += num_bytes
@@ -123,7 +128,7 @@ class Joiner:
             if threshold is not None and (message.value is None or message.value < threshold):
                 continue
             age_ms = now_ms - impression.time_ms
-            if age_ms > self._windows_ms[task]:
+            if age_ms > self._ages_ms[task]:
                 outcome = "too_late"
             elif impression.labels[item, task]:
                 outcome = "duplicate"
@@ -243,7 +248,8 @@ class Joiner:
     def _close(self, request_id: str, index: int) -> Emission:
         self.closing = request_id
         impression = self._open[request_id]
-        regular, final = (np.broadcast_to(tasks, impression.labels.shape) for tasks in self._due[index])
+        regular, final = every = np.empty((2, *impression.labels.shape), np.bool_)
+        every[:] = self._due[index]
         close = self._emission if self._all_wait else self._close_some
         emission = close(request_id, regular, final)
         impression.closed += 1
@@ -270,7 +276,7 @@ class Joiner:
     def _emission(self, request_id: str, mask: Bool, final: Bool) -> Emission:
         impression = self._open[request_id]
         mask, final = mask & impression.followed, final & impression.followed
-        trained = mask.any(1) & impression.shown
+        trained = np.logical_or.reduce(mask, 1) & impression.shown
         emission = Emission(
             request_id=request_id,
             time_ms=impression.time_ms,
@@ -292,7 +298,7 @@ class Joiner:
         for entry in known.values():
             left = entry.followed.copy()
             for _, final in self._due[: entry.closed]:
-                left &= ~final
+                left &= ~final[0]
             total += left * (len(entry.items) - (entry.observed & self._early).sum(0))
         return dict(zip((task.name for task in self._tasks), total.tolist(), strict=True))
 

@@ -101,5 +101,5 @@ def _unpacked(packed: list[int], shape: tuple[int, ...]) -> Bool:
 
 def bytes_of(message: Impression) -> int:
     """What an impression will take of the bound."""
-    ids = sum(len(item.item_id) for item in message.items)
+    ids = sum([len(item.item_id) for item in message.items])
     return OPEN_BYTES + ITEM_BYTES * len(message.items) + ids + len(message.features) // 4

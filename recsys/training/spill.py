@@ -5,11 +5,13 @@ Partitions are not read in step, so an impression may be older than the one befo
 
 from __future__ import annotations
 
+import errno
+import os
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from recsys.errors import SnapshotCorrupt
 
@@ -33,8 +35,8 @@ class Spill:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
-        """Open ones, the one used last at the end."""
+        self._files: OrderedDict[int, int] = OrderedDict()
+        """Descriptors of open ones, the one used last at the end."""
         self._sizes: dict[int, int] = {}
         self._open: Counter[int] = Counter()
         self.begun: int | None = None
@@ -44,8 +46,8 @@ class Spill:
         minute = self._minute(now_ms // 60_000)
         file = self._file(minute)
         offset = self._sizes.setdefault(minute, 0)
-        file.seek(offset)
-        file.write(data)
+        if os.pwrite(file, data, offset) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path(minute)))
         self._sizes[minute] = offset + len(data)
         self._open[minute] += 1
         return Place(minute, offset, len(data), zlib.crc32(data))
@@ -66,9 +68,7 @@ class Spill:
 
     def read(self, place: Place) -> bytes:
         """What was appended there. SnapshotCorrupt when it is torn or flipped: only this impression is lost."""
-        file = self._file(place.minute)
-        file.seek(place.offset)
-        data = file.read(place.length)
+        data = os.pread(self._file(place.minute), place.length, place.offset)
         if len(data) < place.length or place.crc not in (None, zlib.crc32(data)):
             raise SnapshotCorrupt(
                 f"{self._path(place.minute)} is torn or flipped at byte {place.offset}: an impression is left out"
@@ -83,8 +83,8 @@ class Spill:
         """Let go of files without open impressions, never the newest; they stay on disk until `sweep`."""
         newest = max(self._sizes, default=0)
         for minute in [m for m in self._sizes if m < newest and not self._open[m]]:
-            if file := self._files.pop(minute, None):
-                file.close()
+            if (file := self._files.pop(minute, None)) is not None:
+                os.close(file)
             del self._sizes[minute], self._open[minute]
 
     def sweep(self, kept: Collection[str]) -> None:
@@ -94,9 +94,7 @@ class Spill:
                 path.unlink(missing_ok=True)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes in each minute's file, flushed."""
-        for file in self._files.values():
-            file.flush()
+        """Bytes in each minute's file."""
         return {str(minute): size for minute, size in self._sizes.items()}
 
     def restore(self, sizes: dict[str, int], places: Iterable[Place], begun: int | None) -> None:
@@ -107,17 +105,17 @@ class Spill:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            os.close(file)
         self._files = OrderedDict()
 
-    def _file(self, minute: int) -> BinaryIO:
+    def _file(self, minute: int) -> int:
         if minute in self._files:
             self._files.move_to_end(minute)
             return self._files[minute]
         if len(self._files) == MAX_FILES:
-            self._files.popitem(last=False)[1].close()
-        path = self._path(minute)
-        self._files[minute] = path.open("r+b" if path.exists() and minute in self._sizes else "w+b")
+            os.close(self._files.popitem(last=False)[1])
+        begins = 0 if minute in self._sizes else os.O_TRUNC  # another run may have left one
+        self._files[minute] = os.open(self._path(minute), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | begins, 0o666)
         return self._files[minute]
 
     def _path(self, minute: int) -> Path:
