@@ -87,8 +87,8 @@ class StreamingNorm(nn.Module):
         reach: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self._reach = reach
-        self._momentum, self._epsilon = momentum, epsilon
+        self.reach = reach
+        self.momentum, self.epsilon = momentum, epsilon
         stats = (*shape[:-1], 1, shape[-1])
         self.register_buffer("mean", torch.zeros(stats))
         self.register_buffer("var", torch.ones(stats))
@@ -106,17 +106,17 @@ class StreamingNorm(nn.Module):
             mean, var = torch.from_numpy(moments).to(x.dtype).unsqueeze(2)
             self._update(mean.view_as(self.mean), var.view_as(self.var), x.shape[1])
             if x.shape[1] >= MIN_BATCH:
-                batch = torch.stack([mean.squeeze(1), torch.rsqrt(var.squeeze(1) + self._epsilon)])
+                batch = torch.stack([mean.squeeze(1), torch.rsqrt(var.squeeze(1) + self.epsilon)])
         return self.running().view(2, x.shape[0], x.shape[2]), batch
 
     def running(self) -> torch.Tensor:
         """Running mean and 1 / std [2, ..., F], without the dimension of examples."""
-        return torch.stack([self.mean, torch.rsqrt(self.var + self._epsilon)]).squeeze(-2)
+        return torch.stack([self.mean, torch.rsqrt(self.var + self.epsilon)]).squeeze(-2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.shape[-2]:
             x = self._learn(x)
-        scale = torch.rsqrt(self.var + self._epsilon)
+        scale = torch.rsqrt(self.var + self.epsilon)
         shift = -self.mean * scale
         if self.gain is not None and self.bias is not None:
             scale, shift = scale * self.gain, torch.addcmul(self.bias, shift, self.gain)
@@ -124,20 +124,20 @@ class StreamingNorm(nn.Module):
 
     def _learn(self, x: torch.Tensor) -> torch.Tensor:
         """Update the running statistics; return x itself in value, with the gradient of a batch-normalised x."""
-        if self._reach is not None and self.rows >= WARM:
-            furthest = self._reach * torch.sqrt(self.var + self._epsilon)
+        if self.reach is not None and self.rows >= WARM:
+            furthest = self.reach * torch.sqrt(self.var + self.epsilon)
             x = torch.clamp(x, self.mean - furthest, self.mean + furthest)
         var, mean = torch.var_mean(x, -2, correction=0, keepdim=True)
         self._update(mean.detach(), var.detach(), x.shape[-2])
         if x.shape[-2] < MIN_BATCH:
             return x
-        std = torch.sqrt(var + self._epsilon)
+        std = torch.sqrt(var + self.epsilon)
         return torch.addcmul(mean.detach(), (x - mean) / std, std.detach())
 
     @torch.no_grad()
     def _update(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
         self.rows += count
-        rate = (count / (self.rows + BATCH)).clamp(min=self._momentum * min(1.0, count / BATCH)).to(mean.dtype)
+        rate = (count / (self.rows + BATCH)).clamp(min=self.momentum * min(1.0, count / BATCH)).to(mean.dtype)
         delta = mean - self.mean
         new_var = torch.lerp(self.var, var + (1 - rate) * delta.square(), rate)
         sound = torch.isfinite(new_var)  # one overflow must not poison the statistics for ever

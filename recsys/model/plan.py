@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,12 +62,18 @@ def unique_rows(parts: Sequence[tuple[Int32, Int64, Bool]], layout: str) -> tupl
 
     In order of first occurrence; for each block, which of them each column takes [..., C]; U stands for a masked one.
     """
-    slots = np.concatenate([np.broadcast_to(slots, keys.shape).ravel() for slots, keys, _ in parts])
+    sizes = [keys.size for _, keys, _ in parts]
+    slots, start = np.empty(sum(sizes), np.int32), 0
+    for (of, keys, _), size in zip(parts, sizes, strict=True):
+        slots[start : start + size].reshape(keys.shape)[...] = of
+        start += size
     keys = np.concatenate([keys.ravel() for _, keys, _ in parts])
     mask = np.concatenate([mask.ravel() for _, _, mask in parts])
     first, places = (_unique if kernels.compiled.is_set() else _unique_slowly)(slots, keys, mask)
-    ends = np.cumsum([keys.size for _, keys, _ in parts])[:-1]
-    blocks = [block.reshape(keys.shape) for block, (_, keys, _) in zip(np.split(places, ends), parts, strict=True)]
+    blocks, start = [], 0
+    for (_, each, _), size in zip(parts, sizes, strict=True):
+        blocks.append(places[start : start + size].reshape(each.shape))
+        start += size
     return Block(layout=layout, slots=slots[first], keys=keys[first]), blocks
 
 
@@ -92,26 +99,25 @@ def _unique_slowly(slots: Int32, keys: Int64, mask: Bool) -> tuple[Index, Index]
 
 def plan(schema: Schema, batch: Sequence[Features]) -> Plan:
     """Lay out several requests' features as one batch; histories are padded to the longest."""
-    longest = max(1, max(len(f.user.history_keys) for f in batch))
+    users = [f.user for f in batch]
+    lengths = np.array([len(user.history_keys) for user in users])
+    present = np.arange(max(1, lengths.max())) < lengths[:, None]
+
+    def padded(name: str, kind: type[np.generic], *width: int) -> npt.NDArray[Any]:
+        out = np.zeros((*present.shape, *width), kind)
+        out[present] = np.concatenate([getattr(user, name) for user in users])
+        return out
+
+    def stacked(name: str) -> npt.NDArray[Any]:
+        return np.concatenate([getattr(user, name) for user in users]).reshape(len(users), len(schema.shared_slots))
+
     width = len(schema.history_slots)
-    history = np.zeros((len(batch), longest, width), np.int64)
-    history_mask = np.zeros((len(batch), longest, width), np.bool_)
-    kinds, gaps = np.zeros((len(batch), longest), np.uint8), np.zeros((len(batch), longest), np.uint8)
-    for request, f in enumerate(batch):
-        length = len(f.user.history_keys)
-        history[request, :length] = f.user.history_keys
-        history_mask[request, :length] = f.user.history_mask
-        kinds[request, :length] = f.user.history_kinds
-        gaps[request, :length] = f.user.history_gaps
+    history_mask, kinds = padded("history_mask", np.bool_, width), padded("history_kinds", np.uint8)
     sequences = np.arange(len(schema.sequences), dtype=np.uint8)[:, None, None]
     deep, (shared, past, item) = unique_rows(
         [
-            (
-                schema.shared_slots,
-                np.stack([f.user.shared_keys for f in batch]),
-                np.stack([f.user.shared_mask for f in batch]),
-            ),
-            (schema.history_slots, history, history_mask),
+            (schema.shared_slots, stacked("shared_keys"), stacked("shared_mask")),
+            (schema.history_slots, padded("history_keys", np.int64, width), history_mask),
             (
                 schema.item_slots,
                 np.concatenate([f.item_keys for f in batch]),
@@ -136,7 +142,7 @@ def plan(schema: Schema, batch: Sequence[Features]) -> Plan:
         shared=shared,
         history=past,
         history_masks=(kinds >> sequences & 1).astype(np.bool_) & history_mask[..., 0],
-        history_gaps=gaps,
+        history_gaps=padded("history_gaps", np.uint8),
         item=item,
         crosses=crosses,
         request=np.repeat(np.arange(len(batch), dtype=np.int64), [len(f.item_keys) for f in batch]),

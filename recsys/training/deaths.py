@@ -18,8 +18,8 @@ import torch
 from recsys.clock import SystemClock
 from recsys.config import Config, parse
 from recsys.errors import LogUnavailable, StepFailed, Stopped
-from recsys.model import fused
 from recsys.streams.open import open_log
+from recsys.training import learner
 from recsys.training.journal import Entry, as_json, of_json
 
 _RAN, _FAILED = 0, 3
@@ -94,7 +94,7 @@ def _spawned() -> subprocess.Popen[bytes]:
 def _serve() -> None:
     from recsys.training import runner  # noqa: F401 - imported and compiled before anything is forked
 
-    fused.warm_up()
+    learner.warm_up()
     while request := sys.stdin.buffer.readline():
         if not (pid := os.fork()):
             _end_with(request)

@@ -6,10 +6,17 @@ be. So time is counted in whole batches: a batch of share r moves weights and mo
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
+
+from recsys.model.kernels import kernel
+from recsys.model.learn_kernels import finite
+
+Array = np.ndarray[Any, Any]
 
 CLIP_NORM = 10.0
 """Largest norm of a whole batch's dense gradient, of a share r of one 1/√r times as much, since chance makes it larger by that; half
@@ -40,7 +47,10 @@ class DenseOptimizer:
     def zero(self) -> None:
         self.gradient.zero_()
 
-    @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether the gradient is."""
+        return finite(self.gradient.numpy())
+
     def step(self, share: float = 1.0) -> None:
         """One update with the gradient of a batch's mean loss, its norm bounded; it must be finite.
 
@@ -48,20 +58,28 @@ class DenseOptimizer:
         fewer examples counts r times: it is larger by chance. With r = 1 it is as published. Adagrad needs none of it: r times
         the gradient, in both its step and its sum of squares, is the same step.
         """
-        gradient, most = self.gradient, CLIP_NORM / share**0.5
-        norm = float(gradient.norm())
-        if norm > most:
-            gradient.mul_(most / norm)
+        most, norm = CLIP_NORM / share**0.5, math.sqrt(square_sum(self.gradient.numpy()))
+        factor = np.float32(most / norm if norm > most else 1.0)
+        arrays = tuple(each.numpy() for each in (self._weights, self.gradient, self._square))
         if not self._adam:
-            self._square.addcmul_(gradient, gradient)
-            self._weights.addcdiv_(gradient, self._square.sqrt().add_(_EPSILON), value=-self._rate)
+            adagrad(*arrays, factor, np.float32(self._rate))
             return
         self._time += share
-        keep1, keep2 = _BETA1**share, _BETA2**share
-        self._mean.lerp_(gradient, 1 - keep1)
-        self._square.mul_(keep2).addcmul_(gradient, gradient, value=(1 - keep2) * share)
-        root = self._square.div(1 - _BETA2**self._time).sqrt_().add_(_EPSILON)
-        self._weights.addcdiv_(self._mean, root, value=-self._rate * share / (1 - _BETA1**self._time))
+        adam(
+            *arrays,
+            self._mean.numpy(),
+            factor,
+            np.array(
+                [
+                    1 - _BETA1**share,
+                    _BETA2**share,
+                    (1 - _BETA2**share) * share,
+                    1 / (1 - _BETA2**self._time),
+                    self._rate * share / (1 - _BETA1**self._time),
+                ],
+                np.float32,
+            ),
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         """Moments and time, copied."""
@@ -73,3 +91,41 @@ class DenseOptimizer:
         self._time = float(state["time"])
         self._mean.copy_(state["mean"])
         self._square.copy_(state["square"])
+
+
+def warm_up() -> None:
+    """Compile every kernel, or read it from the on-disk cache."""
+    one = np.ones(1, np.float32)
+    square_sum(one), finite(one)
+    adagrad(one, one.copy(), one.copy(), one[0], one[0])
+    adam(one, one.copy(), one.copy(), one.copy(), one[0], np.full(5, 0.5, np.float32))
+
+
+@kernel
+def square_sum(x: Array) -> float:
+    """In float64."""
+    total = 0.0
+    for i in range(len(x)):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
+
+
+@kernel
+def adagrad(weights: Array, gradient: Array, square: Array, factor: float, rate: float) -> None:
+    """All flat. The gradient is multiplied by `factor` first."""
+    for i in range(len(weights)):
+        gradient[i] *= factor
+        square[i] += gradient[i] * gradient[i]
+        weights[i] -= rate * gradient[i] / (np.sqrt(square[i]) + np.float32(_EPSILON))
+
+
+@kernel
+def adam(weights: Array, gradient: Array, square: Array, mean: Array, factor: float, rates: Array) -> None:
+    """All flat. `rates`: of the mean, what stays of the square, what comes to it, its correction, and the step's."""
+    moves, keeps, adds, corrects, rate = rates
+    for i in range(len(weights)):
+        g = gradient[i] * factor
+        gradient[i] = g
+        mean[i] += moves * (g - mean[i])
+        square[i] = keeps * square[i] + adds * g * g
+        weights[i] -= rate * mean[i] / (np.sqrt(square[i] * corrects) + np.float32(_EPSILON))

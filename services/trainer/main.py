@@ -16,13 +16,13 @@ from recsys.clock import MAX_LEAD_MS, SystemClock
 from recsys.config import Config
 from recsys.errors import LogFull, LogTruncated, LogUnavailable, ParametersUnavailable, Stopped
 from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
-from recsys.model import fused
 from recsys.model.home import Reading
 from recsys.model.layouts import parameters_name, sizes
 from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.streams.base import EventLog
 from recsys.streams.open import open_log
 from recsys.streams.watch import SLOWEST_S
+from recsys.training import learner
 from recsys.training.intake import CONSUMER, TOPICS
 from recsys.training.runner import Runner
 from recsys.training.steps import StepReport
@@ -157,7 +157,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
             while not stop.wait(1.0):
                 pass
             raise
-        threading.Thread(target=fused.warm_up, name="compile", daemon=True).start()
+        threading.Thread(target=learner.warm_up, name="compile", daemon=True).start()
         reason[0] = loop.not_ready
         loop.run()
 
@@ -244,7 +244,7 @@ class Loop:
 
     def _turn(self) -> bool:
         try:
-            with contextlib.nullcontext() if fused.ready() else self._stop.interrupts():
+            with contextlib.nullcontext() if learner.ready() else self._stop.interrupts():
                 worked = self._runner.turn()
             self._troubles.turned(TURN)
             if self._goal is None:

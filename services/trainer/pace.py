@@ -1,4 +1,4 @@
-"""When the trainer's next step is due: each has a fixed cost of some 25 ms, whatever it learns."""
+"""When the trainer's next step is due: each has a fixed cost of some 3 ms, whatever it learns."""
 
 from __future__ import annotations
 

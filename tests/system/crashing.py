@@ -271,10 +271,10 @@ def _nursery() -> None:
     install([*GAPS.values(), *OF_KAFKA.values()])
     for service in ("trainer", "parameter", "ranking"):
         importlib.import_module(f"services.{service}.main")
-    from recsys.model import fused
     from recsys.table import warm
+    from recsys.training import learner
 
-    fused.warm_up()
+    learner.warm_up()
     warm.warm_up()
     alive: set[int] = set()
     with os.fdopen(os.dup(0), "rb", buffering=0) as requests:
