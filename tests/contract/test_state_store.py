@@ -219,6 +219,28 @@ def test_forget_deletes_what_came_before_and_later_updates_apply(open_new: Open)
     assert store.positions() == {"feedback/0": 7}
 
 
+@pytest.mark.system
+def test_two_processes_on_one_redis_never_hide_each_others_writes(redis: Server) -> None:
+    """Both hold users parsed; each is at the positions that it looked at last."""
+    url, prefix = f"redis://127.0.0.1:{redis.port}/0", f"two{next(_numbers)}"
+    mine, other = (RedisState(url, prefix, HISTORY_LEN, SEEN_LEN, UserCache(2**20)) for _ in range(2))
+    mine.apply([click("u", 1)], {"feedback/0": 1})
+    other.apply([click("u", 2)], {"feedback/0": 2}, {"feedback/0": 1})
+    assert mine.positions() == {"feedback/0": 2} and len(mine.get("u").history) == 2
+    other.apply([click("u", 3)], {"impression/0": 9})
+    mine.apply([click("u", 4)], {"feedback/0": 3}, {"feedback/0": 2})
+    assert len(mine.get("u").history) == 4, "what the other wrote in between is lost"
+    with pytest.raises(StateUnavailable):
+        other.apply([click("u", 5)], {"feedback/0": 3}, {"feedback/0": 2})
+    assert len(other.get("u").history) == 4
+    mine._client.delete(*mine._client.keys(f"{prefix}:*"))
+    assert other.positions() == {} and other.get("u") == UserState(), (
+        "a store that lost its data is not answered from memory"
+    )
+    for store in (mine, other):
+        store.close()
+
+
 def test_positions_are_kept_per_partition(open_new: Open) -> None:
     store = open_new()
     store.apply([], {"feedback/0": 1, "impression/1": 2**40})
