@@ -31,13 +31,17 @@ class Troubles:
         """What stops this loop at the moment; empty when nothing does."""
         return str(self._found.get(name, ""))
 
+    def waited_s(self, name: str) -> float:
+        """Seconds since a turn of this loop was finished."""
+        return self._now_s() - self._turned_s.get(name, self._now_s())
+
     def lasting(self, names: Iterable[str]) -> str:
         """What stops one of these loops for good (a gap in its log), or for longer than `STUCK_S`, with an error or without."""
         for name in names:
             error = self._found.get(name)
             if isinstance(error, LogTruncated):
                 return str(error)
-            waited_s = self._now_s() - self._turned_s.get(name, self._now_s())
+            waited_s = self.waited_s(name)
             if waited_s > STUCK_S:
                 why = (
                     error

@@ -127,6 +127,7 @@ class ParameterService:
         if self._gap:
             return 0
         try:
+            self._notice_pause()
             records = self._log.read(TOPIC, 0, self._position, 200)
         except LogTruncated as error:
             logger.error("%s", error)
@@ -145,6 +146,11 @@ class ParameterService:
         if not self.caught_up:
             self.caught_up = self._position >= (self._goal or 0)
         return len(records)
+
+    def _notice_pause(self) -> None:
+        """It was frozen, or the log was away: what came meanwhile is read before it is ready again."""
+        if self.caught_up and self._clock.monotonic_s() - self._read_s > STUCK_S:
+            self._goal, self.caught_up = self._log.end(TOPIC, 0), False
 
     def _take(self, record: Record) -> str:
         """Apply one message; why it is a dead letter, or nothing."""

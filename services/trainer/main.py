@@ -19,7 +19,7 @@ from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
 from recsys.model.home import Reading
 from recsys.model.layouts import parameters_name, sizes
 from recsys.parameters.grpc_parameters import GrpcParameters
-from recsys.streams.base import EventLog
+from recsys.streams.base import STUCK_S, EventLog
 from recsys.streams.open import open_log
 from recsys.streams.watch import SLOWEST_S
 from recsys.training import learner
@@ -188,7 +188,7 @@ class Loop:
         self._log = log
         self._troubles = Troubles()
         self._goal: dict[str, int] | None = None
-        """Where the log ended when it began: what was accepted while it was away is learned and published first."""
+        """Where the log ended when it began, or went on: what was accepted while it was away is learned and published first."""
         self._reason = ""
         """What of the learning itself makes it not ready."""
 
@@ -243,6 +243,8 @@ class Loop:
         return sum(self._runner.intake.positions.values())
 
     def _turn(self) -> bool:
+        if self._goal == {} and self._troubles.waited_s(TURN) > STUCK_S:
+            self._goal = None  # it was frozen, or its log was away: what came meanwhile is learned first
         try:
             with contextlib.nullcontext() if learner.ready() else self._stop.interrupts():
                 worked = self._runner.turn()

@@ -11,7 +11,8 @@ from recsys.clock import SystemClock
 from recsys.config import parse
 from recsys.streams.sqlite import SqliteLog
 from services.common.process import Stop
-from services.trainer.main import Loop
+from services.common.trouble import Troubles
+from services.trainer.main import CATCHING_UP, Loop
 from services.trainer.pace import STEP_RECORDS, STEP_S, Pace
 
 
@@ -63,6 +64,24 @@ def test_what_trickles_in_is_learned_in_few_steps_and_the_first_of_it_at_once(tm
     thread.join()
     log.close()
     assert made <= took_s / STEP_S + 2, "not one for each event"
+
+
+def test_after_a_pause_it_is_ready_once_what_came_meanwhile_is_learned(tmp_path: Path) -> None:
+    """Frozen by the system: the first turn says that it lives, not that it has read everything."""
+    config = parse({"data_dir": str(tmp_path), "model": {"dim": 4}, "table": {"capacity": 1000}})
+    log, stop = SqliteLog(tmp_path / "log", clock=SystemClock()), Stop()
+    loop, passed_s = Loop(config, log, stop), 0.0
+    loop._troubles = Troubles(lambda: time.monotonic() + passed_s)
+    loop.start(accept_gap=False)
+    loop._turn(), loop._turn()
+    assert loop.not_ready() == ""
+    passed_s = 10.0
+    assert "nothing of it was finished" in loop.not_ready()
+    loop._turn()
+    assert loop.not_ready() == CATCHING_UP
+    loop._turn()
+    assert loop.not_ready() == ""
+    log.close()
 
 
 def test_a_large_step_and_a_stop_are_not_held_back() -> None:

@@ -301,6 +301,21 @@ def test_deltas_of_an_older_epoch_that_keep_coming_are_said_not_swallowed(
     assert service.not_ready() == ""
 
 
+def test_after_a_pause_it_is_ready_once_what_came_meanwhile_is_read(world: World) -> None:
+    """Frozen by the system, or its log was away: one turn that reads a part of it is not enough."""
+    service = world.service()
+    world.publish(world.delta(1))
+    world.drain(service)
+    assert service.not_ready() == ""
+    world.publish(*(world.delta(step) for step in range(2, 300)))
+    world.clock.advance(4000)
+    assert "could not be read" in service.not_ready()
+    service.turn()
+    assert service.not_ready() == "reading the log"
+    world.drain(service)
+    assert service.not_ready() == ""
+
+
 @pytest.mark.parametrize("served", [0, 12])
 def test_a_trainer_whose_folder_is_new_begins_after_every_epoch_that_is_believed(world: World, served: int) -> None:
     """Those of the topic but for one far ahead, and what the parameter service says where that came long ago."""
