@@ -24,12 +24,16 @@ MAX_SOCKET_PATH = 100
 """Bytes of a Unix socket's path that every system takes; a longer data folder gets a socket in the temporary folder."""
 
 
+Layers = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=8)]
+"""Widths of layers, one behind the other."""
+
+
 class ModelConfig(Section):
     """DIN + HoME ranker with a wide part, and the two-tower retrieval model."""
 
     dim: int = Field(16, ge=4, le=128)
     """Width of each embedding."""
-    attention: tuple[int, ...] = (32, 16)
+    attention: Layers = (32, 16)
     """DIN attention layers; none: the mean of the history."""
     attention_activation: Literal["dice", "prelu"] = "dice"
     """Activation of the attention's layers."""
@@ -39,11 +43,11 @@ class ModelConfig(Section):
     """Compress HoME's input to this width by one linear map, whose user part is computed once a request; 0: do not."""
     experts: int = Field(2, ge=1, le=8)
     """Experts of each HoME group."""
-    expert_hidden: tuple[int, ...] = (32, 32)
+    expert_hidden: Layers = (32, 32)
     """Layers of one expert."""
-    tower_hidden: tuple[int, ...] = (16,)
+    tower_hidden: Layers = (16,)
     """Layers of one task tower."""
-    feature_gate_rank: int = Field(16, ge=1)
+    feature_gate_rank: int = Field(16, ge=1, le=4096)
     """Rank of HoME's feature gate."""
     home_without: tuple[Literal["norm", "hierarchy", "feature_gate", "self_gate"], ...] = ()
     """Parts of HoME to leave out, to see what they bring."""

@@ -243,9 +243,9 @@ def _parquet(file: _File) -> Any:
     where, layout = f"file {str(file.path)!r}", LAYOUT[file.kind]
     try:
         parquet = pq.ParquetFile(file.path)
-    except (OSError, pa.ArrowException) as error:
+        found = {f.name: f.type for f in parquet.schema_arrow}
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise BadInput(f"{where} is not a Parquet file ({error}): write it again", field="events") from None
-    found = {f.name: f.type for f in parquet.schema_arrow}
     _check_fields(where, "", found, layout, REQUIRED[file.kind])
     return parquet
 

@@ -84,9 +84,9 @@ def _newest(config: Config) -> tuple[int, dict[str, Any]]:
         for manifest in Manifests(folder).look():
             try:
                 small = orjson.loads(read_file(folder / manifest["small"]["name"], manifest["small"]["checksum"]))
-            except SnapshotCorrupt:
+                return int(manifest["step"]), small
+            except (SnapshotCorrupt, KeyError, TypeError, ValueError):
                 continue
-            return int(manifest["step"]), small
     raise SnapshotCorrupt(f"{folder} has no whole checkpoint yet: a trainer writes one every training.checkpoint_s")
 
 

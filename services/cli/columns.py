@@ -89,7 +89,7 @@ def check(path: Path, rules: Rules) -> None:
                 for name, (kind, nullable) in rules.items():
                     _check_values(f"{path} row", row, name, batch.column(name), kind, nullable)
                 row += batch.num_rows
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise BadInput(f"file {str(path)!r} cannot be read ({error}): check it", field="file") from None
     if not row:
         raise BadInput(f"file {str(path)!r} has no rows: write it again, or name another", field="file")

@@ -123,7 +123,7 @@ class Import:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise BadInput(
                 f"import of {str(self.path)!r}: {error}: check the file and its folder", field="file"
             ) from None

@@ -124,3 +124,16 @@ def test_checkpoints_of_an_earlier_release_are_listed(here: Path, capsys: pytest
     Manifests(here / "data/trainer").write(manifest | {"covers_ms": "late"})
     assert main(["checkpoint", "list", "--config", "c.toml"]) == BAD
     assert "none of a checkpoint" in capsys.readouterr().err
+    Manifests(here / "data/trainer").write(manifest | {"small": {"name": 1.5, "checksum": "x"}})
+    Manifests(here / "data/trainer").write(manifest | {"small": {"checksum": "x"}})
+    assert main(["audit", "--config", "c.toml"]) == BAD
+    assert "no whole checkpoint" in capsys.readouterr().err
+
+
+def test_columns_whose_names_are_not_utf_8_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"item_id": ["i"], "qqqq": ["x"]}), path := here / "items.parquet")
+    path.write_bytes(path.read_bytes().replace(b"qqqq", b"\xf3qqq"))
+    assert main(["replay", "--events", "items.parquet"]) == BAD
+    assert "items.parquet" in capsys.readouterr().err
+    assert main(["import", "items", "items.parquet", "--url", "http://127.0.0.1:9"]) == BAD
+    assert "items.parquet" in capsys.readouterr().err
