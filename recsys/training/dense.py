@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from recsys.model.kernels import kernel
-from recsys.model.learn_kernels import finite
 
 Array = np.ndarray[Any, Any]
 
@@ -47,18 +46,18 @@ class DenseOptimizer:
     def zero(self) -> None:
         self.gradient.zero_()
 
-    def finite(self) -> bool:
-        """Whether the gradient is."""
-        return finite(self.gradient.numpy())
+    def norm(self) -> float:
+        """Of the gradient; not finite where that is not."""
+        return math.sqrt(square_sum(self.gradient.numpy()))
 
-    def step(self, share: float = 1.0) -> None:
-        """One update with the gradient of a batch's mean loss, its norm bounded; it must be finite.
+    def step(self, share: float = 1.0, norm: float | None = None) -> None:
+        """One update with the gradient of a batch's mean loss, its norm (where it is known already) bounded; it must be finite.
 
         `share` r in (0, 1]: Adam's decay rates and step are taken to the power of, and times, r, and the square of a mean over
         fewer examples counts r times: it is larger by chance. With r = 1 it is as published. Adagrad needs none of it: r times
         the gradient, in both its step and its sum of squares, is the same step.
         """
-        most, norm = CLIP_NORM / share**0.5, math.sqrt(square_sum(self.gradient.numpy()))
+        most, norm = CLIP_NORM / share**0.5, self.norm() if norm is None else norm
         factor = np.float32(most / norm if norm > most else 1.0)
         arrays = tuple(each.numpy() for each in (self._weights, self.gradient, self._square))
         if not self._adam:
@@ -96,7 +95,7 @@ class DenseOptimizer:
 def warm_up() -> None:
     """Compile every kernel, or read it from the on-disk cache."""
     one = np.ones(1, np.float32)
-    square_sum(one), finite(one)
+    square_sum(one)
     adagrad(one, one.copy(), one.copy(), one[0], one[0])
     adam(one, one.copy(), one.copy(), one.copy(), one[0], np.full(5, 0.5, np.float32))
 

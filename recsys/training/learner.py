@@ -87,7 +87,7 @@ class Learner:
         if self._l2:
             regularise(gradients[0], deep, _occurrences(lay) * admit, self._dim, self._l2)
         self._observe(scored, batch, weights)
-        self.optimizer.step(min(1.0, count / self._batch_size))
+        self.optimizer.step(min(1.0, count / self._batch_size), self._norm)
         for block, gradient in zip((lay.deep, lay.wide), gradients, strict=True):
             self.tables[block.layout].apply_gradients(block.slots, block.keys, gradient, now_ms)
         self._last = batch.features
@@ -102,8 +102,8 @@ class Learner:
             gradient *= np.float32(
                 len(glogits)
             )  # of the summed loss: Adagrad's rows see single examples, whatever the batch size
-        self._found = found
-        return self.optimizer.finite() and all(finite(gradient.reshape(-1)) for gradient in found)
+        self._found, self._norm = found, self.optimizer.norm()
+        return math.isfinite(self._norm) and all(finite(gradient.reshape(-1)) for gradient in found)
 
     def _observe(self, scored: Scored, batch: Batch, weights: Float32) -> None:
         """The correctors are a few operations of torch, where they are configured."""
