@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
-
 from recsys.candidates.contexts import Contexts
+from recsys.candidates.visibility import Visibility
 from recsys.candidates.waiting_counts import Count
 from recsys.capacity import bound_bytes, entries
 from recsys.config import Config
@@ -18,7 +17,7 @@ from recsys.features.counters import Counters, columns_of
 from recsys.features.kernels import Columns
 from recsys.features.schema import Schema
 from recsys.keys import joined, split
-from recsys.types import Bool, Feedback, Float32, Impression, Int32, Int64
+from recsys.types import Bool, Feedback, Float32, Int32, Int64
 
 Arrays = dict[str, Any]
 _LAST_BYTES = 300
@@ -31,9 +30,7 @@ class CounterFeed:
 
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
         self._config, self._schema, self._catalogue = config, schema, catalogue
-        self.counters = self._new()
-        self.live: Counters | None = None
-        """Replay: where a user's own counts come from, live while the others' are delayed."""
+        self.counters = self.empty()
         memory = config.capacity.memory_bytes
         self.contexts = Contexts(schema, bound_bytes(memory, "contexts") * 3 // 4)
         self._most_last = entries(memory, "contexts", 4 * _LAST_BYTES)
@@ -44,23 +41,20 @@ class CounterFeed:
         self._types = set(config.retrieval.count_types)
         self.counts_events = any("events" in counter.values for counter in config.features.counters)
         self._elsewhere = config.features.elsewhere_types
-        self._last: dict[bool, OrderedDict[str, str]] = {live: OrderedDict() for live in (False, True)}
-        """Item of each user's last event of the first type elsewhere; those that are counted live on their own."""
+        self._last = OrderedDict[str, str]()
+        """Item of each user's last event of the first type elsewhere."""
         most = recent_limit(memory)
         self._shown, self._positives = Recent(limit=most), Recent(limit=most)
 
-    def _new(self) -> Counters:
-        """Within half of the bytes of all counters; co-visits have a quarter."""
+    def empty(self) -> Counters:
+        """Counters of nothing, within half of the bytes of all counters; co-visits have a quarter."""
         config, layout = self._config, self._schema.counters
         row_bytes = 28 + 4 * len(layout.half_lives_s) * len(layout.columns)
         rows = entries(config.capacity.memory_bytes, "counters", 2 * row_bytes)
         return Counters(self._schema, max(_FEWEST_ROWS, min(config.features.counter_rows, rows)))
 
-    def split(self) -> None:
-        """Replay: count users' own on their own, at once, by `shown_live` and `happened_live`."""
-        self.live = self._new()
-
-    def _columns(self, shared: tuple[Int64, Bool], rows: Int32) -> Columns:
+    def columns(self, shared: tuple[Int64, Bool], rows: Int32) -> Columns:
+        """Keys of the items at `rows` beside those of a user and a context."""
         return columns_of(*shared, self._catalogue.keys[rows], self._catalogue.mask[rows])
 
     def first(self, request_id: str, now_ms: int) -> bool:
@@ -79,14 +73,7 @@ class CounterFeed:
     def count(self, count: Count, rows: Int32) -> None:
         """Add a count to the counters of the items at `rows`."""
         assert count.shared is not None
-        self.counters.add(self._columns(count.shared, rows), count.values, count.now_ms, count.weight)
-
-    def shown_live(self, impression: Impression, now_ms: int) -> None:
-        """Count one impression's items as shown in the counters that are live."""
-        if self.live is not None and impression.activation != "deferred":
-            rows = self._catalogue.rows([item.item_id for item in impression.items])
-            shared = self.contexts.shared(impression, now_ms)
-            self.live.add(self._columns(shared, rows[rows >= 0]), ("shown",), now_ms)
+        self.counters.add(self.columns(count.shared, rows), count.values, count.now_ms, count.weight)
 
     def may_count(self, feedback: Feedback) -> bool:
         """Whether feedback of this kind could count for anything here."""
@@ -102,23 +89,18 @@ class CounterFeed:
             if self._positives.add(f"{feedback.request_id}\n{feedback.item_id}\n{task}", now_ms)
         ]
 
-    def others(self, feedback: Feedback, later: bool, live: bool = False) -> list[str]:
-        """The other columns that a feedback counts for; `later`: not its session's first event."""
+    def labels(self, feedback: Feedback) -> list[str]:
+        """Those columns, each time."""
+        return [f"positive {self._schema.tasks[task]}" for task in self._positive_tasks(feedback)]
+
+    def others(self, feedback: Feedback, later: bool, last: OrderedDict[str, str] | None = None) -> list[str]:
+        """The other columns that a feedback counts for; `later`: not its session's first event; `last`: users' last items elsewhere."""
         values: list[str] = []
         if self.counts_events and feedback.type in self._types:
             values += ["events", "later"] if later else ["events"]
         if feedback.request_id is None and feedback.type in self._elsewhere:
-            values += self._elsewhere_values(feedback, live)
+            values += self._elsewhere_values(feedback, self._last if last is None else last)
         return values
-
-    def happened_live(self, feedback: Feedback, row: int, later: bool, now_ms: int) -> None:
-        """Count one feedback on the item at `row` in the counters that are live."""
-        if self.live is not None:
-            values = [f"positive {self._schema.tasks[task]}" for task in self._positive_tasks(feedback)]
-            values += self.others(feedback, later, live=True)
-            if values:
-                columns = self._columns(self.contexts.of(feedback), np.array([row], np.int32))
-                self.live.add(columns, values, now_ms)
 
     def _positive_tasks(self, feedback: Feedback) -> list[int]:
         if not feedback.request_id:
@@ -126,9 +108,9 @@ class CounterFeed:
         least = {task: self._config.tasks[task].min_value for task in self._tasks.get(feedback.type, ())}
         return [t for t, low in least.items() if low is None or (feedback.value is not None and feedback.value >= low)]
 
-    def _elsewhere_values(self, feedback: Feedback, live: bool) -> list[str]:
+    def _elsewhere_values(self, feedback: Feedback, last: OrderedDict[str, str]) -> list[str]:
         """A type counts on its own, and once more if its item is the one of the user's last event of the first type."""
-        kind, last = feedback.type, self._last[live]
+        kind = feedback.type
         if kind == self._elsewhere[0]:
             last[feedback.user_id] = feedback.item_id
             last.move_to_end(feedback.user_id)
@@ -138,13 +120,11 @@ class CounterFeed:
         follows = last.get(feedback.user_id) == feedback.item_id
         return [f"elsewhere {kind}", f"followed {kind}"] if follows else [f"elsewhere {kind}"]
 
-    def numbers(self, user: UserFeatures, rows: Int32, as_of_ms: int, now_ms: int) -> Float32:
-        """The counter numbers of the items at `rows` [K, N]: others' as of `as_of_ms`, the user's own, where they are live, as of now."""
-        columns = self._columns((user.shared_keys, user.shared_mask), rows)
-        counts = self.counters.counts(columns, as_of_ms)
-        if self.live is not None:
-            own = self._schema.counters.of_users
-            counts[:, own] = self.live.counts(columns, now_ms)[:, own]
+    def numbers(self, user: UserFeatures, rows: Int32, visibility: Visibility, now_ms: int) -> Float32:
+        """The counter numbers of the items at `rows` [K, N], as far as they may be known."""
+        columns = self.columns((user.shared_keys, user.shared_mask), rows)
+        counts = self.counters.counts(columns, visibility.as_of_ms(now_ms))
+        visibility.see_own(columns, counts, now_ms)
         return self.counters.numbers(counts)
 
     def forget(self, user_key: int) -> None:
@@ -156,7 +136,7 @@ class CounterFeed:
         return {
             "counters": self.counters.state(),
             "contexts": self.contexts.state(),
-            "last": {"users": joined(self._last[False]), "items": joined(self._last[False].values())},
+            "last": {"users": joined(self._last), "items": joined(self._last.values())},
             "shown": dict(self._shown.state()),
             "positives": dict(self._positives.state()),
         }
@@ -165,6 +145,6 @@ class CounterFeed:
         """Load `state`; `times`: see `ForwardDecay.restore`."""
         self.counters.restore(state["counters"], **times)
         self.contexts.restore(state["contexts"], times.get("latest_ms", 2**62))
-        self._last[False] = OrderedDict(zip(split(state["last"]["users"]), split(state["last"]["items"]), strict=True))
+        self._last = OrderedDict(zip(split(state["last"]["users"]), split(state["last"]["items"]), strict=True))
         self._shown.restore(state["shown"])
         self._positives.restore(state["positives"])

@@ -19,6 +19,7 @@ from recsys.candidates.limits import NEWCOMER, Limits, is_newcomer
 from recsys.candidates.quotas import Quotas
 from recsys.candidates.registry import made, one_of
 from recsys.candidates.trending import TrendingSource
+from recsys.candidates.visibility import Everything, Visibility
 from recsys.candidates.waiting_counts import Count, Held
 from recsys.capacity import entries
 from recsys.clock import bounded_ms
@@ -58,8 +59,8 @@ class Sources:
         self._following = one_of(self.by_name, FollowingSource)
         self._count_anew()
         catalogue.on_free.append(self.forget_rows)
-        self.frozen_ms: int | None = None
-        """Replay: counters are read as at this log time, when it is before the request's."""
+        self.visibility: Visibility = Everything()
+        """How much of what was counted requests may know."""
         self.on_counted: Callable[[int], None] = lambda row: None
         """Called with the row of each counted feedback."""
         self.on_forgotten: Callable[[int], None] = lambda user_key: None
@@ -254,7 +255,7 @@ class Sources:
 
     def signals(self, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Signals:
         """What the counters say about the items at `rows` for this user."""
-        as_of_ms = now_ms if self.frozen_ms is None else min(now_ms, self.frozen_ms)
+        as_of_ms = self.visibility.as_of_ms(now_ms)
         with self.lock:
             trending, following = self.trending, self._following.following
             covisit = self.covisits.score(history_rows, rows, as_of_ms)
@@ -266,7 +267,7 @@ class Sources:
                 shared = user.shared_keys, user.shared_mask
                 follows = np.concatenate([following.numbers(history_rows, shared, rows), mixed], 1)
             return Signals(
-                counters=self.counting.numbers(user, rows, as_of_ms, now_ms),
+                counters=self.counting.numbers(user, rows, self.visibility, now_ms),
                 popularity=trending.score(rows, as_of_ms),
                 covisit=covisit,
                 follows=follows,

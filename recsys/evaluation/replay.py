@@ -22,6 +22,7 @@ from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.evaluation.metrics import NextItem, Progressive
 from recsys.evaluation.serving import ServingCopy
+from recsys.evaluation.visibility import Delayed
 from recsys.features.build import Features, encode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -99,8 +100,14 @@ class Replay:
             self.copy.bandit,
         )
         self._is_old = bool(options.delay_s or options.sync_interval_s)
-        if not options.freeze_user and self._is_old:
-            self.sources.counting.split()
+        self._visibility = Delayed(
+            self.sources.counting,
+            self.sources.catalogue,
+            self.schema.counters.of_users,
+            live=not options.freeze_user and self._is_old,
+        )
+        if self._is_old:
+            self.sources.visibility = self._visibility
         self._meaning = Meaning(config)
         self._click_types = set(config.retrieval.count_types)
         self._later: deque[tuple[int, Callable[[], None]]] = deque()
@@ -178,8 +185,7 @@ class Replay:
                 if not options.delay_s:
                     self.copy.capture(visible)
             self._visible_ms = visible
-            if self._is_old:
-                self.sources.frozen_ms = visible
+            self._visibility.until_ms = visible
             while self._later and self._later[0][0] <= visible:
                 self._later.popleft()[1]()
             if self.copy.behind(visible):
@@ -231,7 +237,7 @@ class Replay:
                 self._when_visible(now_ms, lambda: self.store.apply((update,), {}))
             else:
                 self.store.apply((update,), {})
-        self.sources.counting.shown_live(impression, now_ms)
+        self._visibility.shown(impression, now_ms)
         self._when_visible(now_ms, lambda: _ignore(self.sources.impression(impression, now_ms)))
 
     def feedback(self, feedback: Feedback, now_ms: int) -> None:
@@ -263,10 +269,9 @@ class Replay:
     def _count_feedback(
         self, feedback: Feedback, history: tuple[HistoryEvent, ...], event: HistoryEvent, now_ms: int
     ) -> None:
-        counting = self.sources.counting
-        if counting.live is not None and (row := self.sources.catalogue.row(feedback.item_id)) is not None:
-            later = counting.counts_events and bool(self.sources.session_rows(history, event))
-            counting.happened_live(feedback, row, later, now_ms)
+        if self._is_old:
+            later = self.sources.counting.counts_events and bool(self.sources.session_rows(history, event))
+            self._visibility.happened(feedback, later, now_ms)
         self._when_visible(now_ms, lambda: _ignore(self.sources.feedback(feedback, history, event, now_ms)))
 
     def _answer_before(

@@ -15,6 +15,7 @@ from recsys.candidates.limits import Limits
 from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.errors import ConfigError
+from recsys.evaluation.visibility import Delayed
 from recsys.features.build import shared_columns, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
@@ -237,10 +238,11 @@ def test_users_own_counts_are_live_while_others_are_as_of_an_earlier_time() -> N
     settings = config(counters=[{"of": ["user"]}, {"of": ["item"]}])
     schema, catalogue = world(settings)
     counting = CounterFeed(settings, schema, catalogue)
-    counting.split()
-    counting.shown_live(shown("r", "a", "i1", "1"), 0)
+    seen = Delayed(counting, catalogue, schema.counters.of_users, live=True)
+    seen.until_ms = 0
+    seen.shown(shown("r", "a", "i1", "1"), 0)
     user = user_features(schema, catalogue, "a", [], {})
-    numbers = counting.numbers(user, np.array([1], np.int32), 0, 0)[0]
+    numbers = counting.numbers(user, np.array([1], np.int32), seen, 0)[0]
     named = dict(zip(schema.counters.names, numbers.tolist(), strict=True))
     assert named["count.user.86400.shown"] == pytest.approx(np.log(2))
     assert named["count.item.86400.shown"] == 0.0

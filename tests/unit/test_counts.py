@@ -62,7 +62,7 @@ class World:
         catalogue, layout = self.sources.catalogue, self.schema.counters
         rows = catalogue.rows([item])
         shared = Schema.of(self.config)
-        columns = self.sources.counting._columns(
+        columns = self.sources.counting.columns(
             (np.zeros(len(shared.shared_slots), np.int64), np.zeros(len(shared.shared_slots), np.bool_)), rows
         )
         sums = self.sources.counting.counters.counts(columns, T0)[0, layout.slots.index(("item",)), -1]

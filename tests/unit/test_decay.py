@@ -108,7 +108,7 @@ class Ranking:
         """Trending, co-visits after i0, and everything's counters."""
         now_ms, sources = self.clock.now_ms(), self.sources
         user = np.zeros(len(self.schema.shared_slots), np.int64), np.zeros(len(self.schema.shared_slots), np.bool_)
-        columns = sources.counting._columns(user, ROWS)
+        columns = sources.counting.columns(user, ROWS)
         counters = sources.counting.counters.counts(columns, now_ms)[:, 0, -1, :2]
         return sources.trending.score(ROWS, now_ms), sources.covisits.score([0], ROWS, now_ms), counters
 
