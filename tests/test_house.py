@@ -18,7 +18,6 @@ MAX_CLASS_LINES, MAX_METHODS = 200, 15
 LARGE_CLASSES = {
     "recsys/candidates/counter_feed.py:CounterFeed",
     "recsys/candidates/generation.py:Generations",
-    "recsys/candidates/sources.py:Sources",
     "recsys/evaluation/replay.py:Replay",
     "recsys/features/catalogue.py:Catalogue",
     "recsys/features/schema.py:Schema",

@@ -53,6 +53,11 @@ class CounterFeed:
         rows = entries(config.capacity.memory_bytes, "counters", 2 * row_bytes)
         return Counters(self._schema, max(_FEWEST_ROWS, min(config.features.counter_rows, rows)))
 
+    @property
+    def of_users(self) -> Bool:
+        """[C] Which counters are a user's own."""
+        return self._schema.counters.of_users
+
     def columns(self, shared: tuple[Int64, Bool], rows: Int32) -> Columns:
         """Keys of the items at `rows` beside those of a user and a context."""
         return columns_of(*shared, self._catalogue.keys[rows], self._catalogue.mask[rows])

@@ -78,8 +78,8 @@ def mix(
     quota = np.array([_ANY if quotas is None else quotas.get(name, _ANY) for name, _, _ in found])
     rows, evidence = np.empty(size, np.int32), np.empty(size)
     _kept(
-        np.concatenate([rows for _, rows, _ in found]),
-        np.concatenate([scores for _, _, scores in found]),
+        np.concatenate([rows for _, rows, _ in found], dtype=np.int32),
+        np.concatenate([scores for _, _, scores in found], dtype=np.float32),  # no other type is compiled
         ends,
         quota,
         tuple(may),

@@ -178,7 +178,7 @@ class StateConsumer:
             self._forget(feedback.user_id, record.offset, batch)
             return
         messages.check_milliseconds(feedback.time_ms, now_ms)
-        late, digest = self._sources.too_late(feedback.time_ms, now_ms), digest_of(feedback.event_id)
+        late, digest = self._sources.events.too_late(feedback.time_ms, now_ms), digest_of(feedback.event_id)
         if late or self._first(digest, now_ms, record.offset, batch):
             self._feedback(feedback, now_ms, record, batch, late)
             if record.offset >= batch.count_from:
@@ -186,9 +186,9 @@ class StateConsumer:
 
     def _impression(self, impression: Impression, now_ms: int, offset: int, batch: _Batch) -> None:
         """What came too late was seen when it says, and is not counted: it might be counted twice."""
-        late = self._sources.too_late(impression.time_ms, now_ms)
+        late = self._sources.events.too_late(impression.time_ms, now_ms)
         if offset >= batch.count_from and not late:
-            batch.counts.append(lambda: self._sources.impression(impression, now_ms))
+            batch.counts.append(lambda: self._sources.events.impression(impression, now_ms))
         if impression.activation != "deferred":
             seen = tuple(item.item_id for item in impression.items)
             seen_ms = impression.time_ms if late else now_ms
@@ -198,7 +198,7 @@ class StateConsumer:
         batch.histories[user_id] = ()
         batch.update(offset, UserUpdate(user_id=user_id, forget=True))
         if offset >= batch.count_from:
-            batch.counts.append(lambda: self._sources.forget(user_id))
+            batch.counts.append(lambda: self._sources.events.forget(user_id))
 
     def _first(self, digest: int, now_ms: int, offset: int, batch: _Batch) -> bool:
         """Whether no copy of it was read before, within the horizon."""
@@ -206,7 +206,7 @@ class StateConsumer:
         if digest in batch.events:
             return False
         # What is read again for the store alone the sources know already: it is told from what was read again.
-        if self._reread.contains(digest) if again else self._sources.knows(digest):
+        if self._reread.contains(digest) if again else self._sources.events.knows(digest):
             return False
         batch.events.add(digest)
         if again:
@@ -230,7 +230,7 @@ class StateConsumer:
                 history = self._store.get(user_id).history
             kept = self._meaning.enters_history(feedback.type)
             batch.histories[user_id] = _with(history, event) if kept else history
-            batch.counts.append(lambda: self._sources.feedback(feedback, history, event, now_ms))
+            batch.counts.append(lambda: self._sources.events.feedback(feedback, history, event, now_ms))
         if update := self._meaning.update(feedback, event, now_ms):
             batch.update(offset, update)
 

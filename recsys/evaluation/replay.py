@@ -20,9 +20,9 @@ import numpy as np
 from recsys.candidates.meaning import Meaning
 from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
+from recsys.evaluation.delays import Delayed
 from recsys.evaluation.metrics import NextItem, Progressive
 from recsys.evaluation.serving import ServingCopy
-from recsys.evaluation.visibility import Delayed
 from recsys.features.build import Features, encode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -100,12 +100,8 @@ class Replay:
             self.copy.bandit,
         )
         self._is_old = bool(options.delay_s or options.sync_interval_s)
-        self._visibility = Delayed(
-            self.sources.counting,
-            self.sources.catalogue,
-            self.schema.counters.of_users,
-            live=not options.freeze_user and self._is_old,
-        )
+        counting, live = self.sources.events.counting, not options.freeze_user and self._is_old
+        self._visibility = Delayed(counting, self.sources.catalogue, live=live)
         if self._is_old:
             self.sources.visibility = self._visibility
         self._meaning = Meaning(config)
@@ -238,7 +234,7 @@ class Replay:
             else:
                 self.store.apply((update,), {})
         self._visibility.shown(impression, now_ms)
-        self._when_visible(now_ms, lambda: _ignore(self.sources.impression(impression, now_ms)))
+        self._when_visible(now_ms, lambda: _ignore(self.sources.events.impression(impression, now_ms)))
 
     def feedback(self, feedback: Feedback, now_ms: int) -> None:
         """Answer first if this is a click log's next click; then history, counters, joiner."""
@@ -270,15 +266,16 @@ class Replay:
         self, feedback: Feedback, history: tuple[HistoryEvent, ...], event: HistoryEvent, now_ms: int
     ) -> None:
         if self._is_old:
-            later = self.sources.counting.counts_events and bool(self.sources.session_rows(history, event))
+            events = self.sources.events
+            later = events.counting.counts_events and bool(events.sessions.rows(history, event))
             self._visibility.happened(feedback, later, now_ms)
-        self._when_visible(now_ms, lambda: _ignore(self.sources.feedback(feedback, history, event, now_ms)))
+        self._when_visible(now_ms, lambda: _ignore(self.sources.events.feedback(feedback, history, event, now_ms)))
 
     def _answer_before(
         self, feedback: Feedback, event: HistoryEvent, history: tuple[HistoryEvent, ...], now_ms: int
     ) -> tuple[Feedback, Feedback]:
         """Show a list before the click: the click as counted belongs to it if its item was shown, as learned if it was a candidate."""
-        if not self.sources.session_rows(history, event) and not self._in_session(history, event):
+        if not self.sources.events.sessions.rows(history, event) and not self._in_session(history, event):
             return feedback, feedback
         learning = self.config.ranking.scorer == "model"
         reported = now_ms >= self.options.report_from_ms

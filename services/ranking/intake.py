@@ -108,7 +108,7 @@ class Intake:
 
     def _known(self, digest: int) -> bool:
         """Whether a copy was accepted here, or read from the log wherever it came from."""
-        return self._accepted.contains(digest) or self._sources.knows(digest) or self._late.contains(digest)
+        return self._accepted.contains(digest) or self._sources.events.knows(digest) or self._late.contains(digest)
 
     def _append(self, fresh: Sequence[tuple[Feedback, int, bool]], appended: Future[None], now_ms: int) -> None:
         try:
@@ -131,7 +131,7 @@ class Intake:
 
     def notes(self, event: Feedback, now_ms: int) -> list[str]:
         """Names of `NOTES` that are true of an event."""
-        if self._sources.too_late(event.time_ms, now_ms):
+        if self._sources.events.too_late(event.time_ms, now_ms):
             found = ["too_late"]
         elif event.type not in self._used_alone and event.type not in self._used_joined:
             found = ["unknown_type"]
@@ -152,7 +152,7 @@ class Intake:
             found.append("unknown_item")
         if event.request_id is not None:
             request = digest_of(event.request_id)
-            if not (self._answered.contains(request) or self._sources.answered(request)):
+            if not (self._answered.contains(request) or self._sources.events.answered(request)):
                 found.append("unknown_request")
         return found
 

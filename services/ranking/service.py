@@ -97,7 +97,7 @@ class RankingService:
         self.generations = Generations(config, self.sources.catalogue, self.scorer, prefix, self.bandit)
         self.sources.on_counted = self.generations.touched
         if self.bandit is not None:
-            self.sources.on_forgotten = self.bandit.forget
+            self.sources.events.on_forgotten = self.bandit.forget
             self.sources.catalogue.on_free.append(self.bandit.forget_rows)
         self._folder = config.data_dir / "ranking"
         self._builder = Builder(config, self._folder / "generations")
@@ -306,7 +306,7 @@ class RankingService:
         self.sources.tell()
         metrics.USER_CACHE_BYTES.set(self._users.bytes)
         metrics.USER_STATE_FULL.set(getattr(self.store, "full_ratio", 0.0))
-        metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.full_ratio))
+        metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.events.full_ratio))
         self.scorer.poll()
         if self.scorer.refresh():
             logger.info("dense weights %d in use", self.scorer.dense_version)

@@ -99,7 +99,7 @@ def test_a_new_source_is_one_class_and_one_line(evenings: None, tmp_path: Path) 
             sources.item(item)
     feedback = Feedback(event_id="e", user_id="u", item_id=items[4].item_id, type="click", time_ms=1)
     event = HistoryEvent(time_ms=1, event_id="e", item_id=items[4].item_id, type="click")
-    first.feedback(feedback, (), event, 1)
+    first.events.feedback(feedback, (), event, 1)
     second.restore(first.state(), np.arange(20, dtype=np.int32), 1)
     for sources in (first, second):
         scorer = Scorer(config, schema, None)  # type: ignore[arg-type]

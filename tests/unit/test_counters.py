@@ -15,7 +15,7 @@ from recsys.candidates.limits import Limits
 from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.errors import ConfigError
-from recsys.evaluation.visibility import Delayed
+from recsys.evaluation.delays import Delayed
 from recsys.features.build import shared_columns, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
@@ -173,7 +173,7 @@ def feedback(kind: str, item: str, request: str | None = None, user: str = "a") 
 
 
 def count(sources: Sources, schema: Schema, catalogue: Catalogue, of: tuple[str, ...], column: str) -> float:
-    counts = sources.counting.counters.counts(columns(schema, catalogue, "a", "1", [1]), 0)
+    counts = sources.events.counting.counters.counts(columns(schema, catalogue, "a", "1", [1]), 0)
     return float(counts[0, schema.counters.slots.index(of), -1, schema.counters.columns.index(column)])
 
 
@@ -187,7 +187,7 @@ def happen(sources: Sources, *actions: Feedback, session: bool = False) -> None:
         event = HistoryEvent(
             time_ms=number, event_id=str(number), item_id=action.item_id, type=action.type, session_id="s"
         )
-        sources.feedback(dataclasses.replace(action, event_id=f"{number} {action.event_id}"), history, event, 0)
+        sources.events.feedback(dataclasses.replace(action, event_id=f"{number} {action.event_id}"), history, event, 0)
         history += [event] if session else []
 
 
@@ -195,15 +195,15 @@ def test_a_positive_is_counted_once_and_in_the_context_of_its_impression() -> No
     settings = config()
     schema, catalogue = world(settings)
     sources = Sources(settings, schema, catalogue)
-    assert sources.impression(shown("r", "a", "i1", "1"), 0)
-    assert not sources.impression(shown("r", "a", "i1", "1"), 0)
+    assert sources.events.impression(shown("r", "a", "i1", "1"), 0)
+    assert not sources.events.impression(shown("r", "a", "i1", "1"), 0)
     happen(sources, *[feedback("click", "i1", "r")] * 2, feedback("click", "i1"))  # without a request: of no impression
     for of in (("item", "hour"), ("user",)):
         assert count(sources, schema, catalogue, of, "shown") == 1.0
         assert count(sources, schema, catalogue, of, "positive click") == 1.0
     again = Sources(settings, schema, catalogue)
     again.restore(sources.state(), np.arange(4, dtype=np.int32), 0)
-    again._acted = Limits(1000)
+    again.events._acted = Limits(1000)
     happen(again, *[feedback(kind, "i1", "r", "a") for kind in ("like", "purchase", "like")])
     assert count(again, schema, catalogue, ("item", "hour"), "positive click") == 1.0
     assert count(again, schema, catalogue, ("item", "hour"), "positive like") == 1.0
@@ -238,7 +238,7 @@ def test_users_own_counts_are_live_while_others_are_as_of_an_earlier_time() -> N
     settings = config(counters=[{"of": ["user"]}, {"of": ["item"]}])
     schema, catalogue = world(settings)
     counting = CounterFeed(settings, schema, catalogue)
-    seen = Delayed(counting, catalogue, schema.counters.of_users, live=True)
+    seen = Delayed(counting, catalogue, live=True)
     seen.until_ms = 0
     seen.shown(shown("r", "a", "i1", "1"), 0)
     user = user_features(schema, catalogue, "a", [], {})

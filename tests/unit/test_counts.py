@@ -47,13 +47,13 @@ class World:
         )
         event = HistoryEvent(time_ms=T0 + number, event_id=f"e{number}", item_id=item, type=kind, arrival=number)
         history = self.histories.setdefault(user, [])
-        self.sources.feedback(feedback, history, event, T0 + after_ms)
+        self.sources.events.feedback(feedback, history, event, T0 + after_ms)
         if kind != "view":
             history.append(event)
 
     def impression(self, request: str, user: str, items: Sequence[str], **fields: Any) -> None:
         shown = tuple(ShownItem(item_id=i, position=n, sources=("trending",)) for n, i in enumerate(items, start=1))
-        self.sources.impression(
+        self.sources.events.impression(
             Impression(request_id=request, user_id=user, time_ms=T0, items=shown, context={"hour": "1"}, **fields), T0
         )
 
@@ -62,10 +62,10 @@ class World:
         catalogue, layout = self.sources.catalogue, self.schema.counters
         rows = catalogue.rows([item])
         shared = Schema.of(self.config)
-        columns = self.sources.counting.columns(
+        columns = self.sources.events.counting.columns(
             (np.zeros(len(shared.shared_slots), np.int64), np.zeros(len(shared.shared_slots), np.bool_)), rows
         )
-        sums = self.sources.counting.counters.counts(columns, T0)[0, layout.slots.index(("item",)), -1]
+        sums = self.sources.events.counting.counters.counts(columns, T0)[0, layout.slots.index(("item",)), -1]
         found, scores = self.sources.covisits.candidates([int(rows[0])], 50, T0)
         after = {f"then {catalogue.ids[row]}": float(score) for row, score in zip(found.tolist(), scores, strict=True)}
         named = zip(layout.columns, sums.tolist(), strict=True)
@@ -104,7 +104,7 @@ def test_counts_do_not_depend_on_which_topic_was_read_first(order: list[int], kn
         return world
 
     first, other = run(World(), range(5), 0), run(World(), order, known)
-    assert len(other.sources._held) == 0
+    assert len(other.sources.events.items.held) == 0
     for n in range(5):
         # Co-visits halve with the visits of their item, too: a little depends on their order.
         assert other.counts(f"i{n}") == pytest.approx(first.counts(f"i{n}"), rel=0.02), n
@@ -113,10 +113,10 @@ def test_counts_do_not_depend_on_which_topic_was_read_first(order: list[int], kn
 
 def test_too_much_that_waits_gives_up_what_waited_first() -> None:
     world = World()
-    world.sources._held = Held(10)
+    world.sources.events.items.held = Held(10)
     for n in range(12):
         world.feedback(f"u{n}", f"x{n}")
-    assert world.sources._held.full_ratio == 1.0
+    assert world.sources.events.items.held.full_ratio == 1.0
     world.item("x0")
     world.item("x11")
     assert world.counts("x0")["trending"] == 0.0 and world.counts("x11")["trending"] == NEWCOMER
@@ -126,7 +126,7 @@ def test_a_forgotten_users_waiting_counts_are_gone() -> None:
     world = World()
     world.feedback("u", "x")
     world.feedback("v", "x")
-    world.sources.forget("u")
+    world.sources.events.forget("u")
     world.item("x")
     assert world.counts("x")["trending"] == NEWCOMER
 
@@ -137,7 +137,7 @@ def test_deferred_items_count_as_shown_once_viewed_and_their_positives_with_them
     world.impression("r", "u", ["i0", "i1", "i2"], activation="deferred")
     world.feedback("u", "i1", request="r")
     assert "shown" not in world.counts("i0") and "positive click" not in world.counts("i1")
-    assert sum(world.sources.quotas._shown.values()) == 0
+    assert sum(world.sources.events.quotas._shown.values()) == 0
     again = World(config, 3)
     again.histories, again._number = world.histories, world._number
     again.sources.restore(world.sources.state(), np.arange(3, dtype=np.int32), T0)
@@ -148,7 +148,7 @@ def test_deferred_items_count_as_shown_once_viewed_and_their_positives_with_them
     assert again.counts("i1")["positive click"] == NEWCOMER and again.counts("i0")["positive click"] == 1.0
     for item in ("i0", "i1", "i1"):
         world.feedback("u", item, "view", "r")
-    assert world.sources.quotas._shown["trending"] == 2.0
+    assert world.sources.events.quotas._shown["trending"] == 2.0
 
 
 def test_one_user_counts_three_times_an_hour_and_a_newcomer_once_and_less() -> None:
@@ -193,7 +193,7 @@ def test_limits_are_bounded_and_forget_the_oldest() -> None:
 
 def test_contexts_are_bounded_in_bytes() -> None:
     world = World(items=1)
-    contexts = world.sources.counting.contexts
+    contexts = world.sources.events.counting.contexts
     contexts._limit = 20_000
     for number in range(100):
         activation = "deferred" if number % 2 else "shown"

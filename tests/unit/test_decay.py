@@ -108,8 +108,8 @@ class Ranking:
         """Trending, co-visits after i0, and everything's counters."""
         now_ms, sources = self.clock.now_ms(), self.sources
         user = np.zeros(len(self.schema.shared_slots), np.int64), np.zeros(len(self.schema.shared_slots), np.bool_)
-        columns = sources.counting.columns(user, ROWS)
-        counters = sources.counting.counters.counts(columns, now_ms)[:, 0, -1, :2]
+        columns = sources.events.counting.columns(user, ROWS)
+        counters = sources.events.counting.counters.counts(columns, now_ms)[:, 0, -1, :2]
         return sources.trending.score(ROWS, now_ms), sources.covisits.score([0], ROWS, now_ms), counters
 
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_converted_or_is_no_count_is_counted_anew_from_the_log(ch
     if change == "not_finite":
         ranking.sources.trending._sums[2] = np.inf
     if change == "negative":
-        ranking.sources.counting.counters._table.sums[0] = -1.0
+        ranking.sources.events.counting.counters._table.sums[0] = -1.0
     ranking.save()
     if change == "cut":
         path = tmp_path / "counters.json"

@@ -120,7 +120,7 @@ def test_a_copy_of_what_came_by_the_log_is_a_duplicate() -> None:
     door = Door()
     made = event()
     past = HistoryEvent(time_ms=NOW_MS, event_id="e", item_id="i", type="click")
-    door.sources.feedback(made, (), past, NOW_MS)
+    door.sources.events.feedback(made, (), past, NOW_MS)
     assert door.take(made) == ["duplicate"]
 
 

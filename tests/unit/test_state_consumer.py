@@ -349,6 +349,6 @@ def test_a_log_read_anew_counts_what_was_counted_live(clock: ManualClock) -> Non
     again.catch_up()
     user = shared_columns(live.schema, "u", {"hour": "7"})
     columns = columns_of(*user, live.sources.catalogue.keys[[0]], live.sources.catalogue.mask[[0]])
-    counts = [r.sources.counting.counters.counts(columns, clock.now_ms()) for r in (live, again)]
+    counts = [r.sources.events.counting.counters.counts(columns, clock.now_ms()) for r in (live, again)]
     np.testing.assert_allclose(counts[1], counts[0], rtol=1e-5)
     assert counts[0][0, 1, 0, 1] > 0

@@ -9,15 +9,15 @@ import numpy as np
 from recsys.candidates.counter_feed import CounterFeed
 from recsys.features.catalogue import Catalogue
 from recsys.features.kernels import Columns
-from recsys.types import Bool, Feedback, Float32, Impression
+from recsys.types import Feedback, Float32, Impression
 
 
 class Delayed:
     """`until_ms` moves on with the replay. Events are told to it as they happen, to the counters when they become visible."""
 
-    def __init__(self, feed: CounterFeed, catalogue: Catalogue, of_users: Bool, *, live: bool) -> None:
-        """`of_users` [C]: the counters that are a user's own; `live`: these are known at once."""
-        self._feed, self._catalogue, self._of_users = feed, catalogue, of_users
+    def __init__(self, feed: CounterFeed, catalogue: Catalogue, *, live: bool) -> None:
+        """`live`: what is counted of a user as a person is known at once."""
+        self._feed, self._catalogue, self._of_users = feed, catalogue, feed.of_users
         self._live = feed.empty() if live else None
         self._last = OrderedDict[str, str]()
         self.until_ms = -(2**62)
