@@ -21,17 +21,17 @@ from recsys.config import Config, parse
 from recsys.features.build import user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import build
+from recsys.model import networks
 from recsys.model.layouts import edges, layouts
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
-from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.table.tables import Tables
 from recsys.testing.bandit_world import BanditWorld, BanditWorldOptions
 from recsys.testing.vectors import clustered, near
 from recsys.testing.world import World
-from recsys.training.bandit import BanditLearner
+from recsys.training.bandit_learner import BanditLearner
 from recsys.types import Feedback, Impression, ShownItem
 
 ITEMS, SEEN, REQUESTS = 2000, 50, 3000
@@ -84,7 +84,7 @@ def _bandit(config: Config) -> tuple[Bandit, Any, Any]:
     )
     store = ParameterStore(layouts(config, schema), schema.hash)
     scorer = Scorer(config, schema, store)
-    scorer.adopt(build.ranker(config, schema), None, lambda: published)
+    scorer.adopt(networks.ranker(config, schema), None, lambda: published)
     bandit = Bandit(config, catalogue, scorer)
     searcher = Searcher(ItemIndex.build(np.arange(ITEMS, dtype=np.int32), vectors))
     bandit.prepare("g", searcher, scorer.towers)

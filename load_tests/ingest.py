@@ -29,7 +29,7 @@ from load_tests.common import ROUNDS, Report, Running, run, say, services
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.streams.base import EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.testing.servers import kafka_server
 
 ITEMS, USERS, BATCH = 1000, 5000, 1000

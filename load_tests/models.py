@@ -28,7 +28,7 @@ from recsys.config import Config
 from recsys.features.build import Features, UserFeatures, item_features, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import build, fused, scoring
+from recsys.model import fused, networks, scoring
 from recsys.model.assemble import ranker_inputs
 from recsys.model.din import TargetAttention
 from recsys.model.layers import seeded
@@ -183,7 +183,7 @@ def one_request(report: Report, rng: np.random.Generator, rounds: int) -> None:
     scorer, most = Scorer(settings, schema, store), settings.ranking.full_candidates
     lay = plan(schema, [features])
     deep, wide = scorer._rows.lookup([lay.deep, lay.wide]).values
-    model = build.ranker(settings, schema).eval()
+    model = networks.ranker(settings, schema).eval()
 
     def forward() -> None:
         scorer.score_rows(lay, (deep, wide), most)

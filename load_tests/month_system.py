@@ -16,7 +16,7 @@ from recsys.clock import ManualClock
 from recsys.config import Config
 from recsys.ranking.shown import Shown
 from recsys.streams.base import EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.training.runner import OnStep, Runner
 from recsys.types import Int64
 from services.common.process import Stop

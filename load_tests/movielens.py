@@ -19,12 +19,12 @@ import numpy.typing as npt
 from load_tests.common import ROOT, Report, run, say
 from recsys import config
 from recsys.evaluation.bootstrap import Resamples, interval
-from recsys.evaluation.metrics import NextItem
+from recsys.evaluation.measures import NextItem
 from recsys.evaluation.replay import Options, Replay
-from recsys.events import files
+from recsys.events import event_files
 from recsys.types import Bool, Feedback
-from services.cli.convert import convert_movielens
-from services.cli.replay import iso_ms
+from services.cli.convert_command import convert_movielens
+from services.cli.replay_command import iso_ms
 
 START, END = "2000-10-31T00:00:00Z", "2003-03-01T00:00:00Z"
 DEV = ("2000-09-01T00:00:00Z", START)
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         replay = Watched(config.load(options.config), chosen, Path(folder))
         replay.rivals = Rivals(counts["items"])
         replay.next_item = beside = Beside(replay)
-        result = replay.run(files.merged([events]), lambda done, _: say(f"{done:,} events"))
+        result = replay.run(event_files.merged([events]), lambda done, _: say(f"{done:,} events"))
     report.add("movielens_predictions", float(len(beside.users)), "requests", "higher")
     report.add("movielens_seconds", result["seconds"], "s")
     report.add("movielens_candidate_recall_at_300", result["next_item"]["candidate_recall_at_300"], "recall", "higher")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from load_tests.chart import line_chart
 from load_tests.common import RESULTS, ROOT, Figure, read_budgets
-from recsys.evaluation.metrics import differences
+from recsys.evaluation.measures import differences
 
 FOLDER = RESULTS / "quality"
 DOCUMENT = ROOT / "docs" / "quality.md"

@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 
 from load_tests.common import Report, run, say
-from recsys.events.files import write_events
+from recsys.events.event_files import write_events
 from recsys.testing.world import World
 from recsys.types import Feedback
 

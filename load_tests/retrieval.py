@@ -22,9 +22,9 @@ import numpy as np
 from load_tests import retrieval_served
 from load_tests.common import Report, choose_parts, percentile, run, say
 from recsys import config as configuration
-from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
-from recsys.testing.towers import TrainedWorld
+from recsys.testing.trained_world import TrainedWorld
 from recsys.testing.vectors import clustered, near, uniform
 from recsys.types import Bool, Float32
 

@@ -14,7 +14,7 @@ from recsys.config import parse
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking import slate
-from recsys.ranking.filters import parse_filters
+from recsys.ranking.filter_rules import parse_filters
 from recsys.ranking.request import Request
 from recsys.ranking.rules import RuleBook
 from recsys.types import Item, UserState

@@ -15,7 +15,7 @@ import orjson
 
 from recsys.errors import SchemaMismatch
 from recsys.features.convert import picked, places
-from recsys.features.kernels import mix
+from recsys.features.feature_kernels import mix
 from recsys.features.schema import Schema
 
 State = dict[str, dict[str, Any]]

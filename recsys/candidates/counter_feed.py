@@ -14,7 +14,7 @@ from recsys.events.recent import Recent, recent_limit
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
-from recsys.features.kernels import Columns
+from recsys.features.feature_kernels import Columns
 from recsys.features.schema import Schema
 from recsys.keys import joined, split
 from recsys.types import Bool, Feedback, Float32, Int32, Int64

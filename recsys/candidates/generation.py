@@ -17,7 +17,7 @@ from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue, set_rows
 from recsys.model.two_tower import TwoTower
-from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.types import Bool, Float32, Int32, Int64
 

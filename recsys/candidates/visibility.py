@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from recsys.features.kernels import Columns
+from recsys.features.feature_kernels import Columns
 from recsys.types import Float32
 
 

@@ -1,8 +1,8 @@
 """Configuration is a value: read once, into frozen models."""
 
-from recsys.config.bandit import BanditConfig
+from recsys.config.bandit_section import BanditConfig
 from recsys.config.features import CatalogueConfig, CounterConfig, FeaturesConfig
-from recsys.config.load import load, one_thread_each, parse
+from recsys.config.loading import load, one_thread_each, parse
 from recsys.config.sections import (
     Config,
     ModelConfig,
@@ -13,7 +13,7 @@ from recsys.config.sections import (
     TrainerConfig,
     TrainingConfig,
 )
-from recsys.config.slate import SlateConfig
+from recsys.config.slate_section import SlateConfig
 from recsys.config.stores import LogConfig, StateConfig
 from recsys.config.tasks import Section, TaskConfig
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from recsys.config.bandit import BanditConfig
+from recsys.config.bandit_section import BanditConfig
 from recsys.config.features import CatalogueConfig, FeaturesConfig
 from recsys.config.feedback import FeedbackConfig
 from recsys.config.formula import formula
-from recsys.config.slate import SlateConfig
+from recsys.config.slate_section import SlateConfig
 from recsys.config.source_list import SOURCES, default_quotas, described
 from recsys.config.source_list import check as check_sources
 from recsys.config.stores import CapacityConfig, LogConfig, StateConfig

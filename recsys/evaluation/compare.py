@@ -13,7 +13,7 @@ from recsys.config import Config
 from recsys.config.tasks import LATE, NEVER
 from recsys.errors import BadInput
 from recsys.evaluation.bootstrap import Resamples, interval
-from recsys.evaluation.metrics import METRICS, NextItem, differences
+from recsys.evaluation.measures import METRICS, NextItem, differences
 from recsys.evaluation.replay import Event, Options, Replay
 from recsys.keys import cross, key_of
 from recsys.types import Bool, Int64

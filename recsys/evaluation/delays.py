@@ -8,7 +8,7 @@ import numpy as np
 
 from recsys.candidates.counter_feed import CounterFeed
 from recsys.features.catalogue import Catalogue
-from recsys.features.kernels import Columns
+from recsys.features.feature_kernels import Columns
 from recsys.types import Feedback, Float32, Impression
 
 

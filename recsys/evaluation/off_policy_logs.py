@@ -12,7 +12,7 @@ import numpy as np
 
 from recsys.errors import BadInput
 from recsys.evaluation.off_policy import LEAST, Float64, Rounds
-from recsys.events import files
+from recsys.events import event_files
 from recsys.keys import key_of
 from recsys.types import Feedback, Impression, Int64, ShownItem
 
@@ -55,7 +55,7 @@ def read_log(paths: Sequence[Path], types: Collection[str], window_s: float | No
     known: set[int] = set()
     found: Counter[str] = Counter()
     last_ms = 0
-    for last_ms, _, message in files.merged(list(paths)):  # noqa: B007
+    for last_ms, _, message in event_files.merged(list(paths)):  # noqa: B007
         if isinstance(message, Impression):
             if (key := key_of(message.request_id)) in known:
                 left_out["duplicate"] += 1

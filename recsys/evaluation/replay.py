@@ -21,7 +21,7 @@ from recsys.candidates.meaning import Meaning
 from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.evaluation.delays import Delayed
-from recsys.evaluation.metrics import NextItem, Progressive
+from recsys.evaluation.measures import NextItem, Progressive
 from recsys.evaluation.serving import ServingCopy
 from recsys.features.build import Features, encode
 from recsys.features.catalogue import Catalogue
@@ -30,7 +30,7 @@ from recsys.keys import key_of, mix
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.stages import Ranked
-from recsys.state.memory import MemoryState
+from recsys.state.memory_state import MemoryState
 from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from recsys.types import Bool, Feedback, Float32, HistoryEvent, Impression, Item, ShownItem, UserUpdate

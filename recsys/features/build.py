@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.errors import BadInput
-from recsys.features import kernels
+from recsys.features import feature_kernels
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import columns_of, kept
 from recsys.features.numeric import bucket_of, number_of, squashed
@@ -249,7 +249,7 @@ def _crosses(schema: Schema, user: UserFeatures, item_keys: Int64, item_mask: Bo
     columns = columns_of(user.shared_keys, user.shared_mask, item_keys, item_mask)
     newest = slice(schema.cross_history)
     past_keys, past_mask = kept(user.history_keys[newest], np.int64), kept(user.history_mask[newest], np.bool_)
-    kernels.crosses(columns, past_keys, past_mask, schema.cross_spec, keys, mask)
+    feature_kernels.crosses(columns, past_keys, past_mask, schema.cross_spec, keys, mask)
     return keys, mask
 
 

@@ -13,10 +13,10 @@ import orjson
 
 from recsys.errors import CatalogueFull
 from recsys.features.filters import Changes, Columns, Filters, Masks, passing
+from recsys.features.key_rows import RowIndex
 from recsys.features.labels import Labels, used_keys
 from recsys.features.numeric import between, bucket_of, number_of, time_ms_of
 from recsys.features.overflow import Overflow
-from recsys.features.rows import RowIndex
 from recsys.features.schema import Schema
 from recsys.features.texts import Texts
 from recsys.features.vacancies import Readers, Vacancies

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.decay import ForwardDecay, counted
-from recsys.features import kernels
-from recsys.features.kernels import Columns, Ratios, Sums
+from recsys.features import feature_kernels
+from recsys.features.feature_kernels import Columns, Ratios, Sums
 from recsys.features.schema import Schema
 from recsys.types import Bool, Float32, Int64
 
@@ -51,8 +51,10 @@ class Counters:
         shared, items = len(schema.shared_slots), len(schema.item_slots)
         no_keys, no_mask = np.zeros((0, items), np.int64), np.zeros((0, items), np.bool_)
         nothing = columns_of(np.zeros(shared, np.int64), np.zeros(shared, np.bool_), no_keys, no_mask)
-        kernels.add(self._table, 0, nothing, self._spec, np.zeros(len(self._columns)), np.zeros(len(self._decays)))
-        kernels.index(self._table, 0)
+        feature_kernels.add(
+            self._table, 0, nothing, self._spec, np.zeros(len(self._columns)), np.zeros(len(self._decays))
+        )
+        feature_kernels.index(self._table, 0)
         self.numbers(self.counts(nothing, 0))
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ class Counters:
                 self._table.sums[: self._size, h] *= factor
             weights[h] = decay.weight(now_ms)
         self._make_room(len(columns.item_keys) * self._keys_of_an_item)
-        self._size = kernels.add(self._table, self._size, columns, self._spec, amounts, weights)
+        self._size = feature_kernels.add(self._table, self._size, columns, self._spec, amounts, weights)
 
     def _make_room(self, rows: int) -> None:
         if self._size + rows > self._capacity:
@@ -104,20 +106,20 @@ class Counters:
         old, self._table = self._table, self._empty(rows)
         for name in ("keys", "owners", "counters", "sums"):
             getattr(self._table, name)[: self._size] = getattr(old, name)[: self._size]
-        kernels.index(self._table, self._size)
+        feature_kernels.index(self._table, self._size)
 
     def counts(self, columns: Columns, now_ms: int) -> Float32:
         """Decayed counts [K, C, H, W] as of `now_ms`: C and W as the layout names them."""
         shape = (len(columns.item_keys), len(self._spec), *self._table.sums.shape[1:])
         out = np.empty(shape, np.float32)
         decays = np.array([decay.decay(now_ms) for decay in self._decays])
-        kernels.read(self._table, columns, self._spec, decays, out)
+        feature_kernels.read(self._table, columns, self._spec, decays, out)
         return out
 
     def numbers(self, counts: Float32) -> Float32:
         """The layout's numbers [K, N] for counts [K, C, H, W]."""
         out = np.empty((len(counts), len(self._ratios.spec)), np.float32)
-        kernels.numbers(counts, self._ratios, out)
+        feature_kernels.numbers(counts, self._ratios, out)
         return out
 
     def forget(self, user_key: int) -> None:

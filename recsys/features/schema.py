@@ -15,7 +15,7 @@ import numpy as np
 
 from recsys.config import Config
 from recsys.features.counter_layout import CounterLayout
-from recsys.features.kernels import ITEM, MAX_SLOTS, PAST, SHARED
+from recsys.features.feature_kernels import ITEM, MAX_SLOTS, PAST, SHARED
 from recsys.types import Int32
 
 

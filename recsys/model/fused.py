@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from recsys import metrics
 from recsys.compiled import one_at_a_time
-from recsys.model import eager, gather, kernels
+from recsys.model import eager, fused_kernels, gather
 
 
 def array(tensor: torch.Tensor) -> Any:
@@ -49,7 +49,7 @@ class FeatureGate(Function):
             torch.bmm(low[..., part * rank : (part + 1) * rank], up[:, part], out=gates[part])
         choice = (low[..., -1:] + bias).squeeze(2)
         out = x.new_empty(gates.shape[1:])
-        kernels.feature_gate(array(x), array(gates), array(choice), array(out))
+        fused_kernels.feature_gate(array(x), array(gates), array(choice), array(out))
         ctx.save_for_backward(x, down, up, low, gates, choice)
         return out
 
@@ -59,7 +59,7 @@ class FeatureGate(Function):
         x, down, up, low, gates, choice = ctx.saved_tensors
         groups, rank = down.shape[0], up.shape[2]
         gx, ggates, gchoice = torch.zeros_like(x), torch.empty_like(gates), torch.empty_like(choice)
-        kernels.feature_gate_back(
+        fused_kernels.feature_gate_back(
             array(g), array(x), array(gates), array(choice), array(gx), array(ggates), array(gchoice)
         )
         glow, gup = torch.empty_like(low), torch.empty_like(up)
@@ -95,7 +95,7 @@ class NormSilu(Function):
         affine = torch.stack([scale, bias.squeeze(1) - running[0] * scale])
         x = x.contiguous()
         out = torch.empty_like(x)
-        kernels.norm_silu(array(x), array(affine), array(out))
+        fused_kernels.norm_silu(array(x), array(affine), array(out))
         ctx.save_for_backward(x, running, affine)
         ctx.batch = batch
         return out
@@ -106,7 +106,9 @@ class NormSilu(Function):
         x, running, affine = ctx.saved_tensors
         batch = running if ctx.batch is None else ctx.batch
         gx, sums = torch.empty_like(x), np.empty(affine.shape)
-        kernels.norm_silu_back(array(g), array(x), array(affine), array(batch), ctx.batch is not None, array(gx), sums)
+        fused_kernels.norm_silu_back(
+            array(g), array(x), array(affine), array(batch), ctx.batch is not None, array(gx), sums
+        )
         total, product = torch.from_numpy(sums).unbind()
         ggain = (product - running[0] * total) * running[1]
         return gx, ggain.unsqueeze(1).to(x), total.unsqueeze(1).to(x), None, None
@@ -121,7 +123,7 @@ class Dice(Function):
     ) -> torch.Tensor:
         x = x.contiguous()
         affine, out = torch.stack([running[1], -running[0] * running[1]]), torch.empty_like(x)
-        kernels.dice(array(x), array(affine), array(alpha), array(out))
+        fused_kernels.dice(array(x), array(affine), array(alpha), array(out))
         ctx.save_for_backward(x, alpha, running, affine)
         ctx.batch = batch
         return out
@@ -132,7 +134,7 @@ class Dice(Function):
         x, alpha, running, affine = ctx.saved_tensors
         batch = running if ctx.batch is None else ctx.batch
         out = x.new_empty(len(x) + 1, x.shape[1])
-        kernels.dice_back(
+        fused_kernels.dice_back(
             array(g), array(x), array(affine), array(alpha), array(batch), ctx.batch is not None, array(out)
         )
         return out[:-1], out[-1], None, None
@@ -148,7 +150,7 @@ class Mix(Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, experts = logits.contiguous(), experts.contiguous()
         shares, out = torch.empty_like(logits), logits.new_empty(len(logits), *experts.shape[1:])
-        kernels.mix(array(logits), array(experts), reach, own, array(shares), array(out))
+        fused_kernels.mix(array(logits), array(experts), reach, own, array(shares), array(out))
         ctx.save_for_backward(experts, shares)
         ctx.reach, ctx.own = reach, own
         ctx.mark_non_differentiable(shares)
@@ -159,7 +161,9 @@ class Mix(Function):
     def backward(ctx: Any, g: torch.Tensor, _: torch.Tensor) -> Any:
         experts, shares = ctx.saved_tensors
         glogits, gexperts = torch.zeros_like(shares), torch.zeros_like(experts)
-        kernels.mix_back(array(g), array(experts), array(shares), ctx.reach, ctx.own, array(glogits), array(gexperts))
+        fused_kernels.mix_back(
+            array(g), array(experts), array(shares), ctx.reach, ctx.own, array(glogits), array(gexperts)
+        )
         return glogits, gexperts, None, None
 
 
@@ -278,7 +282,7 @@ class SumColumns(Function):
 
 def ready() -> bool:
     """Whether the kernels are compiled."""
-    return kernels.compiled.is_set()
+    return fused_kernels.compiled.is_set()
 
 
 def _fused() -> bool:
@@ -338,10 +342,10 @@ def attention_scores(
     x = first
     for (running, alpha), (weight, after) in zip(dices, layers, strict=True):
         affine = torch.stack([running[1], -running[0] * running[1]])
-        kernels.dice_lines(array(x), array(bias), array(affine), array(alpha))
+        fused_kernels.dice_lines(array(x), array(bias), array(affine), array(alpha))
         if len(weight) == 1:
             scores = x.new_empty(len(x), x.shape[2])
-            kernels.weighted_lines(array(x), array(weight[0]), after.item(), array(scores))
+            fused_kernels.weighted_lines(array(x), array(weight[0]), after.item(), array(scores))
             return scores
         x, bias = torch.bmm(weight.expand(len(x), -1, -1), x), after.unsqueeze(0)
     raise AssertionError("the last layer has one output")
@@ -356,7 +360,7 @@ def warm_up() -> float:
     if not ready():
         metrics.COMPILE_SECONDS.set(seconds)
         logging.getLogger("recsys").info("fused operations ready after %.1f s", seconds)
-    kernels.compiled.set()
+    fused_kernels.compiled.set()
     return seconds
 
 
@@ -379,7 +383,9 @@ def _run_each_kernel() -> None:
         SumColumns.apply(ones(1, 1), 0, 1, [(index, np.zeros(1, np.intp))]),
     ]
     torch.autograd.backward([output.sum() for output in outputs])
-    kernels.dice_lines(*(np.ones(shape, np.float32) for shape in ((1, 1, 1), (1, 1), (2, 1), (1,))))
-    kernels.weighted_lines(np.ones((1, 1, 1), np.float32), np.ones(1, np.float32), 0.0, np.ones((1, 1), np.float32))
-    kernels.moments(np.ones((1, 1, 1), np.float32), np.ones((2, 1, 1)))
+    fused_kernels.dice_lines(*(np.ones(shape, np.float32) for shape in ((1, 1, 1), (1, 1), (2, 1), (1,))))
+    fused_kernels.weighted_lines(
+        np.ones((1, 1, 1), np.float32), np.ones(1, np.float32), 0.0, np.ones((1, 1), np.float32)
+    )
+    fused_kernels.moments(np.ones((1, 1, 1), np.float32), np.ones((2, 1, 1)))
     gather.unique(*(np.ones(1, t) for t in (np.int32, np.int64, np.bool_)), np.full(2, -1), *np.zeros((2, 1), np.intp))

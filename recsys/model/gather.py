@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.model.kernels import kernel
+from recsys.model.fused_kernels import kernel
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recsys.model import fused, kernels
+from recsys.model import fused, fused_kernels
 
 MOMENTUM = 0.01
 """Share of a batch in running statistics once they are warm: half follows a drift half as fast, double is noisier."""
@@ -102,7 +102,7 @@ class StreamingNorm(nn.Module):
         batch = None
         if self.training and x.shape[1]:
             moments = np.empty((2, x.shape[0], x.shape[2]))
-            kernels.moments(x.detach().contiguous().numpy(), moments)
+            fused_kernels.moments(x.detach().contiguous().numpy(), moments)
             mean, var = torch.from_numpy(moments).to(x.dtype).unsqueeze(2)
             self._update(mean.view_as(self.mean), var.view_as(self.var), x.shape[1])
             if x.shape[1] >= MIN_BATCH:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from recsys.model import kernels
+from recsys.model import fused_kernels
 from recsys.model import learn_kernels as learn
 from recsys.model.home import Home, Level
 from recsys.model.layers import GroupedLinear
@@ -71,13 +71,13 @@ class _Gates:
         self._gates, self._choice = empty(2, groups, rows, width), empty(groups, rows)
         out = empty(groups, rows, width)
         learn.gate_maps(x, down, bias, up, self._low, self._gates, self._choice)
-        kernels.feature_gate(x, self._gates, self._choice, out)
+        fused_kernels.feature_gate(x, self._gates, self._choice, out)
         return out
 
     def gradient(self, g: Float32) -> Float32:
         gx, gchoice = zeros(*self._x.shape), np.empty_like(self._choice)
         ggates = np.empty_like(self._gates)
-        kernels.feature_gate_back(g, self._x, self._gates, self._choice, gx, ggates, gchoice)
+        fused_kernels.feature_gate_back(g, self._x, self._gates, self._choice, gx, ggates, gchoice)
         weights, back = tuple(w.value for w in self._weights), tuple(w.grad for w in self._weights)
         learn.gate_maps_back(self._x, weights, self._low, ggates, gchoice, gx, back)
         return gx
@@ -111,22 +111,22 @@ class _Level:
         else:
             self._x, experts = x, np.empty_like(x)
             self._said, self._through = self._norm.settle(x, learning)
-            kernels.norm_silu(x, self._said[0], experts)
+            fused_kernels.norm_silu(x, self._said[0], experts)
         logits = self._gate.value(gate_inputs)
         self._experts, self._shares = experts, np.empty_like(logits)
         out = empty(len(logits), *experts.shape[1:])
-        kernels.mix(logits, experts, self.reach, self._own, self._shares, out)
+        fused_kernels.mix(logits, experts, self.reach, self._own, self._shares, out)
         return out
 
     def gradient(self, g: Float32) -> tuple[Float32, Float32]:
         """For g [O, M, Z], those of inputs and gate inputs; of one input that is both, one of both."""
         glogits, gx = zeros(*self._shares.shape), zeros(*self._experts.shape)
-        kernels.mix_back(g, self._experts, self._shares, self.reach, self._own, glogits, gx)
+        fused_kernels.mix_back(g, self._experts, self._shares, self.reach, self._own, glogits, gx)
         if self._norm is None:
             gx = self._last.gradient(gx)
         else:
             back, sums = np.empty_like(gx), np.empty(self._said.shape[1:])
-            kernels.norm_silu_back(gx, self._x, self._said[0], self._said[2], self._through, back, sums)
+            fused_kernels.norm_silu_back(gx, self._x, self._said[0], self._said[2], self._through, back, sums)
             self._norm.learned(sums, self._said[1])
             gx = back
         for swish, layer in reversed(self._rest):

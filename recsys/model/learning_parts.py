@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from recsys.model import kernels
+from recsys.model import fused_kernels
 from recsys.model import learn_kernels as learn
 from recsys.model.din import MeanPool, TargetAttention
 from recsys.model.layers import BATCH, MIN_BATCH, WARM, Dice, StreamingNorm
@@ -55,7 +55,7 @@ class Norm:
         out, count = empty(6, self._mean.size), x.shape[1]
         moments, rate = np.zeros((2, *self._shape)), 0.0
         if learning and count:
-            kernels.moments(x, moments)
+            fused_kernels.moments(x, moments)
             self._rows += count
             rate = max(count / (int(self._rows) + BATCH), self._momentum * min(1.0, count / BATCH))
         running = self._mean, self._var, self._epsilon
@@ -161,12 +161,12 @@ class _Dice:
         said, self._through = self._norm.settle(x[None], learning)
         self._affine, _, self._batch = said[:, :, 0]
         self._x, out = x, np.empty_like(x)
-        kernels.dice(x, self._affine, self._alpha.value, out)
+        fused_kernels.dice(x, self._affine, self._alpha.value, out)
         return out
 
     def gradient(self, g: Float32) -> Float32:
         out = empty(len(g) + 1, g.shape[1])
-        kernels.dice_back(g, self._x, self._affine, self._alpha.value, self._batch, self._through, out)
+        fused_kernels.dice_back(g, self._x, self._affine, self._alpha.value, self._batch, self._through, out)
         self._alpha.grad[:] = out[-1]
         return out[:-1]
 

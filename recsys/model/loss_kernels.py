@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys.model.kernels import kernel
+from recsys.model.fused_kernels import kernel
 from recsys.model.ranker import CERTAIN
 
 Array = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys.model.kernels import _exp, _sigmoid, kernel
+from recsys.model.fused_kernels import _exp, _sigmoid, kernel
 
 Array = np.ndarray[Any, Any]
 BLOCK = 64

@@ -19,7 +19,7 @@ from recsys import metrics
 from recsys.compiled import one_at_a_time
 from recsys.config import Config
 from recsys.features.schema import Schema
-from recsys.model import build, eager, gather
+from recsys.model import eager, gather, networks
 from recsys.model import score_kernels as kernels
 from recsys.model.assemble import starts
 from recsys.model.din import MeanPool, TargetAttention
@@ -53,7 +53,7 @@ def packed(schema: Schema, ranker: Ranker) -> Scoring | None:
 def scored_by(config: Config) -> str:
     """What scores the requests of a configuration."""
     schema = Schema.of(config)
-    return "torch" if packed(schema, build.ranker(config, schema)) is None else "compiled kernels"
+    return "torch" if packed(schema, networks.ranker(config, schema)) is None else "compiled kernels"
 
 
 class Scoring:

@@ -12,7 +12,7 @@ from recsys.errors import BadInput, ConfigError
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Filters
 from recsys.features.schema import Schema
-from recsys.ranking.filters import parse_filters
+from recsys.ranking.filter_rules import parse_filters
 from recsys.ranking.request import Boost, Request
 from recsys.ranking.slate import Limit, Rules, Term
 from recsys.ranking.variety import Cap, Coverage, Dpp, Likeness, Mmr, values_of

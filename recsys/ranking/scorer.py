@@ -17,7 +17,7 @@ from recsys.config import Config
 from recsys.errors import SchemaMismatch
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build, scoring
+from recsys.model import networks, scoring
 from recsys.model.assemble import ranker_inputs, starts, wide_sums
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block, Plan, plan, unique_rows
@@ -26,7 +26,7 @@ from recsys.model.scoring import Scoring
 from recsys.model.tower_scoring import user_vectors
 from recsys.model.two_tower import TwoTower
 from recsys.parameters.base import Parameters, ParameterState
-from recsys.parameters.rows import RowSource
+from recsys.parameters.row_source import RowSource
 from recsys.ranking.value import Value
 from recsys.types import Bool, Float32, Int64
 
@@ -214,7 +214,7 @@ class Scorer:
             return True
 
     def _build(self, payload: bytes | None, version: int) -> _Networks:
-        ranker, towers = build.ranker(self._config, self._schema), build.two_tower(self._config, self._schema)
+        ranker, towers = networks.ranker(self._config, self._schema), networks.two_tower(self._config, self._schema)
         clusters: Published | None = None
         if payload is not None:
             try:

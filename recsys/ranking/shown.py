@@ -15,7 +15,7 @@ from recsys.features.build import encode
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.ranking import slate
-from recsys.ranking.filters import described
+from recsys.ranking.filter_rules import described
 from recsys.ranking.reasons import Reasons
 from recsys.ranking.request import Request
 from recsys.ranking.rules import RuleBook

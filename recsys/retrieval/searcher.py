@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from recsys.retrieval.index import ItemIndex, unit
+from recsys.retrieval.item_index import ItemIndex, unit
 from recsys.retrieval.select import among, best, largest
 from recsys.types import Bool, Float32, Int32, UInt8
 

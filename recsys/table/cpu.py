@@ -311,7 +311,7 @@ class CpuTable:
 
     @property
     def shared(self) -> dict[str, npt.NDArray[Any]]:
-        """What `recsys.table.shared` reads, where `room` gave memory that other processes map. Such a table is written, not trained."""
+        """What `recsys.table.shared_table` reads, where `room` gave memory that other processes map. Such a table is written, not trained."""
         arrays = self._index.arrays
         return {
             "entries": arrays.entries,

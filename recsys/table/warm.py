@@ -8,7 +8,7 @@ from recsys.compiled import one_at_a_time
 from recsys.table import upkeep
 from recsys.table.base import Layout, Precision, Segment, SlotPolicy
 from recsys.table.cpu import CpuTable
-from recsys.table.shared import SharedTable
+from recsys.table.shared_table import SharedTable
 
 
 def warm_up(precision: Precision = "float32") -> None:

@@ -18,7 +18,7 @@ import torch
 from recsys.clock import SystemClock
 from recsys.config import Config, parse
 from recsys.errors import LogUnavailable, StepFailed, Stopped
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.training import learner
 from recsys.training.journal import Entry, as_json, of_json
 

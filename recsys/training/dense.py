@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recsys.model.kernels import kernel
+from recsys.model.fused_kernels import kernel
 
 Array = np.ndarray[Any, Any]
 

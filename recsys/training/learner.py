@@ -16,7 +16,7 @@ from recsys.compiled import one_at_a_time
 from recsys.config import Config, TaskConfig, parse
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build, fused
+from recsys.model import fused, networks
 from recsys.model import loss_kernels as loss
 from recsys.model.assemble import ranker_inputs
 from recsys.model.home import Reading
@@ -55,7 +55,7 @@ class Learner:
         self._dim, self._l2 = config.model.dim, config.model.row_l2
         self._batch_size = config.training.batch_size
         self.tables = tables
-        self.model = build.ranker(config, schema)
+        self.model = networks.ranker(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
         self._network = Learning(schema, self.model)
         self._objective = objective(config.tasks)

@@ -24,7 +24,7 @@ from recsys.features.schema import Schema
 from recsys.model.layouts import layouts, parameters_name
 from recsys.table.tables import Tables
 from recsys.training import ledger
-from recsys.training.bandit import BanditLearner
+from recsys.training.bandit_learner import BanditLearner
 from recsys.training.breaker import Breaker
 from recsys.training.guard import Guard
 from recsys.training.joiner import Joiner
@@ -45,7 +45,7 @@ from recsys.training.steps import (
     place_of,
     said,
 )
-from recsys.training.towers import TowerLearner
+from recsys.training.tower_learner import TowerLearner
 from recsys.types import FORGET, Feedback, Impression, Item, Record
 
 

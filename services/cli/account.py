@@ -12,7 +12,7 @@ from recsys.config import Config
 from recsys.errors import BadInput, LogTruncated, SnapshotCorrupt, StateUnavailable
 from recsys.files import Manifests, read_file
 from recsys.parameters.deltas import numbered
-from recsys.state.open import open_state
+from recsys.state.open_state import open_state
 from recsys.streams.base import EventLog
 from recsys.streams.ranges import read_range
 from recsys.training.ledger import CARRIED, DEAD, HELD, waiting_of

@@ -10,7 +10,7 @@ from typing import Any
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.errors import BadInput
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from services.cli.main import DONE, MISSED, emit
 from services.cli.progress import progress_bar
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from recsys.errors import BadInput, FolderLocked
-from recsys.events import files
+from recsys.events import event_files
 from recsys.files import write_file
 from recsys.provenance import cpu_model, git, head
 from services.cli.main import DONE, MISSED, emit, parser
-from services.cli.replay import config_of, prepared
+from services.cli.replay_command import config_of, prepared
 
 KEYS = {"name", "set", "group"}
 """Of a run, beside the options of `recsys replay`."""
@@ -148,7 +148,7 @@ def _check(each: Run, given: Mapping[str, Any], path: Path) -> None:
 
 def _check_events(todo: list[Run], path: Path) -> None:
     """That no run would refuse its events, each read once, or what its configuration names in them."""
-    seen: dict[tuple[Path, ...], files.Names] = {}
+    seen: dict[tuple[Path, ...], event_files.Names] = {}
     for each in todo:
         try:
             prepared(parser().parse_args(each.arguments), seen)

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.errors import BadInput, LogTruncated, LogUnavailable
-from recsys.events import files, messages
+from recsys.events import event_files, messages
 from recsys.streams.base import EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.types import FORGET, Feedback, Impression, Item, Record
 from services.cli.main import DONE, emit
 
@@ -111,7 +111,7 @@ class Export:
 def _bound(text: str | None, name: str, default: float) -> float:
     if text is None:
         return default
-    from services.cli.replay import iso_ms  # brings torch, three seconds that most exports need not wait
+    from services.cli.replay_command import iso_ms  # brings torch, three seconds that most exports need not wait
 
     return iso_ms(text, name)
 
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
         task = bar.add_task("records")
         export = Export(log, from_ms, to_ms, lambda done: bar.update(task, completed=done))
         bar.update(task, total=export.num_records)
-        written = files.write_events(options.out, export.items(), export.impressions(), export.feedback())
+        written = event_files.write_events(options.out, export.items(), export.impressions(), export.feedback())
     result: dict[str, Any] = {**written, **export.counts}
     emit(options, result)
     return DONE

@@ -191,14 +191,14 @@ def _checkpoint_commands(commands: Any) -> None:
     _command(
         checkpoint,
         "list",
-        _of("checkpoint"),
+        _of("checkpoint_command"),
         "what `recsys rollback` can go back to",
         "recsys checkpoint list --config my.toml",
     )
     rollback = _command(
         commands,
         "rollback",
-        _of("rollback"),
+        _of("rollback_command"),
         "let trainer and serving go back to a checkpoint",
         "recsys rollback --to 81234 --skip",
     )
@@ -216,7 +216,7 @@ def _data_commands(commands: Any) -> None:
     convert = _command(
         data,
         "convert",
-        _of("convert"),
+        _of("convert_command"),
         "data set to event files",
         "recsys data convert globo clicks.parquet globo/",
         config_file=False,
@@ -252,7 +252,7 @@ def _data_commands(commands: Any) -> None:
     load = _command(
         commands,
         "import",
-        _of("load"),
+        _of("import_command"),
         "load items or events once, with an outcome per row",
         "recsys import items items.jsonl",
     )
@@ -266,7 +266,7 @@ def _offline_commands(commands: Any) -> None:
     replay = _command(
         commands,
         "replay",
-        _of("replay"),
+        _of("replay_command"),
         "run the whole loop over event files, offline",
         "recsys replay --events globo/ --json",
     )
@@ -349,7 +349,7 @@ def _evaluate_commands(commands: Any) -> None:
     compare = _command(
         evaluate,
         "compare",
-        _of("compare"),
+        _of("compare_command"),
         "two configurations over the same events: paired differences, and their answers interleaved",
         "recsys evaluate compare old.toml new.toml --events globo/ --expect better",
         config_file=False,
@@ -383,7 +383,7 @@ def _config_show(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     from recsys.training import commands
-    from services.cli.checkpoint import folder_of
+    from services.cli.checkpoint_command import folder_of
 
     commands.leave(
         folder_of(config.load(options.config)), commands.RESUME, commands.SKIP if options.skip else commands.LEARN

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from recsys import config
 from recsys.clock import SystemClock
-from recsys.streams.open import open_log
-from services.cli.checkpoint import folder_of
+from recsys.streams.open_log import open_log
+from services.cli.checkpoint_command import folder_of
 from services.cli.main import DONE, emit
 from services.common.process import FolderLock
 

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from recsys import config
 from recsys.clock import Clock, SystemClock
 from recsys.errors import BadInput, RecsysError
-from recsys.events import files, messages
+from recsys.events import event_files, messages
 from recsys.streams.base import EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.types import Feedback
 from services.cli.client import Client, Refused, url_of
 from services.cli.main import DONE, MISSED, emit
@@ -201,7 +201,7 @@ def _wait(futures: Sequence[Future[None]]) -> None:
 def put_items(options: argparse.Namespace, client: Client, stop: Stop, progress: Callable[[int], None]) -> Tally:
     """Put all items of the files, in batches."""
     tally = Tally()
-    items = files.read_items(options.events)
+    items = event_files.read_items(options.events)
     while not stop and (batch := list(islice(items, BATCH))):
         tally.count(client.outcomes("PUT", "/v1/items", "items", [messages.dump_item(item) for item in batch]))
         progress(tally.sent)
@@ -273,8 +273,8 @@ def run(options: argparse.Namespace) -> int:
     """Put the items, play the feedback, say what came of it."""
     _checked(options)
     loaded, clock, stop, tally = config.load(options.config), SystemClock(), Stop(), Tally()
-    num_rows = files.count_rows(options.events)
-    feedback = (message for _, _, message in files.merged(options.events) if isinstance(message, Feedback))
+    num_rows = event_files.count_rows(options.events)
+    feedback = (message for _, _, message in event_files.merged(options.events) if isinstance(message, Feedback))
     client = Client(url_of(loaded, options.url), stop)
     plan = Plan(
         rate=options.rate,

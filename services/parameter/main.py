@@ -22,13 +22,13 @@ from recsys.parameters.deltas import WHOLE_BEGIN, DeltaReader
 from recsys.parameters.parameter_files import Place, Snapshots, load_checkpoint
 from recsys.parameters.store import ParameterStore
 from recsys.streams.base import STUCK_S, EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.streams.positions import gap_of, resume
 from recsys.table.tables import placed
 from recsys.types import Record
 from services.common.process import FolderLock, HealthServer, Stop, logger
 from services.common.rest import Rest
-from services.common.tables import TableGauges
+from services.common.table_gauges import TableGauges
 
 TOPIC, CONSUMER = "parameters", "parameter"
 KEY = f"{TOPIC}/0"

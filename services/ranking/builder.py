@@ -25,13 +25,13 @@ from recsys.candidates.generation import Job, build_index
 from recsys.config import Config
 from recsys.errors import RecsysError, SnapshotCorrupt
 from recsys.features.schema import Schema
-from recsys.model import build
+from recsys.model import networks
 from recsys.model.layouts import parameters_name
 from recsys.model.two_tower import TwoTower
 from recsys.parameters.grpc_parameters import GrpcParameters
-from recsys.parameters.shared import SharedParameters
+from recsys.parameters.shared_rows import SharedParameters
 from recsys.ranking.scorer import Scorer
-from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.item_index import ItemIndex
 from recsys.types import Bool, Float32, Int64
 from services.common.process import logger, setup_logging
 
@@ -154,7 +154,7 @@ def main(folder: Path, name: str) -> None:
     name_of_rows = parameters_name(config, schema)
     remote = GrpcParameters(config.parameter_address, name_of_rows, LOOKUP_S)
     scorer = Scorer(config, schema, SharedParameters(config.data_dir / "parameter", name_of_rows, remote))
-    towers = build.two_tower(config, schema)
+    towers = networks.two_tower(config, schema)
     towers.load_state_dict(safetensors.torch.load_file(folder / "towers.safetensors"))
     rows, keys, mask = (np.load(folder / f"{array}.npy", mmap_mode="r") for array in _ARRAYS)
 

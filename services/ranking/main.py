@@ -12,7 +12,7 @@ import uvicorn
 from recsys.clock import SystemClock
 from recsys.config import Config
 from recsys.errors import RecsysError
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from services.common.process import FolderLock, Stop, bind, logger, settle_heap
 from services.ranking.app import create_app
 from services.ranking.connections import Guard, Limits, affordable

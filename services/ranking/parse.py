@@ -12,7 +12,7 @@ from recsys.config import Config
 from recsys.errors import BadInput, nearest
 from recsys.events import messages
 from recsys.events.fields import MAX_NAME_CHARS
-from recsys.ranking.filters import parse_boosts, parse_filters, parse_pins
+from recsys.ranking.filter_rules import parse_boosts, parse_filters, parse_pins
 from recsys.ranking.request import Request
 from recsys.types import Feedback, Item
 from services.ranking import salvage

@@ -32,14 +32,14 @@ from recsys.model import fused, scoring
 from recsys.model.layouts import parameters_name
 from recsys.parameters.base import Parameters
 from recsys.parameters.grpc_parameters import GrpcParameters
-from recsys.parameters.shared import SharedParameters
+from recsys.parameters.shared_rows import SharedParameters
 from recsys.ranking import catalogue_file
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.shown import Shown
 from recsys.state.cache import UserCache
-from recsys.state.open import open_state
+from recsys.state.open_state import open_state
 from recsys.streams import positions
 from recsys.streams.base import EventLog
 from recsys.types import AsOf, Feedback, Record, UserState
@@ -47,7 +47,7 @@ from services.common.process import Stop, logger
 from services.common.rest import NET_S, Rest
 from services.common.trouble import Troubles
 from services.ranking.builder import Builder
-from services.ranking.intake import Intake
+from services.ranking.feedback_intake import Intake
 from services.ranking.loops import Idle, Loops
 from services.ranking.parse import Refused
 

@@ -15,12 +15,12 @@ from recsys import metrics
 from recsys.clock import MAX_LEAD_MS, SystemClock
 from recsys.config import Config
 from recsys.errors import LogFull, LogTruncated, LogUnavailable, ParametersUnavailable, Stopped
-from recsys.evaluation.metrics import calibration, log_loss, normalized_entropy
+from recsys.evaluation.measures import calibration, log_loss, normalized_entropy
 from recsys.model.home import Reading
 from recsys.model.layouts import parameters_name, sizes
 from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.streams.base import STUCK_S, EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.streams.watch import SLOWEST_S
 from recsys.training import learner
 from recsys.training.intake import CONSUMER, TOPICS
@@ -29,7 +29,7 @@ from recsys.training.steps import StepReport
 from recsys.training.trainer import Trainer
 from services.common.process import NO_SPACE, FolderLock, HealthServer, Interrupted, Stop, logger
 from services.common.rest import NET_S, Rest
-from services.common.tables import TableGauges
+from services.common.table_gauges import TableGauges
 from services.common.trouble import Troubles
 from services.trainer.pace import Pace
 

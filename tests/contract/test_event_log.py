@@ -29,12 +29,12 @@ from recsys.config import Config, LogConfig
 from recsys.errors import LogError, LogFull, LogTruncated, LogUnavailable, RecordTooLarge
 from recsys.streams.base import EventLog
 from recsys.streams.kafka import KafkaLog
-from recsys.streams.memory import MemoryLog
-from recsys.streams.open import open_log
+from recsys.streams.memory_log import MemoryLog
+from recsys.streams.open_log import open_log
 from recsys.streams.positions import identities, keys_of, resume, split
 from recsys.streams.ranges import read_range
-from recsys.streams.sqlite import SqliteLog
 from recsys.streams.sqlite_file import LogFile
+from recsys.streams.sqlite_log import SqliteLog
 from recsys.streams.watch import watching
 from recsys.testing.servers import Server, free_port, kafka_server
 from recsys.types import TOPICS, Batch, Record
@@ -351,7 +351,7 @@ import os, sys, signal
 from pathlib import Path
 from recsys.clock import SystemClock
 from recsys.config import parse
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 import orjson
 log = open_log(parse(orjson.loads(sys.argv[1])), SystemClock(), "child")
 for i in range(int(sys.argv[2])):
@@ -426,7 +426,7 @@ import os, signal, sys
 from pathlib import Path
 from recsys.clock import SystemClock
 from recsys.streams import sqlite_file
-from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_log import SqliteLog
 log = SqliteLog(Path(sys.argv[1]), clock=SystemClock())
 sqlite_file.touch = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 log.append("feedback", [("k", b"committed")])
@@ -695,7 +695,7 @@ from recsys.clock import SystemClock
 from recsys.errors import LogFull
 from recsys.streams.positions import identities, keys_of, resume, split
 from recsys.streams.ranges import read_range
-from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_log import SqliteLog
 log = SqliteLog(Path(sys.argv[1]), clock=SystemClock())
 log.append("feedback", [("a", b"1")])
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))  # as a full disk: writes beyond fail

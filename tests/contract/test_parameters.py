@@ -22,7 +22,7 @@ from recsys.parameters.arena import ANNOUNCEMENT, Arena, Sharing
 from recsys.parameters.base import Parameters, ParameterState, Reply
 from recsys.parameters.deltas import Version
 from recsys.parameters.grpc_parameters import GrpcParameters, serve
-from recsys.parameters.shared import SharedParameters, View
+from recsys.parameters.shared_rows import SharedParameters, View
 from recsys.parameters.store import ParameterStore
 from tests.parameter_writer import DIM, LAYOUTS, NAME, PASSING, SLOT, STAYING, delta
 
@@ -207,7 +207,7 @@ def test_rows_of_a_dead_writer_stay_and_are_said_to_be_old_until_the_next_one_is
 
 
 def test_a_writer_that_stands_still_is_told_of(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys.parameters.shared.STUCK_S", 0.05)
+    monkeypatch.setattr("recsys.parameters.shared_rows.STUCK_S", 0.05)
     writer.process.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
     try:

@@ -18,10 +18,10 @@ from recsys.errors import ConfigError, StateUnavailable
 from recsys.state import merge
 from recsys.state.base import StateStore
 from recsys.state.cache import UserCache
-from recsys.state.memory import MemoryState
-from recsys.state.open import open_state
+from recsys.state.memory_state import MemoryState
+from recsys.state.open_state import open_state
 from recsys.state.redis import RedisState
-from recsys.state.sqlite import SqliteState
+from recsys.state.sqlite_state import SqliteState
 from recsys.testing.servers import Server, free_port, redis_server
 from recsys.types import HistoryEvent, UserState, UserUpdate
 

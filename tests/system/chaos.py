@@ -25,7 +25,7 @@ import psutil
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.provenance import head
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.testing.servers import Server, kafka_server, redis_server
 from tests.system.chaos_load import WINDOW_S, Accepted, Probes, Traffic
 from tests.system.embedded import ROOT, Embedded, cmdline, recsys, wait_for

@@ -26,7 +26,7 @@ from recsys.clock import SystemClock
 from recsys.config import Config
 from recsys.files import Manifests
 from recsys.provenance import head
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.streams.positions import split
 from recsys.testing.servers import kafka_server, redis_server
 from tests.system import ledger

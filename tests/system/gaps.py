@@ -29,9 +29,9 @@ def _seam(name: str, of: str, how: Literal["traffic", "start"] = "traffic") -> G
     return Gap(f"{of}: {name}", "trainer", (f"seam:{name}",), "seam", how=how)
 
 
-_LOG = ("recsys.streams.sqlite:SqliteLog.append", "recsys.streams.kafka:KafkaLog.append")
-_COMMIT = ("recsys.streams.sqlite:SqliteLog.commit", "recsys.streams.kafka:KafkaLog.commit")
-_STORE = ("recsys.state.sqlite:SqliteState.apply", "recsys.state.redis:RedisState.apply")
+_LOG = ("recsys.streams.sqlite_log:SqliteLog.append", "recsys.streams.kafka:KafkaLog.append")
+_COMMIT = ("recsys.streams.sqlite_log:SqliteLog.commit", "recsys.streams.kafka:KafkaLog.commit")
+_STORE = ("recsys.state.sqlite_state:SqliteState.apply", "recsys.state.redis:RedisState.apply")
 _REPLACE, _WRITE = ("recsys.files:replace",), ("recsys.files:write_file",)
 _STEP = "recsys.training.trainer:Trainer.step"
 
@@ -64,7 +64,7 @@ _TRAINER = (
         number=2,
         inside="recsys.training.learner:Learner.learn",
     ),
-    Gap("step: learned, the bandit not", "trainer", ("recsys.training.bandit:BanditLearner.step",), "before"),
+    Gap("step: learned, the bandit not", "trainer", ("recsys.training.bandit_learner:BanditLearner.step",), "before"),
     _seam("stepped", "step"),
     Gap("dead letter: not appended", "trainer", _LOG, "before", matching="dead_letter", how="poison"),
     Gap("dead letter: appended", "trainer", _LOG, "after", matching="dead_letter", how="poison"),
@@ -141,10 +141,10 @@ _RANKING = (
     Gap("generation: built, not in use", "ranking", ("recsys.candidates.generation:Generations.finish",), "before"),
 )
 _IMPORT = (
-    Gap("import: sent, nothing noted", "import", ("services.cli.load:Import._send",), "after"),
-    Gap("import: outcomes noted, place not", "import", ("services.cli.load:State.write",), "before"),
+    Gap("import: sent, nothing noted", "import", ("services.cli.import_command:Import._send",), "after"),
+    Gap("import: outcomes noted, place not", "import", ("services.cli.import_command:State.write",), "before"),
     Gap("import: place not renamed", "import", ("pathlib:Path.replace",), "before", matching="*.import.json"),
-    Gap("import: place noted", "import", ("services.cli.load:State.write",), "after"),
+    Gap("import: place noted", "import", ("services.cli.import_command:State.write",), "after"),
 )
 GAPS = {gap.name: gap for gap in (*_TRAINER, *_PARAMETER, *_RANKING, *_IMPORT)}
 OF_KAFKA = {

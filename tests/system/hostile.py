@@ -25,7 +25,7 @@ from recsys import config
 from recsys.clock import SystemClock
 from recsys.errors import BadInput
 from recsys.parameters import parameter_pb2 as pb
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.types import TOPICS
 from tests.system.chaos_load import WINDOW_S, Accepted, Probes, Traffic
 from tests.system.embedded import ROOT, Embedded, wait_for

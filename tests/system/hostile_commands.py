@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 
 from recsys.errors import RecsysError
-from recsys.events.files import write_events
+from recsys.events.event_files import write_events
 from services.cli.main import main as command_line
 from tests.system.embedded import ROOT, wait_for
 from tests.system.hostile_world import PLAIN, SMALL, convertible, toml, world

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from recsys import config
 from recsys.clock import SystemClock
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.streams.ranges import read_range
 from recsys.testing.servers import Server
 from recsys.types import Record

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recsys.clock import ManualClock, SystemClock
-from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_log import SqliteLog
 from tests.system.embedded import wait_for
 from tests.system.trainer_alone import LABELS, START_S, TrainerAlone, click
 

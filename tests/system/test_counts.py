@@ -10,7 +10,7 @@ import pytest
 
 from recsys.clock import ManualClock, SystemClock
 from recsys.events import messages
-from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_log import SqliteLog
 from recsys.types import Feedback
 from tests.system.embedded import ITEMS, Embedded, embedded, wait_for
 

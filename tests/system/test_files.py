@@ -24,8 +24,8 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.files import COPY, KeptManifests, Manifests, read_file
 from recsys.ranking import catalogue_file
-from recsys.state.sqlite import SqliteState
-from recsys.streams.sqlite import SqliteLog
+from recsys.state.sqlite_state import SqliteState
+from recsys.streams.sqlite_log import SqliteLog
 from recsys.table.segments import read_segment
 from recsys.training.journal import Journal
 from recsys.training.spill import Place, Spill

@@ -21,8 +21,8 @@ from recsys.parameters.store import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.state.memory import MemoryState
-from recsys.streams.open import open_log
+from recsys.state.memory_state import MemoryState
+from recsys.streams.open_log import open_log
 from recsys.table.base import Rows
 from recsys.table.segments import merged, read_chain
 from recsys.testing.world import World

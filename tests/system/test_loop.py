@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from kafka import KafkaProducer
 
-from recsys.evaluation.metrics import auc
-from recsys.state.open import open_state
+from recsys.evaluation.measures import auc
+from recsys.state.open_state import open_state
 from recsys.testing.servers import Server
 from recsys.testing.world import World
 from tests.shared_data import shared

@@ -15,7 +15,7 @@ from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.parameters.deltas import DeltaReader
 from recsys.streams.base import EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.types import Feedback, Impression, Item, ShownItem
 from tests.system.embedded import START_S, wait_for
 from tests.system.services import Services, now_ms

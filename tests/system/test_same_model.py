@@ -16,7 +16,7 @@ import torch
 
 from recsys.clock import SystemClock
 from recsys.events import messages
-from recsys.events.files import merged, read_items
+from recsys.events.event_files import merged, read_items
 from recsys.features.build import decode
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
@@ -25,13 +25,13 @@ from recsys.parameters.deltas import DeltaReader
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.streams.base import EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.table.tables import Tables
 from recsys.training.checkpoint import network_bytes
 from recsys.training.journal import Journal
 from recsys.training.trainer import Trainer
 from recsys.types import Feedback, Impression, Record
-from services.cli.convert import convert_kuairand
+from services.cli.convert_command import convert_kuairand
 from tests.system.embedded import ROOT, wait_for
 from tests.system.services import Services
 

@@ -21,8 +21,8 @@ import pytest
 from recsys import config
 from recsys.clock import SystemClock
 from recsys.config import Config
-from recsys.events.files import merged, write_events
-from recsys.streams.open import open_log
+from recsys.events.event_files import merged, write_events
+from recsys.streams.open_log import open_log
 from recsys.testing.servers import free_port, kafka_server, redis_server
 from recsys.testing.world import World
 from recsys.types import Feedback, Impression

@@ -15,7 +15,7 @@ from recsys.clock import Clock, SystemClock
 from recsys.events import messages
 from recsys.features.build import Features, UserFeatures, encode
 from recsys.features.schema import Schema
-from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_log import SqliteLog
 from recsys.types import Feedback, Impression, Record, ShownItem
 from tests.system.embedded import ROOT, command, environment, free_ports, wait_for
 

@@ -22,7 +22,7 @@ from kafka import KafkaAdminClient
 from recsys.clock import SystemClock
 from recsys.errors import LogTruncated
 from recsys.provenance import head
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.testing.servers import Server, kafka_server, redis_server
 from recsys.types import Record
 from tests.system.crash_matrix import Matrix, closing, good, on

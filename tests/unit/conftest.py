@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recsys.events.files import write_events
+from recsys.events.event_files import write_events
 from services.cli.main import main
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]

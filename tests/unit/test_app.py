@@ -14,10 +14,10 @@ from recsys.clock import ManualClock
 from recsys.config import Config
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.types import AsOf, Item, UserState
 from services.ranking.app import create_app
-from services.ranking.intake import Intake
+from services.ranking.feedback_intake import Intake
 
 
 class Service:

@@ -22,7 +22,7 @@ from recsys.table.cpu import CpuTable
 from recsys.table.cuda import CudaTable
 from recsys.table.reference import ReferenceTable
 from recsys.table.segments import shard_of
-from recsys.training.bandit import BanditLearner
+from recsys.training.bandit_learner import BanditLearner
 from recsys.types import Feedback, Float32, Impression, ShownItem
 from tests.table_cuda import COMPILED, cuda_table
 

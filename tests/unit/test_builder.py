@@ -18,7 +18,7 @@ from recsys.config import Config
 from recsys.features.build import user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import build
+from recsys.model import networks
 from recsys.model.layouts import layouts
 from recsys.parameters.deltas import Delta, Version
 from recsys.parameters.grpc_parameters import GrpcParameters, serve
@@ -40,8 +40,8 @@ def scorer(config: Config) -> Iterator[Scorer]:
     """Untrained weights of version 1, served over a socket."""
     schema = Schema.of(config)
     store = ParameterStore(layouts(config, schema), schema.hash)
-    weights = {f"ranker.model.{k}": v for k, v in build.ranker(config, schema).state_dict().items()}
-    weights |= {f"towers.model.{k}": v for k, v in build.two_tower(config, schema).state_dict().items()}
+    weights = {f"ranker.model.{k}": v for k, v in networks.ranker(config, schema).state_dict().items()}
+    weights |= {f"towers.model.{k}": v for k, v in networks.two_tower(config, schema).state_dict().items()}
     dense = safetensors.torch.save(weights)
     store.apply(
         Delta(version=Version(epoch=1, step=1), covers_ms=0, schema=schema.hash, rows=(), dense=dense, dense_version=1)

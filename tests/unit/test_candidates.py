@@ -25,7 +25,7 @@ from recsys.ranking.scorer import Scorer
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.select import NO_ROWS, Float64, among, best, looked_up, tally
 from recsys.retrieval.shared_attributes import Followed
-from recsys.state.memory import MemoryState
+from recsys.state.memory_state import MemoryState
 from recsys.testing.world import World
 from recsys.types import Bool, Feedback, HistoryEvent, Int32
 

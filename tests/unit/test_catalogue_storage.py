@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.features.rows import RowIndex
+from recsys.features.key_rows import RowIndex
 from recsys.features.texts import Texts
 
 TEXT = st.text(max_size=12)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recsys.events.files import write_events
+from recsys.events.event_files import write_events
 from recsys.types import Feedback, Impression, ShownItem
 from services.cli.main import main
 from tests.unit.conftest import Run

@@ -21,8 +21,8 @@ from recsys import config
 from recsys.clock import ManualClock
 from recsys.errors import BadInput
 from recsys.events import messages
-from recsys.events.files import merged, read_items, write_events
-from recsys.streams.open import open_log
+from recsys.events.event_files import merged, read_items, write_events
+from recsys.streams.open_log import open_log
 from recsys.testing.servers import free_port
 from recsys.types import Feedback, Impression, Item, ShownItem
 from services.cli import client

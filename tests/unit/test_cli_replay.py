@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recsys.evaluation.metrics import auc
-from recsys.events.files import write_events
+from recsys.evaluation.measures import auc
+from recsys.events.event_files import write_events
 from recsys.types import Feedback, Impression, Item, ShownItem
 from services.cli.main import main
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from recsys.clock import ManualClock
 from recsys.events.messages import dump_item
-from recsys.streams.sqlite import SqliteLog
 from recsys.streams.sqlite_file import DELETED_MS
+from recsys.streams.sqlite_log import SqliteLog
 from recsys.types import Item
 
 START_MS = 1_700_000_000_000

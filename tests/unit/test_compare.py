@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.evaluation.compare import place, team_draft
-from recsys.evaluation.metrics import differences
-from recsys.events.files import write_events
+from recsys.evaluation.measures import differences
+from recsys.events.event_files import write_events
 from recsys.types import Feedback, Impression, Item, ShownItem
 from services.cli.main import main
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.errors import BadInput
-from recsys.events.files import merged, read_items
+from recsys.events.event_files import merged, read_items
 from recsys.types import Feedback, Impression, Item, ShownItem
-from services.cli.convert import convert_globo, convert_kuairand, convert_movielens
+from services.cli.convert_command import convert_globo, convert_kuairand, convert_movielens
 from tests.shared_data import shared
 
 HOUR_MS = 3_600_000

@@ -19,7 +19,7 @@ from recsys.evaluation.delays import Delayed
 from recsys.features.build import shared_columns, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
-from recsys.features.kernels import Columns
+from recsys.features.feature_kernels import Columns
 from recsys.features.schema import Schema
 from recsys.types import Feedback, HistoryEvent, Impression, Item, ShownItem
 

@@ -23,8 +23,8 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.top_counts import Trending
-from recsys.state.memory import MemoryState
-from recsys.streams.memory import MemoryLog
+from recsys.state.memory_state import MemoryState
+from recsys.streams.memory_log import MemoryLog
 from recsys.types import Feedback, Float32, Impression, Item, ShownItem
 
 TIMES = st.integers(-(10**15), 4 * 10**15)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.evaluation.bootstrap import Resamples, interval
-from recsys.evaluation.metrics import (
+from recsys.evaluation.measures import (
     NextItem,
     Progressive,
     auc,

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from recsys.events import messages
 from recsys.events.schemas import SCHEMAS
-from services.ranking.intake import NOTES
+from services.ranking.feedback_intake import NOTES
 from tests.events_doc import DOC, blocks, curl_body
 
 PARSE: dict[str, Callable[..., Any]] = {

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.errors import BadInput
-from recsys.events.files import BATCH_ROWS, count_rows, merged, read_items, write_events
+from recsys.events.event_files import BATCH_ROWS, count_rows, merged, read_items, write_events
 from recsys.types import Feedback, Impression, Item, ShownItem
 
 ITEMS = [

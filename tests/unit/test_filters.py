@@ -16,7 +16,7 @@ from recsys.features import filters as module
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Filters
 from recsys.features.schema import Schema
-from recsys.ranking.filters import parse_filters
+from recsys.ranking.filter_rules import parse_filters
 from recsys.ranking.request import Request
 from recsys.types import Item
 from services.ranking.parse import recommend

@@ -16,9 +16,9 @@ from recsys.errors import LogFull
 from recsys.events.recent import HORIZON_MS, digest_of
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.types import Feedback, HistoryEvent, Item
-from services.ranking.intake import Intake
+from services.ranking.feedback_intake import Intake
 from services.ranking.parse import Refused
 
 NOW_MS = 1_800_000_000_000

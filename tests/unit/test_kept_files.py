@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from recsys.clock import ManualClock
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.training.runner import Runner
 from tests.unit.test_trainer import END, Slowly, answered, configuration, parameters, turns
 

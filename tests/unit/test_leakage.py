@@ -12,12 +12,12 @@ import pytest
 
 from recsys.config import Config, load
 from recsys.evaluation.replay import Event, Options, Replay
-from recsys.events.files import merged
+from recsys.events.event_files import merged
 from recsys.ranking.shown import Shown
 from recsys.ranking.stages import Ranked
-from recsys.state.memory import MemoryState
+from recsys.state.memory_state import MemoryState
 from recsys.types import Feedback, HistoryEvent, Item, UserUpdate
-from services.cli.convert import convert_kuairand
+from services.cli.convert_command import convert_kuairand
 from tests.unit.test_convert import OUTCOMES
 from tests.unit.test_convert import kuairand as kuairand
 

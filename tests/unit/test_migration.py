@@ -18,7 +18,7 @@ from recsys.features.build import Features, decode
 from recsys.features.convert import Conversion, slot_names
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.table import segments
 from recsys.table.rows import round_nearest
 from recsys.table.segments import LayoutDelta

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from recsys.model import fused, kernels
+from recsys.model import fused, fused_kernels
 from recsys.model.din import Activation, MeanPool, TargetAttention
 from recsys.model.layers import Dice, seeded
 
@@ -29,11 +29,11 @@ def form(compiled: bool) -> Iterator[None]:
     """Serve with the fused operations, or op by op as before they are compiled."""
     fused.warm_up()
     if not compiled:
-        kernels.compiled.clear()
+        fused_kernels.compiled.clear()
     try:
         yield
     finally:
-        kernels.compiled.set()
+        fused_kernels.compiled.set()
 
 
 def inputs(requests: int = R) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ import torch
 
 from recsys.config import Config, load, parse
 from recsys.features.schema import Schema
-from recsys.model import build, learn_kernels, loss_kernels
+from recsys.model import learn_kernels, loss_kernels, networks
 from recsys.model.assemble import ranker_inputs
 from recsys.model.learning import Learning
 from recsys.model.plan import plan
@@ -32,7 +32,7 @@ def _compiled() -> None:
 def compare(config: Config, rng: np.random.Generator, items: list[int], histories: list[int], learning: bool) -> None:
     """Of the same weights, rows and gradient by logits: what torch in float64 says, within 1e-5 of the largest of each kind."""
     schema, dim = Schema.of(config), config.model.dim
-    ranker = trained(build.ranker(config, schema), rng)
+    ranker = trained(networks.ranker(config, schema), rng)
     ranker.number_norm.rows.fill_(5000)
     exact = copy.deepcopy(ranker).double().train(learning)
     DenseOptimizer(ranker, "adam", 0.001)

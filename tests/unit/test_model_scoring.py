@@ -13,7 +13,7 @@ import torch
 from recsys.config import Config, load, parse
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import build, gather, score_kernels
+from recsys.model import gather, networks, score_kernels
 from recsys.model.assemble import ranker_inputs, wide_sums
 from recsys.model.plan import Plan, plan
 from recsys.model.ranker import Ranker
@@ -115,7 +115,7 @@ def rows(lay: Plan, schema: Schema, dim: int, rng: np.random.Generator) -> tuple
 
 def compare(config: Config, rng: np.random.Generator, items: int, history: int) -> None:
     schema = Schema.of(config)
-    dim, ranker = config.model.dim, trained(build.ranker(config, schema), rng)
+    dim, ranker = config.model.dim, trained(networks.ranker(config, schema), rng)
     lay = plan(schema, [asked(schema, rng, items, history)])
     deep, wide = rows(lay, schema, dim, rng)
     scoring, tensors = Scoring(schema, ranker), (torch.from_numpy(deep), torch.from_numpy(wide))
@@ -182,6 +182,6 @@ def test_a_history_that_is_too_long_is_refused_as_torch_refuses_it() -> None:
     lay = plan(schema, [asked(schema, rng, 3, 6)])
     lay.history_masks[:] = True
     deep, wide = rows(lay, schema, 4, rng)
-    scoring = Scoring(schema, build.ranker(config, schema).eval())
+    scoring = Scoring(schema, networks.ranker(config, schema).eval())
     with pytest.raises(ValueError, match="history has 6 entries, the attention knows 5"):
         scoring.predict(lay, deep, scoring.light(lay, deep, wide))

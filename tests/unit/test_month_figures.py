@@ -9,7 +9,7 @@ import pytest
 
 from load_tests.month import Judged, auc, growth
 from load_tests.month_run import Ledger
-from recsys.evaluation.metrics import auc as plain_auc
+from recsys.evaluation.measures import auc as plain_auc
 
 
 def test_growth_is_that_of_the_last_third_and_one_reading_moves_it_little() -> None:

@@ -17,9 +17,9 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.numeric import between, bucket_of, squashed, time_ms_of
 from recsys.features.schema import Schema
 from recsys.keys import cross, key_of
-from recsys.model import build
+from recsys.model import networks
 from recsys.model.ranker import Ranker, RankerInputs, losses
-from recsys.ranking.filters import parse_filters
+from recsys.ranking.filter_rules import parse_filters
 from recsys.types import Feedback, HistoryEvent, Impression, Item, ShownItem
 
 PRICES: list[Any] = [0.5, 1.0, 19, 1e12, -3, None, "9.99", True, [4.0]]
@@ -144,7 +144,7 @@ def stream(odd: Any) -> tuple[Ranker, torch.Tensor, torch.Tensor]:
     """A ranker after 10,000 examples whose label leans on one number, of which the 5,000th is `odd`; its scores of the others."""
     config = parse({"features": {"numbers": ["price"], "counters": [], **BARE}, "model": {"dim": 4}})
     schema = Schema.of(config)
-    model = build.ranker(config, schema)
+    model = networks.ranker(config, schema)
     assert model.spec.odd_numbers == (schema.first_declared,)
     rng = np.random.default_rng(3)
     price = rng.lognormal(2.0, 1.0, 10_000)

@@ -9,7 +9,7 @@ from pathlib import Path
 from recsys import metrics
 from recsys.clock import SystemClock
 from recsys.config import parse
-from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_log import SqliteLog
 from services.common.process import Stop
 from services.common.trouble import Troubles
 from services.trainer.main import CATCHING_UP, Loop

@@ -27,7 +27,7 @@ from recsys.model.plan import Block
 from recsys.parameters import grpc_parameters
 from recsys.parameters import parameter_pb2 as pb
 from recsys.parameters.deltas import MAX_LEAD, UNFINISHED_BYTES, Delta, RowDelta, Version, encode_delta, metadata
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.table import segments
 from recsys.training.runner import Runner
 from services.parameter.main import IGNORED_S, SOME, TOPIC, ParameterService

@@ -13,7 +13,7 @@ import torch
 from recsys import metrics
 from recsys.config import parse
 from recsys.ranking.stages import Gathered
-from recsys.testing.towers import TrainedWorld
+from recsys.testing.trained_world import TrainedWorld
 from recsys.testing.vectors import clustered
 from recsys.types import Float32
 

@@ -26,7 +26,7 @@ from recsys.model.plan import Block
 from recsys.parameters.base import Reply
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
-from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.retrieval.select import NO_ROWS
 from recsys.types import Float32, HistoryEvent, Item

@@ -11,7 +11,7 @@ import pytest
 from recsys.clock import ManualClock
 from recsys.config import parse
 from recsys.parameters.deltas import Delta, DeltaReader
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.table.base import Rows
 from recsys.training.runner import Runner
 

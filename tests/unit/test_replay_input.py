@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.evaluation.replay import Replay
-from recsys.events.files import BATCH_ROWS, names_in, write_events
+from recsys.events.event_files import BATCH_ROWS, names_in, write_events
 from recsys.types import Feedback, Item
 from services.cli.main import BAD, main
-from services.cli.replay import progress_bar
+from services.cli.replay_command import progress_bar
 
 
 @pytest.fixture

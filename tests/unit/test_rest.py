@@ -6,7 +6,7 @@ import threading
 import time
 
 from recsys.clock import ManualClock
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.streams.watch import POLL_S, SLOWEST_S
 from services.common.process import Stop
 from services.common.rest import NET_S, TOGETHER_S, Rest

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recsys.errors import SnapshotCorrupt
-from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.types import Float32, Int32
 

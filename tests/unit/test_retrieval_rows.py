@@ -6,7 +6,7 @@ import numpy as np
 
 from recsys.retrieval.covisits import CoVisits
 from recsys.retrieval.factors import Factors
-from recsys.retrieval.index import ItemIndex
+from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.retrieval.shared_attributes import Followed
 from recsys.retrieval.top_counts import Trending

@@ -8,7 +8,7 @@ import pytest
 
 from recsys.clock import ManualClock
 from recsys.files import KeptManifests
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.training import commands
 from recsys.training.rollback import read_rollback
 from recsys.training.runner import Runner

@@ -12,7 +12,7 @@ from torch import nn
 
 from recsys.config import parse
 from recsys.errors import BadInput, ConfigError
-from recsys.ranking.filters import parse_filters
+from recsys.ranking.filter_rules import parse_filters
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Boost, Request
 from recsys.ranking.shown import Shown

@@ -19,7 +19,7 @@ from recsys.parameters.store import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.state.memory import MemoryState
+from recsys.state.memory_state import MemoryState
 from recsys.table.base import Layout, Segment, SlotPolicy
 from recsys.testing.world import World
 

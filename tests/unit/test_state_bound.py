@@ -7,8 +7,8 @@ from pathlib import Path
 
 from recsys.config import Config
 from recsys.config.stores import LogConfig
-from recsys.state.open import open_state
-from recsys.state.sqlite import SqliteState
+from recsys.state.open_state import open_state
+from recsys.state.sqlite_state import SqliteState
 from recsys.types import HistoryEvent, UserUpdate
 
 DAY_MS = 86_400_000

@@ -21,8 +21,8 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.counters import columns_of
 from recsys.features.schema import Schema
 from recsys.state.base import StateStore
-from recsys.state.memory import MemoryState
-from recsys.streams.memory import MemoryLog
+from recsys.state.memory_state import MemoryState
+from recsys.streams.memory_log import MemoryLog
 from recsys.types import Feedback, Impression, Item, Record, ShownItem
 
 HOUR_MS = 3_600_000

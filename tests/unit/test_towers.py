@@ -19,7 +19,7 @@ from recsys.model.layouts import layouts
 from recsys.model.two_tower import Passed, TwoTower, TwoTowerSpec
 from recsys.table.tables import Tables
 from recsys.training.old_towers import first_upserts
-from recsys.training.towers import BATCH, TowerLearner
+from recsys.training.tower_learner import BATCH, TowerLearner
 from recsys.types import Feedback, Impression, Item, Record, ShownItem
 
 ITEMS = 12
@@ -235,7 +235,7 @@ def test_an_item_deleted_while_the_batch_fills_is_learned_as_it_was() -> None:
 
 
 def test_frequencies_of_items_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys.training.towers._GONE", 10)
+    monkeypatch.setattr("recsys.training.tower_learner._GONE", 10)
     model = learner()
     catalogue = model._catalogue
     for first in range(0, 40 * BATCH, BATCH):

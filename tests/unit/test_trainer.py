@@ -27,8 +27,8 @@ from recsys.parameters.store import ParameterStore
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.state.memory import MemoryState
-from recsys.streams.memory import MemoryLog
+from recsys.state.memory_state import MemoryState
+from recsys.streams.memory_log import MemoryLog
 from recsys.testing.crash import Abort, AbortAt
 from recsys.testing.world import World
 from recsys.training.epochs import newest_published, take_epoch

@@ -8,7 +8,7 @@ import numpy as np
 
 from recsys.clock import ManualClock
 from recsys.events import messages
-from recsys.streams.memory import MemoryLog
+from recsys.streams.memory_log import MemoryLog
 from recsys.testing.crash import Abort, AbortAt
 from recsys.training.runner import Runner
 from recsys.types import Batch, Item, Record

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from recsys.errors import StateUnavailable
 from recsys.state.cache import UserCache
-from recsys.state.memory import MemoryState
+from recsys.state.memory_state import MemoryState
 from recsys.state.merge import UserEntry
-from recsys.state.sqlite import SqliteState
+from recsys.state.sqlite_state import SqliteState
 from recsys.types import HistoryEvent, UserState, UserUpdate
 
 LARGE = 10 * 2**20

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.events.columns import LAYOUT
-from recsys.events.files import write_events
+from recsys.events.event_files import write_events
 from recsys.files import Manifests
 from recsys.types import Feedback, Item
 from services.cli.import_rows import open_rows

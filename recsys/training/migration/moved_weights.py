@@ -11,7 +11,7 @@ from torch import nn
 from recsys.config import Config
 from recsys.features.convert import Conversion, picked, renamed_numbers
 from recsys.features.schema import Schema
-from recsys.model import build
+from recsys.model import networks
 from recsys.model.axes import Named, RankerAxes, TowerAxes, laid_into
 
 Weights = Mapping[str, torch.Tensor]
@@ -23,11 +23,11 @@ def moved_weights(dense: Weights, old: Config, new: Config) -> dict[str, torch.T
     renamed = renamed_numbers(before, after)
     was = RankerAxes(old, before, [renamed.get(name, name) for name in before.numbers])
     becomes = RankerAxes(new, after, after.numbers)
-    ranker = _Network(build.ranker(old, before), was.of, build.ranker(new, after), becomes.of)
+    ranker = _Network(networks.ranker(old, before), was.of, networks.ranker(new, after), becomes.of)
     moments = old.model.dense_optimizer == new.model.dense_optimizer
     state = ranker.moved("ranker", dense, moments)
     if new.training.two_tower:
-        towers = build.two_tower(old, before), build.two_tower(new, after)
+        towers = networks.two_tower(old, before), networks.two_tower(new, after)
         two = _Network(towers[0], TowerAxes(old, before).of, towers[1], TowerAxes(new, after).of)
         state |= two.moved("towers", dense, moments)
         state |= _retrieval(dense, Conversion(before, after))

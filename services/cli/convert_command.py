@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from recsys.errors import BadInput
-from recsys.events.files import check_order, write_events
+from recsys.events.event_files import check_order, write_events
 from recsys.types import Feedback, Impression, Item, ShownItem
-from services.cli import columns
-from services.cli.columns import INTEGER, INTEGERS, LABEL, NUMBER, SCALAR, TEXT, TIME_MS, TIME_S, WHOLE, Rules
+from services.cli import column_checks
+from services.cli.column_checks import INTEGER, INTEGERS, LABEL, NUMBER, SCALAR, TEXT, TIME_MS, TIME_S, WHOLE, Rules
 from services.cli.main import DONE, emit
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -135,7 +135,7 @@ def convert_globo(
     file = Path(file)
     context = dict.fromkeys(_GLOBO_CONTEXT, (SCALAR, True))
     rules = {"user_id": _ID, "session_id": _ID, "item_id": _ID, "time_ms": (TIME_MS, False), **context}
-    columns.check(file, rules)
+    column_checks.check(file, rules)
     known = pq.read_table(file, columns=["item_id", "time_ms"])
     check_order(str(file), _numbers(known, "time_ms"), 0, 0)
     item_ids = known["item_id"]
@@ -172,7 +172,7 @@ def convert_movielens(
 
 
 def _table(path: Path, rules: Rules) -> Any:
-    columns.check(path, rules)
+    column_checks.check(path, rules)
     return pq.read_table(path, columns=list(rules))
 
 

@@ -17,7 +17,7 @@ import torch
 from recsys import config
 from recsys.errors import BadInput
 from recsys.evaluation.replay import Options, Replay
-from recsys.events import files
+from recsys.events import event_files
 from services.cli.main import DONE, emit
 from services.cli.progress import progress_bar
 
@@ -112,22 +112,24 @@ def _set(loaded: config.Config, setting: str) -> config.Config:
     return config.parse(raw)
 
 
-def prepared(arguments: argparse.Namespace, seen: dict[tuple[Path, ...], files.Names]) -> tuple[config.Config, Options]:
+def prepared(
+    arguments: argparse.Namespace, seen: dict[tuple[Path, ...], event_files.Names]
+) -> tuple[config.Config, Options]:
     """Configuration and options, once they, every row of the events and the names in both are checked; what was read is in `seen`."""
     set_threads(arguments)
     loaded = config_of(arguments)
-    options = options_of(arguments, click_log=not files.count_rows(arguments.events)["impression"])
+    options = options_of(arguments, click_log=not event_files.count_rows(arguments.events)["impression"])
     if options.click_log and getattr(arguments, "predictions", None):
         raise BadInput("--predictions: events without impressions have no examples to score", field="predictions")
     events = tuple(arguments.events)
     if events not in seen:
         with progress_bar("check") as progress:
-            seen[events] = files.names_in(events, progress)
+            seen[events] = event_files.names_in(events, progress)
     _check_names(arguments, loaded, seen[events])
     return loaded, options
 
 
-def _check_names(arguments: argparse.Namespace, loaded: config.Config, found: files.Names) -> None:
+def _check_names(arguments: argparse.Namespace, loaded: config.Config, found: event_files.Names) -> None:
     """Refuse attributes and context fields, and lists of feedback types, that the configuration itself chooses and of which
     nothing would ever be learned. One type of several may be absent: a cut of a log need not have the rare ones."""
     features = loaded.features
@@ -176,7 +178,7 @@ def set_threads(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Replay with progress on stderr; the report on stdout."""
     loaded, chosen = prepared(arguments, {})
-    events, wanted = files.merged(arguments.events), arguments.predictions
+    events, wanted = event_files.merged(arguments.events), arguments.predictions
     sink: contextlib.AbstractContextManager[pq.ParquetWriter | None] = (
         _sink(wanted) if wanted else contextlib.nullcontext()
     )

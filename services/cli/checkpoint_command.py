@@ -14,7 +14,7 @@ from recsys.config import Config
 from recsys.errors import ConfigError, LogError, SnapshotCorrupt
 from recsys.files import KeptManifests
 from recsys.streams.base import EventLog
-from recsys.streams.open import open_log
+from recsys.streams.open_log import open_log
 from recsys.streams.positions import split
 from services.cli.main import DONE, emit
 

@@ -10,17 +10,17 @@ from typing import Any
 
 from recsys.errors import BadInput
 from recsys.evaluation.compare import Comparison, verdict
-from recsys.events import files
+from recsys.events import event_files
 from services.cli.main import DONE, MISSED, emit
 from services.cli.progress import progress_bar
-from services.cli.replay import prepared
+from services.cli.replay_command import prepared
 
 
 def run(options: argparse.Namespace) -> int:
     """Replay both side by side with progress on stderr; what differs, on stdout."""
-    if not files.count_rows(options.events)["item"]:
+    if not event_files.count_rows(options.events)["item"]:
         raise BadInput("no prediction to compare: no event file has items: name one that has", field="events")
-    seen: dict[tuple[Path, ...], files.Names] = {}
+    seen: dict[tuple[Path, ...], event_files.Names] = {}
     (first, replay), (second, _) = (
         prepared(argparse.Namespace(**{**vars(options), "config": path}), seen)
         for path in (options.first, options.second)
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         comparison = Comparison(first, second, replay, Path(folder))
         metric = _metric(options.metric, comparison.metrics)
         with progress_bar("compare") as progress:
-            result = comparison.run(files.merged(options.events), progress)
+            result = comparison.run(event_files.merged(options.events), progress)
     found = verdict(result["paired"], metric)
     names = {"a": str(options.first), "b": str(options.second)}
     met = not options.expect or found == "better" or (options.expect == "not_worse" and found == "undecided")

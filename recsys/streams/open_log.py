@@ -6,7 +6,7 @@ from recsys.clock import Clock
 from recsys.config import Config
 from recsys.streams.base import EventLog
 from recsys.streams.kafka import KafkaLog
-from recsys.streams.sqlite import SqliteLog
+from recsys.streams.sqlite_log import SqliteLog
 
 
 def open_log(config: Config, clock: Clock, name: str) -> EventLog:

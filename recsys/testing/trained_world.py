@@ -14,7 +14,7 @@ from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import build, fused, scoring
+from recsys.model import fused, networks, scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.parameters.base import ParameterState, Reply
@@ -22,13 +22,13 @@ from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.stages import Opened
-from recsys.retrieval.index import ItemIndex
-from recsys.state.memory import MemoryState
+from recsys.retrieval.item_index import ItemIndex
+from recsys.state.memory_state import MemoryState
 from recsys.table.tables import Tables
 from recsys.testing.vectors import near
 from recsys.testing.world import World
-from recsys.training.bandit import BanditLearner
-from recsys.training.towers import TowerLearner
+from recsys.training.bandit_learner import BanditLearner
+from recsys.training.tower_learner import TowerLearner
 from recsys.types import Feedback, Float32, HistoryEvent, UserUpdate
 
 LOOKED_AT = 16
@@ -99,7 +99,7 @@ class TrainedWorld:
         self.scorer = Scorer(config, schema, _Direct(tables))
         self._explorer = BanditLearner(config, tables)
         self.scorer.adopt(
-            build.ranker(config, schema).eval(),
+            networks.ranker(config, schema).eval(),
             self._learner.model.eval(),
             lambda: Published.of(self._explorer.published()),
         )

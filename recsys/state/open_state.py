@@ -6,7 +6,7 @@ from recsys.config import Config
 from recsys.state.base import StateStore
 from recsys.state.cache import UserCache
 from recsys.state.redis import RedisState
-from recsys.state.sqlite import SqliteState
+from recsys.state.sqlite_state import SqliteState
 
 
 def open_state(config: Config, cache: UserCache | None = None) -> StateStore:

@@ -24,7 +24,7 @@ from recsys.parameters.arena import ANNOUNCEMENT, BEAT, CHANGES, EPOCH, LEFT, TO
 from recsys.parameters.base import Parameters, ParameterState, Reply
 from recsys.parameters.deltas import Version
 from recsys.streams.base import STUCK_S
-from recsys.table.shared import NAMES, SharedTable
+from recsys.table.shared_table import NAMES, SharedTable
 
 LOOK_S = 0.1
 """Where there is nothing to read, the announcement is looked for this often."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recsys.config import Config
-from recsys.config.slate import MAX_BOOST
+from recsys.config.slate_section import MAX_BOOST
 from recsys.config.source_list import without_quota
 from recsys.errors import nearest
 from recsys.events.fields import MAX_TEXT_BYTES, MAX_VALUES, bad, parse_id, parse_number, parse_position, parse_text

@@ -16,7 +16,7 @@ from recsys.features.build import Index, history_columns, newest, shared_columns
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
-from recsys.model import build, fused
+from recsys.model import fused, networks
 from recsys.model.assemble import starts
 from recsys.model.frequency import Frequency
 from recsys.model.plan import Block, unique_rows
@@ -45,7 +45,7 @@ class TowerLearner:
         memory_bytes = config.capacity.memory_bytes
         self._seen = Recent(limit=recent_limit(memory_bytes))
         self._length, self._hard = config.features.history_len, config.model.hard_negatives
-        self.model = build.two_tower(config, schema)
+        self.model = networks.two_tower(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
         self.frequency = Frequency()
         self._users = TowerUsers(self._past, entries(memory_bytes, "contexts", 2 * USER_BYTES))

@@ -8,7 +8,7 @@ from recsys import config
 from recsys.errors import BadInput
 from recsys.files import KeptManifests
 from recsys.training import commands
-from services.cli.checkpoint import folder_of, told
+from services.cli.checkpoint_command import folder_of, told
 from services.cli.main import DONE, emit
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from recsys.config.features import CounterConfig
 from recsys.config.sections import Config
-from recsys.config.slate import BoostConfig, CapConfig, PinConfig
+from recsys.config.slate_section import BoostConfig, CapConfig, PinConfig
 from recsys.config.tasks import TaskConfig
 from recsys.errors import ConfigError, masked
 
