@@ -82,6 +82,8 @@ def read(path: Path) -> tuple[list[Run], Path]:
         raise BadInput(f"experiment file {str(path)!r} does not exist: check its name") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise BadInput(f"experiment file {str(path)!r} cannot be read ({error}): mend it") from None
+    if "\\u0000" in json.dumps(given, default=str):
+        raise BadInput(f"{path}: a text holds a zero byte, which no file's name can: take it out")
     _known(given, {"out", "defaults", "groups", "runs"}, str(path))
     out = path.parent / str(given.get("out", "results"))
     listed = given.get("runs")

@@ -133,6 +133,7 @@ GOOD = '[[runs]]\nname = "good"\n'
         ('[[runs]]\nname = "a/b"', "needs a name"),
         ('[[runs]]\nname = "a"\n[[runs]]\nname = "a"', "two runs named 'a'"),
         ('[[runs]]\nname = "a"\ngroup = "b"', "write a [groups.b] table"),
+        ('[[runs]]\nname = "a\\u0000b"', "a zero byte"),
         ('[[runs]]\nname = "a"\n[groups]\ng = 3', "must be tables of options, got 3"),
         ('[[runs]]\nname = "a"\ndelays = 3', "did you mean 'delay'"),
         ('[[runs]]\nname = "a"\ndelay = "soon"', "is not a command"),
