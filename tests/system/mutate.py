@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -124,7 +123,7 @@ class Mutator:
     def _edited(self, valid: bytes, change: Callable[[Any], Any], of: Any) -> bytes:
         """The message with some of its values of these types changed, dropped or renamed; changed bytes where it is no JSON."""
         try:
-            message = copy.deepcopy(orjson.loads(valid))
+            message = orjson.loads(valid)
         except orjson.JSONDecodeError:
             return self._changed(valid)
         places = [(where, key) for where, key in _places(message) if isinstance(where[key], of)]
@@ -142,10 +141,12 @@ class Mutator:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every place in a message, as container and key."""
+    """Every place in a message, as container and key; without recursion, for what was nested before may be edited next."""
     found: list[tuple[Any, Any]] = []
-    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    for key in keys:
-        found.append((value, key))
-        found += _places(value[key])
+    waiting = [value] if isinstance(value, dict | list) else []
+    while waiting:
+        one = waiting.pop()
+        places = [(one, key) for key in (one if isinstance(one, dict) else range(len(one)))]
+        found += places
+        waiting += [where[key] for where, key in places if isinstance(where[key], dict | list)]
     return found
