@@ -20,6 +20,7 @@ from recsys.keys import key_of
 from recsys.model.plan import Block
 from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.types import Impression
+from services.ranking.builder import NICE
 from tests.system.embedded import ITEMS, wait_for
 from tests.system.services import Services, now_ms, tasks
 
@@ -130,7 +131,7 @@ def test_the_bandit_finds_candidates_and_learns_from_what_they_bring(system: Ser
 
 
 def swapped(system: Services, times: int) -> None:
-    """Ask until so many generations took over: every answer is 200, and who builds them has the lowest priority."""
+    """Ask until so many generations took over: every answer is 200, and who builds them gives way to everybody."""
     ranking, generations, nice = psutil.Process(system.processes["ranking"].pid), set[str](), dict[int, int]()
 
     def done() -> bool:
@@ -141,7 +142,7 @@ def swapped(system: Services, times: int) -> None:
         return len(generations) > times
 
     wait_for(done, "the generations", 180.0)
-    assert set(nice.values()) == {19}
+    assert set(nice.values()) == {NICE}
 
 
 def rewarded(system: Services, impression: Impression, item_id: str, arrived: Callable[[], bool]) -> float:
