@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from recsys.features.schema import Schema
-from recsys.model import fused
+from recsys.model import eager, fused, gather
 from recsys.model.plan import Index, Plan
 from recsys.model.ranker import RankerInputs
+from recsys.types import Float32
 
 Fields = Sequence[tuple[str, int]]
 
@@ -45,8 +46,29 @@ def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Te
 def wide_sums(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor, dim: int) -> torch.Tensor:
     """Each item's sum of the wide weights of all its keys [M, tasks]."""
     every, tasks = np.arange(len(plan.item)), len(schema.tasks)
-    sums = fused.sum_columns(deep, dim, tasks, [(plan.item, every), (plan.shared, plan.request)])
-    return sums + fused.sum_columns(wide, 0, tasks, [(plan.crosses, every)]) if plan.crosses.shape[1] else sums
+    sums = eager.sum_columns(deep, dim, tasks, [(plan.item, every), (plan.shared, plan.request)])
+    return sums + eager.sum_columns(wide, 0, tasks, [(plan.crosses, every)]) if plan.crosses.shape[1] else sums
+
+
+def fields_of(rows: Float32, index: Index, fields: Index, dim: int) -> Float32:
+    """Fields of looked-up rows, side by side: index [..., C] -> [..., F d]."""
+    flat = index.reshape(-1, index.shape[-1])
+    out = np.empty((len(flat), len(fields) - 1, dim), np.float32)
+    gather.take_fields(rows, flat, fields, out)
+    return out.reshape(*index.shape[:-1], -1)
+
+
+def summed(plan: Plan, deep: Float32, wide: Float32, dim: int) -> Float32:
+    """`wide_sums` [M, T] in compiled calls."""
+    every, tasks = np.arange(len(plan.item)), wide.shape[1]
+    sums = np.zeros((len(every), tasks), np.float32)
+    gather.sum_columns(deep, dim, plan.item, every, sums)
+    gather.sum_columns(deep, dim, plan.shared, plan.request, sums)
+    if plan.crosses.shape[1]:
+        crosses = np.zeros_like(sums)
+        gather.sum_columns(wide, 0, plan.crosses, every, crosses)
+        sums += crosses
+    return sums
 
 
 def starts(fields: Fields) -> Index:

@@ -12,13 +12,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from recsys.model import fused
+from recsys.model import eager
 from recsys.model.layers import Dice, uniform
 
 _CANDIDATES = 64
 """Candidates served at once: with 50 entries and 32 units 400 kB, which a core's cache holds; double spills, half only adds calls."""
-_ENTRIES = 8
-"""History entries scored at once for all candidates: with 500 of them and 32 units 512 kB; see _CANDIDATES."""
 
 Activation = Literal["dice", "prelu"]
 
@@ -113,9 +111,7 @@ class TargetAttention(nn.Module):
         entries = history[rank]
         matrix = (self.product * entries.unsqueeze(1) + self.candidate).flatten(0, 1)
         bias = self._entry_bias(entries, torch.arange(len(rank), device=rank.device), gaps[rank])
-        serving = fused.ready() and not torch.is_grad_enabled()
-        scores = self._lines if serving and isinstance(self.activations[0], Dice) else self._one_by_one
-        weights = scores(candidate, matrix, bias)
+        weights = self._one_by_one(candidate, matrix, bias)
         if self.softmax:
             return torch.softmax(weights, 0).T @ entries
         return weights.T @ (entries * max(len(rank), 1) ** -0.5)
@@ -129,17 +125,6 @@ class TargetAttention(nn.Module):
             for part in candidate.split(_CANDIDATES)
         ]
         return torch.cat(scores).T
-
-    def _lines(self, candidate: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """The same with the candidates side by side: one activation is one pass over a line of them."""
-        dices = [(dice.norm.running(), dice.alpha) for dice in self.activations if isinstance(dice, Dice)]
-        layers = list(zip(self.weights, self.biases, strict=True))
-        parts, scores = candidate.T.contiguous(), []
-        for start in range(0, len(bias), _ENTRIES):
-            some = bias[start : start + _ENTRIES]
-            lines = matrix[start * bias.shape[1] : start * bias.shape[1] + some.numel()] @ parts
-            scores.append(fused.attention_scores(lines.view(*some.shape, len(candidate)), some, dices, layers))
-        return torch.cat(scores) if scores else bias.new_zeros(0, len(candidate))
 
     def _pool_pairs(
         self,
@@ -156,13 +141,13 @@ class TargetAttention(nn.Module):
         per_entry = self._entry_bias(history, (mask.cumsum(1) - 1).clamp(min=0), gaps).flatten(0, 1)
         entries = history.flatten(0, 1)
         per_candidate = candidate @ self.candidate.T
-        scores = self._score(fused.pair_sums((candidate, entries, self.product, per_candidate, per_entry), pairs))
+        scores = self._score(eager.pair_sums((candidate, entries, self.product, per_candidate, per_entry), pairs))
         if self.softmax:
             dense = scores.new_full(present.shape, -torch.inf).index_put((row, rank), scores)
             weights = torch.softmax(dense, 1)[row, rank]
         else:
             weights = scores * present.sum(1).to(scores.dtype).rsqrt()[row]
-        return fused.pair_pool(weights, entries, pairs, len(candidate))
+        return eager.pair_pool(weights, entries, pairs, len(candidate))
 
     def _score(self, first: torch.Tensor) -> torch.Tensor:
         """Pre-activations of the first layer [P, H] -> weights [P]."""

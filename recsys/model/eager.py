@@ -1,4 +1,4 @@
-"""What `fused.py` does, op by op: the form that serves while its kernels compile, and the form it is compared with."""
+"""The networks' operations in torch: their definition, and what serves while kernels compile."""
 
 from __future__ import annotations
 

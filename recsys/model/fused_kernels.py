@@ -3,8 +3,7 @@
 What torch does op by op costs more in memory traffic and in calls than in arithmetic. Arrays are contiguous, float32 (or
 float64, for tests); callers give all room. Compiled at first use and kept on disk: see `fused.warm_up`.
 
-Legend: G groups, M examples, V width, E experts, K experts of a group, O outputs, Z width of an expert's output, F features,
-P pairs of a candidate and a history entry, D width of an entry, H width of the first attention layer.
+Legend: G groups, M examples, V width, E experts, K experts of a group, O outputs, Z width of an expert's output, F features.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from recsys.compiled import compiled as compile_
 
 Array = np.ndarray[Any, Any]
 compiled = threading.Event()
-"""Set once every kernel can be called without waiting for a compiler."""
+"""Set once what `fused.warm_up` compiles can be called without waiting. What learning alone calls: `training.learner.ready`."""
 
 _LOG2E = np.float32(1.4426950408889634)
 _EXP2 = tuple(
@@ -191,30 +190,6 @@ def dice(x: Array, affine: Array, alpha: Array, out: Array) -> None:
         for f in range(width):
             p = _sigmoid(x[row, f] * scale[f] + shift[f])
             out[row, f] = x[row, f] * (alpha[f] + (1 - alpha[f]) * p)
-
-
-@kernel
-def dice_lines(x: Array, bias: Array, affine: Array, alpha: Array) -> None:
-    """Add `bias` and apply Dice, in place: x [T, F, M], bias [T or 1, F], affine [2, F], alpha [F]."""
-    entries, width, examples = x.shape
-    for entry in range(entries):
-        for f in range(width):
-            line, add, scale, shift = x[entry, f], bias[entry % bias.shape[0], f], affine[0, f], affine[1, f]
-            low, high = alpha[f], 1 - alpha[f]
-            for row in range(examples):
-                value = line[row] + add
-                line[row] = value * (low + high * _sigmoid(value * scale + shift))
-
-
-@kernel
-def weighted_lines(x: Array, weights: Array, bias: float, out: Array) -> None:
-    """out [T, M] = bias + the sum over F of weights [F] times x [T, F, M]."""
-    entries, width, examples = x.shape
-    for entry in range(entries):
-        out[entry] = bias
-        for f in range(width):
-            for row in range(examples):
-                out[entry, row] += weights[f] * x[entry, f, row]
 
 
 @kernel

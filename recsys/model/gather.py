@@ -1,7 +1,6 @@
-"""From rows to columns and back, and DIN's pairs of a candidate and a history entry: Numba, no GIL, one thread.
+"""From rows to columns and back: Numba, no GIL, one thread.
 
-Legend: U unique rows of width W, N places with C columns, F fields of d values, P pairs, M candidates, D width of an entry,
-H width of the first attention layer. `pairs` [2, P] is each pair's candidate and history entry.
+Legend: U unique rows of width W, N places with C columns, F fields of d values, M candidates.
 """
 
 from __future__ import annotations
@@ -104,64 +103,3 @@ def sum_columns_back(g: Array, start: int, index: Array, owner: Array, grows: Ar
             if row < len(grows):
                 for t in range(width):
                     grows[row, start + t] += g[place, t]
-
-
-@kernel
-def pair_products(candidate: Array, history: Array, pairs: Array, out: Array) -> None:
-    """Element-wise products: candidate [M, D], history [N, D] -> out [P, D]."""
-    for pair in range(pairs.shape[1]):
-        c, h = candidate[pairs[0, pair]], history[pairs[1, pair]]
-        for d in range(len(c)):
-            out[pair, d] = c[d] * h[d]
-
-
-@kernel
-def pair_products_back(
-    g: Array, candidate: Array, history: Array, pairs: Array, gcandidate: Array, ghistory: Array
-) -> None:
-    """Add the gradients of `pair_products`."""
-    for pair in range(pairs.shape[1]):
-        row, entry = pairs[0, pair], pairs[1, pair]
-        for d in range(candidate.shape[1]):
-            gcandidate[row, d] += g[pair, d] * history[entry, d]
-            ghistory[entry, d] += g[pair, d] * candidate[row, d]
-
-
-@kernel
-def pair_sums(per_candidate: Array, per_entry: Array, pairs: Array, out: Array) -> None:
-    """Add what candidate and entry bring: per_candidate [M, H], per_entry [N, H] -> out [P, H]."""
-    for pair in range(pairs.shape[1]):
-        c, h = per_candidate[pairs[0, pair]], per_entry[pairs[1, pair]]
-        for f in range(len(c)):
-            out[pair, f] += c[f] + h[f]
-
-
-@kernel
-def pair_sums_back(g: Array, pairs: Array, gper_candidate: Array, gper_entry: Array) -> None:
-    """Add the gradients of `pair_sums`."""
-    for pair in range(pairs.shape[1]):
-        row, entry = pairs[0, pair], pairs[1, pair]
-        for f in range(g.shape[1]):
-            gper_candidate[row, f] += g[pair, f]
-            gper_entry[entry, f] += g[pair, f]
-
-
-@kernel
-def pair_pool(weights: Array, history: Array, pairs: Array, out: Array) -> None:
-    """Add each pair's weight times its entry to its candidate: weights [P], history [N, D] -> out [M, D]."""
-    for pair in range(pairs.shape[1]):
-        line, h, weight = out[pairs[0, pair]], history[pairs[1, pair]], weights[pair]
-        for d in range(len(h)):
-            line[d] += weight * h[d]
-
-
-@kernel
-def pair_pool_back(g: Array, weights: Array, history: Array, pairs: Array, gweights: Array, ghistory: Array) -> None:
-    """Gradients of `pair_pool`; ghistory is added to."""
-    for pair in range(pairs.shape[1]):
-        row, entry = pairs[0, pair], pairs[1, pair]
-        dot = weights[pair] * 0
-        for d in range(g.shape[1]):
-            dot += g[row, d] * history[entry, d]
-            ghistory[entry, d] += weights[pair] * g[row, d]
-        gweights[pair] = dot

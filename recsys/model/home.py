@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recsys.model import fused
+from recsys.model import eager, fused
 from recsys.model.layers import GroupedLinear, StreamingNorm, uniform
 
 DEAD = 1e-3
@@ -64,7 +64,7 @@ class FeatureGate(nn.Module):
         self.up = nn.Parameter(torch.zeros(groups, 2, rank, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return fused.feature_gate(x, self.down, self.bias, self.up)
+        return eager.feature_gate(x, self.down, self.bias, self.up)
 
 
 class Experts(nn.Module):
@@ -123,7 +123,7 @@ class Level(nn.Module):
         gated = inputs.expand(self._groups, -1, -1) if self.feature_gate is None else self.feature_gate(inputs)
         experts = self.experts(gated)
         logits = self.gate(gate_inputs)
-        outputs, shares = fused.mix(logits, experts, self.reach, self.own)
+        outputs, shares = eager.mix(logits, experts, self.reach, self.own)
         return outputs, shares, experts
 
 

@@ -1,6 +1,6 @@
 """The gradients of the ranker in compiled calls: Numba, no GIL, one thread; matrix products by BLAS. Arrays are contiguous float32.
 
-With `kernels.py` and `gather.py`, which have the element-wise parts, this is all that a step of training computes. The torch modules are
+With `fused_kernels.py` and `gather.py`, which have the element-wise parts, this is all that a step of training computes. The torch modules are
 the definition: `tests/unit/test_model_learning.py`. Callers give all room for results.
 
 Legend: G groups, N rows, I inputs, O outputs, Z width; M candidates, R requests, n present entries of a request, S of all requests, P pairs
@@ -103,28 +103,6 @@ def silu_back(g: Array, x: Array) -> None:
     for i in range(len(x)):
         s = _sigmoid(x[i])
         g[i] *= s * (1 + x[i] * (1 - s))
-
-
-@kernel
-def split(x: Array, out: Array) -> None:
-    """What a group's experts share, one behind the other: x [G, N, K Z] -> out [G K, N, Z]."""
-    each = len(out) // len(x)
-    for expert in range(len(out)):
-        start = expert % each * out.shape[2]
-        for n in range(out.shape[1]):
-            for z in range(out.shape[2]):
-                out[expert, n, z] = x[expert // each, n, start + z]
-
-
-@kernel
-def join(x: Array, out: Array) -> None:
-    """The other way round: x [G K, N, Z] -> out [G, N, K Z]."""
-    each = len(x) // len(out)
-    for expert in range(len(x)):
-        start = expert % each * x.shape[2]
-        for n in range(x.shape[1]):
-            for z in range(x.shape[2]):
-                out[expert // each, n, start + z] = x[expert, n, z]
 
 
 @kernel

@@ -14,7 +14,7 @@ import numpy as np
 from recsys.features.schema import Schema
 from recsys.model import gather
 from recsys.model import learn_kernels as learn
-from recsys.model.assemble import starts
+from recsys.model.assemble import fields_of, starts, summed
 from recsys.model.learning_home import HomeLearning
 from recsys.model.learning_parts import AttentionLearning, Norm, Weight, empty, zeros
 from recsys.model.plan import Plan
@@ -49,7 +49,7 @@ class Learning:
 
     def __init__(self, schema: Schema, ranker: Ranker) -> None:
         spec = ranker.spec
-        self._dim, self._tasks = spec.dim, len(spec.tasks)
+        self._dim = spec.dim
         self._fields, self._past = starts(schema.item_fields), starts(schema.item_fields[: schema.num_history_fields])
         self._bias, self._number_weights = Weight(ranker.bias), Weight(ranker.number_weights)
         reach = ranker.number_norm.reach
@@ -61,8 +61,9 @@ class Learning:
     def scores(self, lay: Plan, deep: Float32, wide: Float32, learning: bool) -> Scored:
         """Rows deep [U, d + tasks …] and wide [U', tasks] of a batch laid out -> its scores. `learning`: running statistics move, and
         gradients go through the batch's own."""
-        shared = self._take(deep, lay.shared, np.arange(lay.shared.shape[1] + 1))
-        history, items = self._take(deep, lay.history, self._past), self._take(deep, lay.item, self._fields)
+        shared = fields_of(deep, lay.shared, np.arange(lay.shared.shape[1] + 1), self._dim)
+        history = fields_of(deep, lay.history, self._past, self._dim)
+        items = fields_of(deep, lay.item, self._fields, self._dim)
         entry = history.shape[2]
         user = np.concatenate([shared, empty(len(shared), entry)], 1)
         present = np.logical_or.reduce(lay.history_masks)
@@ -76,7 +77,7 @@ class Learning:
         ]
         x = np.concatenate([user[lay.request], *pooled, items, self._normed(lay.numbers, learning)], 1)
         hidden, logits = self._home.scores(x if self._compress is None else x @ self._compress.value, learning)
-        logits += lay.numbers @ self._number_weights.value + self._bias.value + self._wide_sums(lay, deep, wide)
+        logits += lay.numbers @ self._number_weights.value + self._bias.value + summed(lay, deep, wide, self._dim)
         return Scored(
             lay=lay,
             learning=learning,
@@ -124,25 +125,9 @@ class Learning:
         self._take_back(ghistory, lay.history, self._past, gdeep)
         self._take_back(gitems, lay.item, self._fields, gdeep)
 
-    def _take(self, rows: Float32, index: Array, fields: Array) -> Float32:
-        """Fields of looked-up rows, side by side: index [..., C] -> [..., F d]."""
-        flat = index.reshape(-1, index.shape[-1])
-        out = np.empty((len(flat), len(fields) - 1, self._dim), np.float32)
-        gather.take_fields(rows, flat, fields, out)
-        return out.reshape(*index.shape[:-1], -1)
-
     def _take_back(self, g: Float32, index: Array, fields: Array, grows: Float32) -> None:
         flat = index.reshape(-1, index.shape[-1])
         gather.take_fields_back(g.reshape(len(flat), len(fields) - 1, self._dim), flat, fields, grows)
-
-    def _wide_sums(self, lay: Plan, deep: Float32, wide: Float32) -> Float32:
-        every = np.arange(len(lay.item))
-        sums = zeros(len(every), self._tasks)
-        gather.sum_columns(deep, self._dim, lay.item, every, sums)
-        gather.sum_columns(deep, self._dim, lay.shared, lay.request, sums)
-        if lay.crosses.shape[1]:
-            gather.sum_columns(wide, 0, lay.crosses, every, sums)
-        return sums
 
     def _normed(self, numbers: Float32, learning: bool) -> Float32:
         """By running statistics, clipped; what is learned from goes no further than its reach."""

@@ -101,9 +101,10 @@ class _Level:
         self._shared = len(inputs) < groups
         gated = np.repeat(inputs, groups // len(inputs), 0) if self._gates is None else self._gates.value(inputs)
         together = self._first.value(gated)
-        self._together = together.shape
-        x = empty(groups * self._each, together.shape[1], together.shape[2] // self._each)
-        learn.split(together, x)
+        apart = together.reshape(groups, together.shape[1], self._each, -1).swapaxes(
+            1, 2
+        )  # experts share it, one behind the other
+        x = np.ascontiguousarray(apart).reshape(groups * self._each, together.shape[1], -1)
         for swish, layer in self._rest:
             x = layer.value(swish.value(x))
         if self._norm is None:
@@ -131,9 +132,8 @@ class _Level:
             gx = back
         for swish, layer in reversed(self._rest):
             gx = swish.gradient(layer.gradient(gx))
-        together = empty(*self._together)
-        learn.join(gx, together)
-        ginputs = self._first.gradient(together)
+        apart = gx.reshape(-1, self._each, *gx.shape[1:]).swapaxes(1, 2)
+        ginputs = self._first.gradient(np.ascontiguousarray(apart).reshape(len(apart), gx.shape[1], -1))
         if self._gates is not None:
             ginputs = self._gates.gradient(ginputs)
         elif self._shared:

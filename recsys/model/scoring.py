@@ -21,7 +21,7 @@ from recsys.config import Config
 from recsys.features.schema import Schema
 from recsys.model import eager, gather, networks
 from recsys.model import score_kernels as kernels
-from recsys.model.assemble import starts
+from recsys.model.assemble import fields_of, starts, summed
 from recsys.model.din import MeanPool, TargetAttention
 from recsys.model.fused import array
 from recsys.model.home import Home, Level
@@ -72,14 +72,7 @@ class Scoring:
 
     def light(self, lay: Plan, deep: Float32, wide: Float32) -> Float32:
         """What the wide part says of each item: rows deep [U, d + tasks …] and wide [U', tasks] of a request laid out -> logits [M, T]."""
-        every, request = np.arange(len(lay.item)), lay.request
-        sums = np.zeros((len(every), self._tasks), np.float32)
-        gather.sum_columns(deep, self._dim, lay.item, every, sums)
-        gather.sum_columns(deep, self._dim, lay.shared, request, sums)
-        if lay.crosses.shape[1]:
-            crosses = np.zeros_like(sums)
-            gather.sum_columns(wide, 0, lay.crosses, every, crosses)
-            sums += crosses
+        sums = summed(lay, deep, wide, self._dim)
         return np.asarray(lay.numbers @ self._number_weights + self._bias + sums, np.float32)
 
     def predict(self, lay: Plan, deep: Float32, light: Float32) -> Float32:
@@ -157,9 +150,7 @@ def take(rows: Float32, index: Index, fields: Index, dim: int) -> Float32:
         with torch.inference_mode():
             found: Float32 = eager.take_fields(torch.from_numpy(rows), dim, index, fields).flatten(-2).numpy()
         return found
-    out = np.empty((index[..., 0].size, len(fields) - 1, dim), np.float32)
-    gather.take_fields(rows, index.reshape(len(out), index.shape[-1]), fields, out)
-    return out.reshape(*index.shape[:-1], -1)
+    return fields_of(rows, index, fields, dim)
 
 
 def warm_up() -> None:

@@ -10,12 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from recsys.model import eager, fused, plan
+from recsys.model import eager, fused, fused_kernels, plan
 from recsys.model.layers import Dice, StreamingNorm, seeded
 
 GENERATOR = seeded(4)
-PAIRS = np.array([[0, 0, 1, 3, 3, 3], [2, 0, 1, 0, 1, 2]])
-REACH = np.array([[-1, -1, 4, 5, 0, 1], [0, 1, 2, 3, 4, 5]])
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -24,19 +22,9 @@ def normal(*shape: int) -> torch.Tensor:
 
 RUNNING = torch.stack([normal(3, 4), normal(3, 4).abs() + 0.5])
 INDEX = np.array([[0, 1, 5], [1, 1, 4], [5, 5, 5]])
-STARTS, OWNER = np.array([0, 1, 3]), np.array([0, 2, 1, 1])
+STARTS = np.array([0, 1, 3])
 Case = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
 CASES: dict[str, Case] = {
-    "feature gate of one input": (
-        fused.FeatureGate.apply,
-        eager.feature_gate,
-        (normal(1, 5, 4), normal(3, 4, 5), normal(3, 1, 1), normal(3, 2, 2, 4)),
-    ),
-    "feature gate of many": (
-        fused.FeatureGate.apply,
-        eager.feature_gate,
-        (normal(3, 5, 4), normal(3, 4, 5), normal(3, 1, 1), normal(3, 2, 2, 4)),
-    ),
     "norm and Swish": (
         lambda *tensors: fused.NormSilu.apply(*tensors, RUNNING, None),
         lambda *tensors: eager.norm_silu(*tensors, RUNNING),
@@ -47,42 +35,12 @@ CASES: dict[str, Case] = {
         lambda *tensors: eager.dice(*tensors, RUNNING[:, 0]),
         (normal(6, 4), normal(4)),
     ),
-    "mix with one expert of its own": (
-        lambda *tensors: fused.Mix.apply(*tensors, REACH[:, 1:], 1),
-        lambda *tensors: eager.mix(*tensors, REACH[:, 1:], 1),
-        (normal(2, 5, 7), normal(6, 5, 3)),
-    ),
-    "mix with two": (
-        lambda *tensors: fused.Mix.apply(*tensors, REACH, 2),
-        lambda *tensors: eager.mix(*tensors, REACH, 2),
-        (normal(2, 5, 8), normal(6, 5, 3)),
-    ),
-    "mix without self gate": (
-        lambda *tensors: fused.Mix.apply(*tensors, REACH, 0),
-        lambda *tensors: eager.mix(*tensors, REACH, 0),
-        (normal(2, 5, 6), normal(6, 5, 3)),
-    ),
-    "pair sums": (
-        lambda *tensors: fused.PairSums.apply(*tensors, PAIRS),
-        lambda *tensors: eager.pair_sums(tensors, PAIRS),
-        (normal(4, 3), normal(3, 3), normal(2, 3), normal(4, 2), normal(3, 2)),
-    ),
-    "pair pool": (
-        lambda *tensors: fused.PairPool.apply(*tensors, PAIRS, 4),
-        lambda *tensors: eager.pair_pool(*tensors, PAIRS, 4),
-        (normal(6), normal(3, 3)),
-    ),
     "fields": (
         lambda rows: fused.TakeFields.apply(rows, 2, [(INDEX, STARTS), (INDEX[None, :, :1], np.arange(2))]),
         lambda rows: (
             eager.take_fields(rows, 2, INDEX, STARTS),
             eager.take_fields(rows, 2, INDEX[None, :, :1], np.arange(2)),
         ),
-        (normal(5, 3),),
-    ),
-    "wide sums": (
-        lambda rows: fused.SumColumns.apply(rows, 1, 2, [(INDEX, OWNER), (INDEX[:, :2], OWNER)]),
-        lambda rows: eager.sum_columns(rows, 1, 2, [(INDEX, OWNER), (INDEX[:, :2], OWNER)]),
         (normal(5, 3),),
     ),
 }
@@ -130,8 +88,11 @@ def test_what_is_not_finite_stays_visible() -> None:
     for value in (torch.nan, torch.inf):
         x = torch.full((1, 2, 3), value)
         running = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 1, 3)
+        gated = torch.zeros_like(x)
+        ones = np.ones((2, 1, 2, 3), np.float32), np.ones((1, 2), np.float32)
+        fused_kernels.feature_gate(x.numpy(), *ones, gated.numpy())
         outputs = (
-            fused.FeatureGate.apply(x, torch.ones(1, 3, 3), torch.ones(1, 1, 1), torch.ones(1, 2, 1, 3)),
+            gated,
             fused.NormSilu.apply(x, torch.ones(1, 1, 3), torch.zeros(1, 1, 3), running, None),
             fused.Dice.apply(x[0], torch.zeros(3), running[:, 0], None),
         )
