@@ -1,7 +1,7 @@
 """Streaming counters: decayed impressions, positives per task and events of any declared combination of slots.
 
 What a counter says is what it counted before: ranking and replay read it when a request is answered, and the trainer
-learns from what was read. Legend: see `kernels.py`.
+learns from what was read. Legend: see `feature_kernels.py`.
 """
 
 from __future__ import annotations

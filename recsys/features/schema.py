@@ -171,7 +171,7 @@ class Schema:
 
     @cached_property
     def cross_spec(self) -> Int32:
-        """Where the sides of each cross lie [X, 2, 4]: see `kernels.py`."""
+        """Where the sides of each cross lie [X, 2, 4]: see `feature_kernels.py`."""
         kinds = {"shared": SHARED, "item": ITEM, "history": PAST}
         sides = [
             [(kinds[side.block], side.where.start, side.where.stop - side.where.start, side.width) for side in pair]
@@ -181,7 +181,7 @@ class Schema:
 
     @cached_property
     def counter_spec(self) -> Int32:
-        """Where the slots of each counter lie [C, 3, 3]: see `kernels.py`."""
+        """Where the slots of each counter lie [C, 3, 3]: see `feature_kernels.py`."""
         spec = np.zeros((len(self.counters.slots), MAX_SLOTS, 3), np.int32)
         for counter, names in enumerate(self.counters.slots):
             for place, name in enumerate(names):

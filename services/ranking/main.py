@@ -21,7 +21,8 @@ from services.ranking.service import RankingService
 WATCH_S = 0.25
 """How soon a signal or a thread that died is noticed: half wakes the process twice as often for nothing."""
 SWITCH_S = 0.0005
-"""For so long a thread that wants the interpreter waits for one that holds it; a request passes it on some 18 times. 5 ms is usual."""
+"""For so long a thread that wants the interpreter waits for one that holds it. With Python's 5 ms, p90 and p99 of requests beside 200
+events/s were 30 and 117 ms instead of 19 and 34."""
 
 
 def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
