@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from recsys import metrics
 from recsys.errors import ConfigError, FolderLocked, masked
@@ -37,6 +37,19 @@ class _Lines(logging.Formatter):
         return masked(super().format(record))
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at that moment, not to what it was at the start: commands that run in another's process put their own
+    there and close it, and a line to a closed file is a traceback."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Not kept."""
+        return sys.stderr
+
+
 class _Counted(logging.Handler):
     """What is said loudly is also seen from afar."""
 
@@ -46,7 +59,7 @@ class _Counted(logging.Handler):
 
 def setup_logging(process: str, level: int = logging.INFO) -> None:
     """One line an event on stderr: time, process, level, message with fields."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(_Lines(f"%(asctime)s {process} %(levelname)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler, _Counted(logging.ERROR)], force=True)
     for noisy in ("kafka", "httpx", "asyncio"):
