@@ -24,7 +24,7 @@ _NO_ROW = -2
 
 
 class Events:
-    """Impressions and feedback of one ranking process. One writer; its owner's lock makes one cut of it."""
+    """Impressions and feedback of one ranking process. One writer; readers share its owner's lock."""
 
     def __init__(self, parts: Parts, lock: threading.RLock, tell: Callable[[Counted], None]) -> None:
         """`tell`: called with each event that sources count."""
@@ -46,7 +46,7 @@ class Events:
 
     def feedback(self, feedback: Feedback, history: Sequence[HistoryEvent], event: HistoryEvent, now_ms: int) -> bool:
         """Count one feedback; `history` is the user's, `event` this feedback in it. False for a duplicate."""
-        with self._lock:  # one cut for snapshots: remembered and counted, or neither
+        with self._lock:
             if not self._seen.add(feedback.event_id, now_ms):
                 return False
             if feedback.type == "view":

@@ -27,10 +27,10 @@ logger = logging.getLogger("recsys")
 def save(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema) -> dict[str, int]:
     """Write the counters as of the consumer's position; returns where the snapshot before it stands: the log must keep what is after.
 
-    Call between turns or from any thread: the lock makes it one cut.
+    Call between turns or from any thread: nothing changes meanwhile, and requests go on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with sources.lock:
+    with sources.writing:
         positions, saved_ms = dict(consumer.counter_positions), consumer.counters.time_ms
         state = sources.state()
         size = len(sources.catalogue)

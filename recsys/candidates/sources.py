@@ -34,11 +34,14 @@ _LEAST = np.float32(0.001)
 
 
 class Sources:
-    """Every source of candidates, and what they are fed with, over one catalogue. One writer; readers share its lock."""
+    """Every source of candidates, and what they are fed with, over one catalogue. One writer; readers share its lock.
+
+    Who changes anything holds `writing`, then `lock`. A snapshot holds `writing` alone: nothing changes meanwhile, and readers go on.
+    """
 
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
         self.config, self._schema, self.catalogue = config, schema, catalogue
-        self.lock = threading.RLock()
+        self.writing, self.lock = threading.RLock(), threading.RLock()
         select.warm_up()
         mix.warm_up()
         parts = Parts(config, schema, catalogue)
@@ -65,7 +68,7 @@ class Sources:
 
     def clear(self) -> None:
         """Begin to count anew. The catalogue and what its items are filed under stay."""
-        with self.lock:
+        with self.writing, self.lock:
             for source in self._listed:
                 source.clear()
             self.events.clear()
@@ -78,7 +81,7 @@ class Sources:
 
     def item(self, item: Item) -> int:
         """Upsert or delete in the catalogue and the attribute index; returns the row."""
-        with self.lock:
+        with self.writing, self.lock:
             row = self.catalogue.apply(item)
             if row >= 0:
                 for source in self._listed:
@@ -92,7 +95,8 @@ class Sources:
 
     def free_rows(self) -> None:
         """Let new items have the rows of items deleted long ago. The writer calls it, after changes."""
-        self.catalogue.free_rows(self.lock)
+        with self.writing:
+            self.catalogue.free_rows(self.lock)
 
     def forget_rows(self, rows: Int32) -> None:
         """These rows will be other items': nothing is kept by them. Called by the catalogue, which does not find them any more."""
@@ -101,7 +105,7 @@ class Sources:
 
     def restore_catalogue(self, arrays: Mapping[str, Any]) -> None:
         """Load a catalogue's arrays, and file its items by their attributes."""
-        with self.lock:
+        with self.writing, self.lock:
             self.catalogue.restore(arrays)
             for source in self._listed:
                 source.catalogue_restored()
@@ -132,18 +136,17 @@ class Sources:
             return self.events.quotas.current(now_ms)
 
     def state(self) -> dict[str, Arrays]:
-        """Everything but the catalogue, by rows of today's catalogue, for a snapshot."""
-        with self.lock:
-            return {
-                **{part: arrays for source in self._listed for part, arrays in source.state().items()},
-                **self.events.state(),
-            }
+        """Everything but the catalogue, by rows of today's catalogue, for a snapshot. Its caller holds `writing`."""
+        return {
+            **{part: arrays for source in self._listed for part, arrays in source.state().items()},
+            **self.events.state(),
+        }
 
     def restore(self, state: dict[str, Arrays], row_map: Int32, now_ms: int, saved_ms: int = 0) -> None:
         """Load `state` of log time `saved_ms`; `row_map[old row]` is today's row, -1 where the item is gone. SnapshotCorrupt where it
         cannot be: then these sources are not to be used."""
         times = {"saved_ms": saved_ms, "latest_ms": bounded_ms(2**62, now_ms)}
-        with self.lock:
+        with self.writing, self.lock:
             for source in self._listed:
                 source.restore(state, row_map, **times)
             self.events.restore(state, **times)

@@ -152,8 +152,9 @@ class StateConsumer:
                 moved[key] = records.next
         if moved:
             self._store.apply(batch.updates, moved, {key: stored[key] for key in moved})
-        for count in batch.counts:
-            count()
+        with self._sources.writing:
+            for count in batch.counts:
+                count()
         self._tell_age(parts)
 
     def _tell_age(self, parts: Sequence[_Read]) -> None:

@@ -130,15 +130,15 @@ class Counters:
             self._keep(~gone)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything, as arrays."""
+        """Everything, as arrays, which nothing changes any more: what is counted while they are written is not in them."""
         table, size = self._table, self._size
         return {
             "clocks": np.array([decay.state() for decay in self._decays], np.int64).reshape(-1, 3),
             "half_lives_s": np.array([decay.half_life_ms / 1000 for decay in self._decays]),
-            "keys": table.keys[:size],
-            "owners": table.owners[:size],
-            "counters": table.counters[:size],
-            "sums": table.sums[:size],
+            "keys": table.keys[:size].copy(),
+            "owners": table.owners[:size].copy(),
+            "counters": table.counters[:size].copy(),
+            "sums": table.sums[:size].copy(),
         }
 
     def restore(self, state: dict[str, npt.NDArray[Any]], **times: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -200,3 +202,42 @@ def test_contexts_are_bounded_in_bytes() -> None:
         world.impression(f"r{number}", "u", ["i0", *(f"x{n}" for n in range(10))], activation=activation)
     assert 0.5 < contexts.full_ratio <= 1.0
     assert "r99" in contexts._open and "r0" not in contexts._open
+
+
+def _much(world: World) -> None:
+    for number in range(40):
+        user, items = f"u{number % 7}", [f"i{(number + n) % 12}" for n in range(4)]
+        world.impression(f"r{number}{len(world.histories)}", user, items)
+        for item in items[: number % 4]:
+            world.feedback(user, item, request=f"r{number}{len(world.histories)}" if number % 2 else None)
+        world.feedback(user, f"later {number}")
+
+
+def test_what_was_saved_does_not_change_with_what_is_counted_later() -> None:
+    """The state is written after the lock is given back: a count in it that its ids do not know would be counted again."""
+    world = World(parse({"features": {"context": ["hour"], "counters": [{"of": ["item"]}], "transitions": True}}), 12)
+    _much(world)
+    saved = world.sources.state()
+    before = copy.deepcopy(saved)
+    _much(world)
+    assert not np.array_equal(before["counters"]["sums"], world.sources.state()["counters"]["sums"])
+    for part, arrays in before.items():
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(saved[part][name], array, f"{part}.{name}")
+
+
+def test_requests_go_on_while_a_snapshot_is_taken_and_counts_wait() -> None:
+    world = World(items=3)
+    asked, counted = threading.Event(), threading.Event()
+    threads = [
+        threading.Thread(target=lambda: (world.sources.quotas_at(T0), asked.set())),
+        threading.Thread(target=lambda: (world.item("new"), counted.set())),
+    ]
+    with world.sources.writing:
+        for thread in threads:
+            thread.start()
+        assert asked.wait(60.0)
+        assert not counted.wait(0.05)
+    assert counted.wait(60.0)
+    for thread in threads:
+        thread.join()
