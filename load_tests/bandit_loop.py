@@ -23,6 +23,7 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import networks
 from recsys.model.layouts import edges, layouts
+from recsys.parameters.in_process import OwnNetworks
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.item_index import ItemIndex
@@ -79,12 +80,14 @@ def _bandit(config: Config) -> tuple[Bandit, Any, Any]:
         centroids=near(vectors, CLUSTERS),
         weights=np.full(CLUSTERS, 100, np.float32),
         generation="g",
-        origin_ms=0,
-        shift=0,
+        clock=(0, 0, 0),
+        half_life_s=None,
     )
     store = ParameterStore(layouts(config, schema), schema.hash)
-    scorer = Scorer(config, schema, store)
-    scorer.adopt(networks.ranker(config, schema), None, lambda: published)
+    own = OwnNetworks(
+        schema, networks.ranker(config, schema).eval(), networks.two_tower(config, schema).eval(), lambda: published
+    )
+    scorer = Scorer(config, schema, store, own)
     bandit = Bandit(config, catalogue, scorer)
     searcher = Searcher(ItemIndex.build(np.arange(ITEMS, dtype=np.int32), vectors))
     bandit.prepare("g", searcher, scorer.towers)

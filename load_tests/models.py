@@ -35,7 +35,8 @@ from recsys.model.layers import seeded
 from recsys.model.layouts import layouts
 from recsys.model.plan import plan
 from recsys.parameters.store import ParameterStore
-from recsys.ranking.scorer import NONE, Scorer
+from recsys.ranking.scorer import Scorer
+from recsys.ranking.two_stages import TwoStages
 from recsys.table.tables import Tables
 from recsys.training.learner import Batch, Learner
 from recsys.types import HistoryEvent, Item
@@ -180,19 +181,23 @@ def one_request(report: Report, rng: np.random.Generator, rounds: int) -> None:
         for number in table.layout.slots:
             table.lookup_train(np.full(IDS, number, np.int32), np.arange(IDS), 0)
     features = some_features(schema, rng, CANDIDATES, HISTORY, lambda _, shape: rng.integers(0, IDS, shape))
-    scorer, most = Scorer(settings, schema, store), settings.ranking.full_candidates
+    scorer, stages, most = (
+        Scorer(settings, schema, store),
+        TwoStages(settings, schema),
+        settings.ranking.full_candidates,
+    )
     lay = plan(schema, [features])
     deep, wide = scorer._rows.lookup([lay.deep, lay.wide]).values
     model = networks.ranker(settings, schema).eval()
 
     def forward() -> None:
-        scorer.score_rows(lay, (deep, wide), most)
+        stages.score(scorer.networks.current, lay, (deep, wide), most)
 
     with torch.inference_mode():
         every = ranker_inputs(schema, lay, torch.from_numpy(deep), torch.from_numpy(wide), DIM)
         cpu(report, "score_500", forward, rounds)
         with FlopCounterMode(display=False) as flops:
-            scorer._score_by_torch(model, lay, (deep, wide), most, NONE)  # nobody counts what the kernels do
+            stages.score_by_torch(model, lay, (deep, wide), most)  # nobody counts what the kernels do
         report.add("score_500_gflop", flops.get_total_flops() / 1e9)
         cpu(report, "score_500_all_by_network", lambda: model(every), rounds)
         cpu(report, "score_500_with_rows", lambda: scorer.rank(features, most), rounds)

@@ -16,12 +16,11 @@ from tests.documents import DOCUMENTS, ROOT, options
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 7
 MAX_CLASS_LINES, MAX_METHODS = 200, 15
 LARGE_CLASSES = {
+    "recsys/evaluation/replay.py:Replay",
     "recsys/candidates/counter_feed.py:CounterFeed",
     "recsys/candidates/generation.py:Generations",
-    "recsys/evaluation/replay.py:Replay",
     "recsys/features/catalogue.py:Catalogue",
     "recsys/features/schema.py:Schema",
-    "recsys/ranking/scorer.py:Scorer",
     "recsys/retrieval/covisits.py:CoVisits",
     "recsys/retrieval/shared_attributes.py:Followed",
     "recsys/retrieval/top_counts.py:Trending",
@@ -51,8 +50,7 @@ DRIVERS = {
     "torch": (
         "recsys/model/",
         "recsys/training/",
-        "recsys/ranking/scorer.py",
-        "recsys/candidates/generation.py",
+        "recsys/ranking/two_stages.py",
         "recsys/table/cuda",
         "load_tests/fbgemm.py",
         "load_tests/models.py",

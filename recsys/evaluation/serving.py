@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 from recsys.bandit.graph import Published
 from recsys.candidates.explorer import Bandit
@@ -11,32 +10,15 @@ from recsys.candidates.generation import Generations
 from recsys.config import Config
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import fused, scoring
+from recsys.model import fused, networks, scoring
 from recsys.model.layouts import layouts
-from recsys.model.plan import Block
-from recsys.parameters.base import ParameterState, Reply
 from recsys.parameters.deltas import Delta, Version
+from recsys.parameters.in_process import OwnNetworks, OwnRows
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
-from recsys.table.tables import Tables
 from recsys.training.checkpoint import network_bytes
 from recsys.training.publish import row_deltas
 from recsys.training.trainer import Trainer
-
-
-class _Direct:
-    """Parameters read straight from a trainer's tables."""
-
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-
-    def lookup(self, blocks: Sequence[Block]) -> Reply:
-        return Reply(
-            values=tuple(self._tables[b.layout].lookup(b.slots, b.keys)[0] for b in blocks), state=ParameterState()
-        )
-
-    def dense(self) -> tuple[int, bytes]:
-        return 0, b""
 
 
 class ServingCopy:
@@ -58,12 +40,11 @@ class ServingCopy:
         self._store = ParameterStore(layouts(config, schema), schema.hash, config.table.implementation)
         self._later: deque[tuple[int, Delta]] = deque()
         self._captured = 0
-        direct = live and trainer is not None
-        self.scorer = Scorer(config, schema, _Direct(trainer.tables) if direct and trainer else self._store)
-        if direct and trainer:
-            learner = trainer.bandit
-            told = (lambda: Published.of(learner.published())) if learner else None
-            self.scorer.adopt(trainer.learner.model, trainer.towers.model if trainer.towers else None, told)
+        self.scorer = (
+            Scorer(config, schema, OwnRows(trainer.tables), _networks_of(trainer))
+            if live and trainer is not None
+            else Scorer(config, schema, self._store)
+        )
         self.bandit = Bandit(config, catalogue, self.scorer) if trainer is not None and config.explores else None
         wanted = trainer is not None and (config.explores or bool(config.retrieval.sources.get("nearest")))
         self.generations = Generations(config, catalogue, self.scorer, bandit=self.bandit) if wanted else None
@@ -75,6 +56,7 @@ class ServingCopy:
         if not self._live and self._each_step:
             self.capture(now_ms)
         elif self._live:
+            self.scorer.refresh()
             self._follow(now_ms)
 
     def capture(self, now_ms: int) -> None:
@@ -119,3 +101,10 @@ class ServingCopy:
             self.generations.build(now_ms / 1000)
         if self.bandit is not None:
             self.bandit.refresh()
+
+
+def _networks_of(trainer: Trainer) -> OwnNetworks:
+    towers = trainer.towers.model if trainer.towers else networks.two_tower(trainer.config, trainer.schema).eval()
+    learner = trainer.bandit
+    told = (lambda: Published.of(learner.published())) if learner else None
+    return OwnNetworks(trainer.schema, trainer.learner.model, towers, told)

@@ -1,4 +1,4 @@
-"""A user's vectors without torch: a handful of small products, of which torch's fixed cost was the most.
+"""Vectors of users and items by the towers. A user's without torch: a handful of small products, of which its fixed cost was the most.
 
 Equal to `TwoTower.user_vectors` but for rounding: `tests/unit/test_model_scoring.py`. Legend: as in `two_tower.py`.
 """
@@ -6,6 +6,7 @@ Equal to `TwoTower.user_vectors` but for rounding: `tests/unit/test_model_scorin
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from recsys.model.fused import array
 from recsys.model.layers import MLP
@@ -27,6 +28,13 @@ def user_vectors(towers: TwoTower, shared: Float32, history: Float32, present: B
     vectors = _mlp(towers.user_tower, np.concatenate([shared, weight @ history], 2))
     vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     return vectors if spec.interests > 1 else vectors[:, 0]
+
+
+def item_vectors(towers: TwoTower, fields: Float32) -> Float32:
+    """Fields [n, F d] of looked-up rows -> [n, tower_dim]."""
+    with torch.inference_mode():
+        vectors: Float32 = towers.item_vectors(torch.from_numpy(fields)).numpy()
+    return vectors
 
 
 def _mlp(tower: MLP, x: Float32) -> Float32:

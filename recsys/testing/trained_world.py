@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from recsys.bandit.graph import Published
@@ -16,8 +14,7 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.model import fused, networks, scoring
 from recsys.model.layouts import layouts
-from recsys.model.plan import Block
-from recsys.parameters.base import ParameterState, Reply
+from recsys.parameters.in_process import OwnNetworks, OwnRows
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
@@ -35,20 +32,6 @@ LOOKED_AT = 16
 """Items that a user looks at before the next user comes."""
 STEP_MS = 1000
 START_MS = 1_700_000_000_000
-
-
-class _Direct:
-    """Parameters read straight from the learner's tables."""
-
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-
-    def lookup(self, blocks: Sequence[Block]) -> Reply:
-        values = tuple(self._tables[block.layout].lookup(block.slots, block.keys)[0] for block in blocks)
-        return Reply(values=values, state=ParameterState())
-
-    def dense(self) -> tuple[int, bytes]:
-        return 0, b""
 
 
 class _Placed(Generations):
@@ -96,13 +79,14 @@ class TrainedWorld:
         self.now_ms, self._clicks = START_MS, 0
         while self._clicks < num_clicks:
             self._step()
-        self.scorer = Scorer(config, schema, _Direct(tables))
         self._explorer = BanditLearner(config, tables)
-        self.scorer.adopt(
+        own = OwnNetworks(
+            schema,
             networks.ranker(config, schema).eval(),
             self._learner.model.eval(),
             lambda: Published.of(self._explorer.published()),
         )
+        self.scorer = Scorer(config, schema, OwnRows(tables), own)
         self._bandit = Bandit(config, self.sources.catalogue, self.scorer)
         parts = config, self.sources.catalogue, self.scorer
         self.generations = (
@@ -158,6 +142,7 @@ class TrainedWorld:
                 )
                 self._explorer.feedback(event, self.now_ms)
         self._explorer.step(self.now_ms, learn=True)
+        self.scorer.refresh()
         self._bandit.refresh()
 
     def opened(self, user_id: str, request_id: str = "r") -> Opened:

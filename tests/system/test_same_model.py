@@ -19,9 +19,9 @@ from recsys.events import messages
 from recsys.events.event_files import merged, read_items
 from recsys.features.build import decode
 from recsys.model.layouts import layouts
-from recsys.model.plan import Block
-from recsys.parameters.base import ParameterState, Reply
 from recsys.parameters.deltas import DeltaReader
+from recsys.parameters.dense_weights import DenseWeights
+from recsys.parameters.in_process import OwnRows
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.streams.base import EventLog
@@ -116,20 +116,6 @@ def play(system: Services, events: Path) -> set[str]:
     return degraded
 
 
-class Direct:
-    """Parameters straight from tables."""
-
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-
-    def lookup(self, blocks: Sequence[Block]) -> Reply:
-        values = tuple(self._tables[b.layout].lookup(b.slots, b.keys)[0] for b in blocks)
-        return Reply(values=values, state=ParameterState())
-
-    def dense(self) -> tuple[int, bytes]:
-        return 0, b""
-
-
 def served(log: EventLog, degraded: set[str]) -> dict[int, list[Impression]]:
     """The impressions made with trained networks, by the step of the rows that they were scored with; none of `degraded`."""
     found: dict[int, list[Impression]] = defaultdict(list)
@@ -166,7 +152,7 @@ def test_the_journal_run_again_gives_equal_predictions_and_bit_equal_rows(tmp_pa
     trainer = Trainer(config, tmp_path / "again")
     store, reader = ParameterStore(layouts(config, trainer.schema), trainer.schema.hash), DeltaReader()
     deltas = [d for d in (reader.feed(record.value) for record in all_of(log, "parameters")) if d is not None]
-    scorer = Scorer(config, trainer.schema, Direct(store.tables))
+    scorer = Scorer(config, trainer.schema, OwnRows(store.tables))
     positions, same, at = defaultdict[str, int](int), 0, 0
     for entry in Journal(config.data_dir / "trainer").entries(1):
         records = [
@@ -209,7 +195,8 @@ def is_same(scorer: Scorer, trainer: Trainer, impression: Impression, dense: dic
     """Whether the features in the log give the predictions in the log."""
     version = int(impression.model_version.split(".")[2])
     if scorer.dense_version != version:
-        scorer._networks = scorer._build(dense[version], version)
+        assert isinstance(scorer.networks, DenseWeights)
+        scorer.networks.load(dense[version], version)
     (again,) = scorer.predict([decode(trainer.schema, impression.features)])
     logged = [[item.predictions[task] for task in trainer.schema.tasks] for item in impression.items]
     return bool(np.allclose(again, np.array(logged), rtol=0, atol=1e-5))

@@ -21,9 +21,11 @@ from recsys.features.build import UserFeatures, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
+from recsys.model import networks
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.parameters.base import Reply
+from recsys.parameters.in_process import OwnNetworks
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.item_index import ItemIndex
@@ -65,8 +67,6 @@ class World:
         for number in range(NUM):
             self.catalogue.apply(Item(item_id=f"i{number}", attributes={"category": f"c{number % 3}"}))
         self.store = Away(layouts(self.config, self.schema), self.schema.hash, "reference")
-        self.scorer = Scorer(self.config, self.schema, self.store)
-        self.scorer._told = lambda: self.published
         self.published = Published(
             ids=np.array([5, 6, 7]),
             places=np.array([0, 1, 2], np.int32),
@@ -76,6 +76,13 @@ class World:
             clock=(0, 0, 0),
             half_life_s=None,
         )
+        self.own = OwnNetworks(
+            self.schema,
+            networks.ranker(self.config, self.schema).eval(),
+            networks.two_tower(self.config, self.schema).eval(),
+            lambda: self.published,
+        )
+        self.scorer = Scorer(self.config, self.schema, self.store, self.own)
         self.bandit = Bandit(self.config, self.catalogue, self.scorer)
         self.searcher = Searcher(ItemIndex.build(np.arange(NUM, dtype=np.int32), VECTORS))
 
@@ -227,6 +234,7 @@ def test_before_any_centroid_is_known_the_first_cluster_is_logged_and_nothing_is
         clock=(0, 0, 0),
         half_life_s=None,
     )
+    world.scorer.refresh()
     world.prepare()
     active = world.active(CENTROIDS[0])
     assert world.found(active) == []
@@ -241,6 +249,7 @@ def test_before_any_centroid_is_known_the_first_cluster_is_logged_and_nothing_is
         clock=(0, 0, 0),
         half_life_s=None,
     )
+    world.scorer.refresh()
     world.bandit.refresh()
     assert len(world.found(world.active(CENTROIDS[0]))) == 10
 
@@ -249,8 +258,8 @@ def test_without_a_vector_or_a_trainer_there_is_no_bandit() -> None:
     world = World()
     world.prepare()
     assert world.bandit.activate("g", world.user(), np.zeros(DIM, np.float32)) is None
-    world.scorer._told = None
-    assert Bandit(world.config, world.catalogue, world.scorer).activate("g", world.user(), CENTROIDS[0]) is None
+    untrained = Scorer(world.config, world.schema, world.store)
+    assert Bandit(world.config, world.catalogue, untrained).activate("g", world.user(), CENTROIDS[0]) is None
 
 
 def test_in_a_new_generation_clusters_are_where_their_users_of_late_are() -> None:
@@ -293,7 +302,6 @@ def test_the_last_known_edges_serve_while_parameter_is_away() -> None:
 
 def test_generations_prepare_the_graph_before_they_are_used() -> None:
     world = World()
-    world.scorer.adopt(world.scorer._networks.ranker, None, lambda: world.published)
     generations = Generations(world.config, world.catalogue, world.scorer, bandit=world.bandit)
     assert generations.due(0.0)
     generations.build(0.0)
