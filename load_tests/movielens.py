@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,10 @@ import numpy.typing as npt
 from load_tests.common import ROOT, Report, run, say
 from recsys import config
 from recsys.evaluation.bootstrap import Resamples, interval
+from recsys.evaluation.click_log import ClickLog
 from recsys.evaluation.measures import NextItem
-from recsys.evaluation.replay import Options, Replay
+from recsys.evaluation.replay import Replay
+from recsys.evaluation.replayed_loop import Options
 from recsys.events import event_files
 from recsys.types import Bool, Feedback
 from services.cli.convert_command import convert_movielens
@@ -71,10 +74,14 @@ class Watched(Replay):
     rivals: Rivals
     user_id = ""
 
-    def feedback(self, feedback: Feedback, now_ms: int) -> None:
-        self.user_id = feedback.user_id
-        super().feedback(feedback, now_ms)
-        self.rivals.feedback(feedback)
+    def step(self, now_ms: int, kind: str, message: Any) -> bool:
+        rated = isinstance(message, Feedback) and now_ms < self.loop.options.until_ms
+        if rated:
+            self.user_id = message.user_id
+        goes_on = super().step(now_ms, kind, message)
+        if rated:
+            self.rivals.feedback(message)
+        return goes_on
 
 
 class Beside(NextItem):
@@ -115,7 +122,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         counts = convert_movielens(options.data, events)
         replay = Watched(config.load(options.config), chosen, Path(folder))
         replay.rivals = Rivals(counts["items"])
-        replay.next_item = beside = Beside(replay)
+        assert isinstance(replay.driver, ClickLog)
+        replay.driver.next_item = beside = Beside(replay)
         result = replay.run(event_files.merged([events]), lambda done, _: say(f"{done:,} events"))
     report.add("movielens_predictions", float(len(beside.users)), "requests", "higher")
     report.add("movielens_seconds", result["seconds"], "s")

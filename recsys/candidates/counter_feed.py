@@ -30,7 +30,7 @@ class CounterFeed:
 
     def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
         self._config, self._schema, self._catalogue = config, schema, catalogue
-        self.counters = self.empty()
+        self.counters = self._empty()
         memory = config.capacity.memory_bytes
         self.contexts = Contexts(schema, bound_bytes(memory, "contexts") * 3 // 4)
         self._most_last = entries(memory, "contexts", 4 * _LAST_BYTES)
@@ -46,7 +46,7 @@ class CounterFeed:
         most = recent_limit(memory)
         self._shown, self._positives = Recent(limit=most), Recent(limit=most)
 
-    def empty(self) -> Counters:
+    def _empty(self) -> Counters:
         """Counters of nothing, within half of the bytes of all counters; co-visits have a quarter."""
         config, layout = self._config, self._schema.counters
         row_bytes = 28 + 4 * len(layout.half_lives_s) * len(layout.columns)
@@ -94,17 +94,13 @@ class CounterFeed:
             if self._positives.add(f"{feedback.request_id}\n{feedback.item_id}\n{task}", now_ms)
         ]
 
-    def labels(self, feedback: Feedback) -> list[str]:
-        """Those columns, each time."""
-        return [f"positive {self._schema.tasks[task]}" for task in self._positive_tasks(feedback)]
-
-    def others(self, feedback: Feedback, later: bool, last: OrderedDict[str, str] | None = None) -> list[str]:
-        """The other columns that a feedback counts for; `later`: not its session's first event; `last`: users' last items elsewhere."""
+    def others(self, feedback: Feedback, later: bool) -> list[str]:
+        """The other columns that a feedback counts for; `later`: not its session's first event."""
         values: list[str] = []
         if self.counts_events and feedback.type in self._types:
             values += ["events", "later"] if later else ["events"]
         if feedback.request_id is None and feedback.type in self._elsewhere:
-            values += self._elsewhere_values(feedback, self._last if last is None else last)
+            values += self._elsewhere_values(feedback)
         return values
 
     def _positive_tasks(self, feedback: Feedback) -> list[int]:
@@ -113,9 +109,9 @@ class CounterFeed:
         least = {task: self._config.tasks[task].min_value for task in self._tasks.get(feedback.type, ())}
         return [t for t, low in least.items() if low is None or (feedback.value is not None and feedback.value >= low)]
 
-    def _elsewhere_values(self, feedback: Feedback, last: OrderedDict[str, str]) -> list[str]:
+    def _elsewhere_values(self, feedback: Feedback) -> list[str]:
         """A type counts on its own, and once more if its item is the one of the user's last event of the first type."""
-        kind = feedback.type
+        kind, last = feedback.type, self._last
         if kind == self._elsewhere[0]:
             last[feedback.user_id] = feedback.item_id
             last.move_to_end(feedback.user_id)

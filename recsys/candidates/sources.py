@@ -16,7 +16,7 @@ from recsys.candidates.events import Events
 from recsys.candidates.following import FollowingSource
 from recsys.candidates.registry import made, one_of
 from recsys.candidates.trending import TrendingSource
-from recsys.candidates.visibility import Everything, Visibility
+from recsys.candidates.visibility import EVERYTHING, Visibility
 from recsys.clock import bounded_ms
 from recsys.config import Config
 from recsys.features.build import Signals, UserFeatures
@@ -39,8 +39,12 @@ class Sources:
     Who changes anything holds `writing`, then `lock`. A snapshot holds `writing` alone: nothing changes meanwhile, and readers go on.
     """
 
-    def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
+    def __init__(
+        self, config: Config, schema: Schema, catalogue: Catalogue, visibility: Visibility = EVERYTHING
+    ) -> None:
+        """`visibility`: how much of what was counted requests may know."""
         self.config, self._schema, self.catalogue = config, schema, catalogue
+        self._visibility = visibility
         self.writing, self.lock = threading.RLock(), threading.RLock()
         select.warm_up()
         mix.warm_up()
@@ -51,8 +55,6 @@ class Sources:
         self._following = one_of(self.by_name, FollowingSource)
         self.events = Events(parts, self.lock, self._counted)
         catalogue.on_free.append(self.forget_rows)
-        self.visibility: Visibility = Everything()
-        """How much of what was counted requests may know."""
         self.on_counted: Callable[[int], None] = lambda row: None
         """Called with the row of each counted feedback."""
 
@@ -112,7 +114,7 @@ class Sources:
 
     def signals(self, user: UserFeatures, history_rows: Sequence[int], rows: Int32, now_ms: int) -> Signals:
         """What the counters say about the items at `rows` for this user."""
-        as_of_ms = self.visibility.as_of_ms(now_ms)
+        as_of_ms = self._visibility.as_of_ms(now_ms)
         with self.lock:
             trending, following = self.trending, self._following.following
             covisit = self.covisits.score(history_rows, rows, as_of_ms)
@@ -124,7 +126,7 @@ class Sources:
                 shared = user.shared_keys, user.shared_mask
                 follows = np.concatenate([following.numbers(history_rows, shared, rows), mixed], 1)
             return Signals(
-                counters=self.events.counting.numbers(user, rows, self.visibility, now_ms),
+                counters=self.events.counting.numbers(user, rows, self._visibility, now_ms),
                 popularity=trending.score(rows, as_of_ms),
                 covisit=covisit,
                 follows=follows,

@@ -28,3 +28,6 @@ class Everything:
 
     def see_own(self, columns: Columns, counts: Float32, now_ms: int) -> None:
         """It is in `counts`."""
+
+
+EVERYTHING = Everything()

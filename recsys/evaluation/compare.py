@@ -13,9 +13,12 @@ from recsys.config import Config
 from recsys.config.tasks import LATE, NEVER
 from recsys.errors import BadInput
 from recsys.evaluation.bootstrap import Resamples, interval
-from recsys.evaluation.measures import METRICS, NextItem, differences
-from recsys.evaluation.replay import Event, Options, Replay
+from recsys.evaluation.click_log import ClickLog
+from recsys.evaluation.measures import METRICS, NextItem, Progressive, differences
+from recsys.evaluation.replay import Replay
+from recsys.evaluation.replayed_loop import Event, Options
 from recsys.keys import cross, key_of
+from recsys.training.opened import Emission
 from recsys.types import Bool, Int64
 
 Float64 = npt.NDArray[np.float64]
@@ -28,15 +31,18 @@ class _Watched(Replay):
 
     def __init__(self, config: Config, options: Options, folder: Path) -> None:
         super().__init__(config, options, folder)
-        self.next_item: _LastAnswer = _LastAnswer()
-        self._keys: dict[str, list[Int64]] = {task: [] for task in self.schema.tasks}
+        self.answers = _LastAnswer()
+        self.progressive = Progressive(())
+        self._keys: dict[str, list[Int64]] = {task: [] for task in self.loop.schema.tasks}
+        if isinstance(self.driver, ClickLog):
+            self.driver.next_item = self.answers
+        else:
+            self.driver.on_scored, self.progressive = self._scored, self.driver.progressive
 
-    def _report(self, request_id: str, time_ms: int, labels: Any, final: Any) -> None:
-        if request_id in self._predictions:
-            request = np.array([key_of(request_id)])
-            for task, name in enumerate(self.schema.tasks):
-                self._keys[name].append(cross(request, np.flatnonzero(final[:, task])))
-        super()._report(request_id, time_ms, labels, final)
+    def _scored(self, emission: Emission) -> None:
+        request = np.array([key_of(emission.request_id)])
+        for task, name in enumerate(self.loop.schema.tasks):
+            self._keys[name].append(cross(request, np.flatnonzero(emission.final[:, task])))
 
     def keys(self, task: str) -> Int64:
         """Which request and item each row of `progressive.rows(task)` is of."""
@@ -87,8 +93,8 @@ class Comparison:
         return result | {"paired": paired, "unpaired": self._unpaired}
 
     def _pair(self, now_ms: int, kind: str, message: Any) -> None:
-        first, second = self._a.next_item.shown, self._b.next_item.shown
-        self._a.next_item.shown = self._b.next_item.shown = None
+        first, second = self._a.answers.shown, self._b.answers.shown
+        self._a.answers.shown = self._b.answers.shown = None
         if first is None or second is None:
             self._unpaired += first is not second
             return

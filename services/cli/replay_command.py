@@ -16,7 +16,9 @@ import torch
 
 from recsys import config
 from recsys.errors import BadInput
-from recsys.evaluation.replay import Options, Replay
+from recsys.evaluation.impression_log import ImpressionLog
+from recsys.evaluation.replay import Replay
+from recsys.evaluation.replayed_loop import Options
 from recsys.events import event_files
 from services.cli.main import DONE, emit
 from services.cli.progress import progress_bar
@@ -188,8 +190,9 @@ def run(arguments: argparse.Namespace) -> int:
             result = replay.run(events, progress)
         emit(arguments, result)  # before what a full disk may refuse
         if scored is not None:
-            for task in replay.schema.tasks:
-                rows = replay.progressive.rows(task)
+            assert isinstance(replay.driver, ImpressionLog)
+            for task in replay.loop.schema.tasks:
+                rows = replay.driver.progressive.rows(task)
                 columns = [pa.array([task] * len(rows)), *(pa.array(rows[name]) for name in SCORED.names[1:])]
                 scored.write_table(pa.table(columns, schema=SCORED))
     return DONE

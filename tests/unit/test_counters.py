@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.candidates.base import Parts
 from recsys.candidates.counter_feed import CounterFeed
 from recsys.candidates.limits import Limits
 from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.errors import ConfigError
-from recsys.evaluation.delays import Delayed
+from recsys.evaluation.delays import Delayed, Timeline
 from recsys.features.build import shared_columns, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
@@ -237,9 +238,9 @@ def test_a_click_logs_events_are_counted_by_whether_they_are_a_sessions_first() 
 def test_users_own_counts_are_live_while_others_are_as_of_an_earlier_time() -> None:
     settings = config(counters=[{"of": ["user"]}, {"of": ["item"]}])
     schema, catalogue = world(settings)
-    counting = CounterFeed(settings, schema, catalogue)
-    seen = Delayed(counting, catalogue, live=True)
-    seen.until_ms = 0
+    parts, timeline = Parts(settings, schema, catalogue), Timeline(delay_s=1, sync_interval_s=0)
+    counting, seen = CounterFeed(*parts), Delayed(parts, timeline, live=True)
+    timeline.move(0)
     seen.shown(shown("r", "a", "i1", "1"), 0)
     user = user_features(schema, catalogue, "a", [], {})
     numbers = counting.numbers(user, np.array([1], np.int32), seen, 0)[0]

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import Config, load
-from recsys.evaluation.replay import Event, Options, Replay
+from recsys.evaluation.impression_log import ImpressionLog
+from recsys.evaluation.replay import Replay
+from recsys.evaluation.replayed_loop import Event, Options
 from recsys.events.event_files import merged
 from recsys.ranking.shown import Shown
 from recsys.ranking.stages import Ranked
@@ -40,7 +42,9 @@ def test_outcomes_of_an_impression_are_no_features_of_it(kuairand: Path, tmp_pat
         replay = Replay(config, Options(sync_interval_s=1e9, freeze_user=True, click_log=False), tmp_path / f"{name}.d")
         report = replay.run(merged(tmp_path / name))
         assert report["tasks"]["click"]["examples"] == 4
-        found.append([replay.progressive.rows(task)["prediction"].tolist() for task in replay.schema.tasks])
+        assert isinstance(replay.driver, ImpressionLog)
+        rows = map(replay.driver.progressive.rows, replay.loop.schema.tasks)
+        found.append([of_task["prediction"].tolist() for of_task in rows])
     assert found[0] == found[1]
 
 
@@ -87,16 +91,17 @@ def clicks(num_sessions: int) -> list[Event]:
 def answers(config: Config, state: type[MemoryState], folder: Path) -> list[list[tuple[str, float]]]:
     """What a replay of the same clicks shows, with its scores."""
     replay = Replay(config, Options(), folder)
-    replay.store = replay.pipeline._store = state(config.state.history_len, config.state.seen_len)
+    loop = replay.loop
+    loop.store = loop.pipeline._store = state(config.state.history_len, config.state.seen_len)
     lists: list[list[tuple[str, float]]] = []
-    show = replay.pipeline.show
+    show = loop.pipeline.show
 
     def kept(ranked: Ranked) -> Shown:
         made = show(ranked)
         lists.append([(item.item_id, item.score or 0.0) for item in made.items])
         return made
 
-    replay.pipeline.show = kept  # type: ignore[method-assign]
+    loop.pipeline.show = kept  # type: ignore[method-assign]
     replay.run(clicks(200))
     return lists
 

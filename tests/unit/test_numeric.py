@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from recsys.config import Config, parse
-from recsys.evaluation.replay import Event, Options, Replay
+from recsys.evaluation.replay import Replay
+from recsys.evaluation.replayed_loop import Event, Options
 from recsys.features.build import Signals, UserFeatures, decode, item_features, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.numeric import between, bucket_of, squashed, time_ms_of
@@ -194,10 +195,11 @@ def test_seconds_since_are_those_of_the_moment_of_serving(tmp_path: Path) -> Non
     """What an example says is what was known when it was shown, whatever comes before it is learned."""
     config = parse({"features": {"time_since": ["last_event", "published", "born"], "transitions": True}})
     replay = Replay(config, Options(click_log=False), tmp_path)
-    assert replay.trainer is not None
+    trainer = replay.loop.trainer
+    assert trainer is not None
     opened: list[Impression] = []
-    open_one = replay.trainer.impression
-    replay.trainer.impression = lambda *given: (opened.append(given[0]), open_one(*given))[1]  # type: ignore[method-assign]
+    open_one = trainer.impression
+    trainer.impression = lambda *given: (opened.append(given[0]), open_one(*given))[1]  # type: ignore[method-assign]
     items = [
         Item(item_id="iso", attributes={"published": "1970-01-01T00:00:10Z"}),
         Item(item_id="ms", attributes={"published": 25_000, "born": "long ago"}),
@@ -214,10 +216,10 @@ def test_seconds_since_are_those_of_the_moment_of_serving(tmp_path: Path) -> Non
         return time_ms, "feedback", Feedback(event_id=str(time_ms), time_ms=time_ms, **about)
 
     replay.run([*((0, "item", item) for item in items), shown(5_000), clicked(12_000), shown(42_000), clicked(50_000)])
-    first, second = (decode(replay.schema, impression.features).numbers for impression in opened)
-    found = {n: second[:, replay.schema.numbers.index(n)].tolist() for n in replay.schema.numbers}
+    first, second = (decode(replay.loop.schema, impression.features).numbers for impression in opened)
+    found = {n: second[:, replay.loop.schema.numbers.index(n)].tolist() for n in replay.loop.schema.numbers}
     assert found["event.last_event"] == pytest.approx([math.log(31)] * 4)
-    assert first[0, replay.schema.numbers.index("event.last_event.missing")] == 1.0
+    assert first[0, replay.loop.schema.numbers.index("event.last_event.missing")] == 1.0
     assert found["time.published"] == pytest.approx([math.log(33), math.log(18), 0.0, 0.0])
     assert found["time.published.missing"] == [0.0, 0.0, 0.0, 1.0]
     assert found["time.born.missing"] == [1.0] * 4

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from recsys.config import Config, SlateConfig, parse
-from recsys.evaluation.replay import Event, Options, Replay
+from recsys.errors import BadInput
+from recsys.evaluation.impression_log import ImpressionLog
+from recsys.evaluation.replay import Replay
+from recsys.evaluation.replayed_loop import Event, Options
 from recsys.types import Feedback, Impression, Item, ShownItem
 
 SECOND = 1000
@@ -92,7 +95,7 @@ def test_own_history_is_live_under_delay_and_frozen_on_demand(tmp_path: Path) ->
     assert hits(events, tmp_path, delay_s=100) == (2, 1)
     frozen = Replay(counting(), Options(delay_s=100, freeze_user=True), tmp_path)
     frozen.run(events)
-    assert frozen.store.get("u").history == ()
+    assert frozen.loop.store.get("u").history == ()
 
 
 def test_report_from_answers_only_from_then_on(tmp_path: Path) -> None:
@@ -147,11 +150,12 @@ def impressions(labels: Sequence[bool], step_s: float = 1.0) -> list[Event]:
 
 
 def predictions(labels: Sequence[bool], folder: Path, **options: Any) -> list[float]:
-    replay = Replay(learning(), Options(**options), folder)
+    replay = Replay(learning(), Options(click_log=False, **options), folder)
     result = replay.run(impressions(labels))
     assert result["tasks"]["click"]["examples"] == len(labels)
-    assert not replay._predictions  # nothing is kept of what was reported
-    scored: list[float] = replay.progressive.rows("click")["prediction"].tolist()
+    assert isinstance(replay.driver, ImpressionLog)
+    assert not replay.driver.num_open  # nothing is kept of what was reported
+    scored: list[float] = replay.driver.progressive.rows("click")["prediction"].tolist()
     return scored
 
 
@@ -165,7 +169,7 @@ def test_a_prediction_does_not_depend_on_its_own_label_nor_on_later_ones(tmp_pat
 
 
 def test_until_ends_before_that_time(tmp_path: Path) -> None:
-    replay = Replay(learning(), Options(until_ms=7 * SECOND), tmp_path)
+    replay = Replay(learning(), Options(click_log=False, until_ms=7 * SECOND), tmp_path)
     assert replay.run(impressions([True] * 10))["tasks"]["click"]["examples"] == 7
 
 
@@ -188,7 +192,7 @@ def test_feedback_before_the_first_impression_of_a_stream_with_impressions_is_no
     early = [click("u0", "i0", 0, "old"), click("u0", "i1", 0, "old")]
     replay = Replay(learning(), Options(click_log=False), tmp_path)
     result = replay.run([*events[:5], *early, *events[5:]])
-    assert (replay.next_item.report()["predictions"], result["tasks"]["click"]["examples"]) == (0, 2)
+    assert "next_item" not in result and result["tasks"]["click"]["examples"] == 2
 
 
 def test_an_impression_of_an_unknown_item_is_counted_but_not_scored(tmp_path: Path) -> None:
@@ -196,8 +200,13 @@ def test_an_impression_of_an_unknown_item_is_counted_but_not_scored(tmp_path: Pa
     time_ms, kind, message = events[-2]
     assert isinstance(message, Impression)
     events[-2] = time_ms, kind, replace(message, items=(ShownItem(item_id="nowhere", position=1),))
-    result = Replay(learning(), Options(), tmp_path).run(events)
+    result = Replay(learning(), Options(click_log=False), tmp_path).run(events)
     assert result["tasks"]["click"]["examples"] == 3
+
+
+def test_an_impression_in_a_click_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="'r0' among the events of a click log"):
+        Replay(learning(), Options(), tmp_path).run(impressions([True]))
 
 
 def test_the_pools_of_a_click_log_have_their_labels_at_once_whatever_the_window(tmp_path: Path) -> None:
@@ -207,8 +216,8 @@ def test_the_pools_of_a_click_log_have_their_labels_at_once_whatever_the_window(
         replay = Replay(parse(raw), Options(**options), tmp_path / f"{window_s}-{len(options)}")
         for event in [*catalogue("x", "y", "z"), *(click(f"u{n // 3}", "xyz"[n % 3], n) for n in range(60))]:
             replay.step(*event)  # the end, which makes all labels final, does not come
-        assert replay.trainer is not None
-        return [p.detach().abs().sum().item() for p in replay.trainer.learner.model.parameters()]
+        assert replay.loop.trainer is not None
+        return [p.detach().abs().sum().item() for p in replay.loop.trainer.learner.model.parameters()]
 
     assert learned(60) == learned(0) != learned(60, label_delay_s=1000)
 
@@ -220,7 +229,7 @@ def test_nearest_brings_items_where_sources_alone_rank(tmp_path: Path) -> None:
     raw["retrieval"]["sources"] = {"nearest": 3}
     replay = Replay(parse(raw), Options(), tmp_path)
     replay.run([*catalogue("x", "y", "z"), *(click(f"u{n // 3}", "xyz"[n % 3], n) for n in range(60))])
-    assert replay.copy.generations.num_items == 43
+    assert replay.loop.copy.generations.num_items == 43
 
 
 @pytest.mark.parametrize(("rule", "hit"), [({}, 2), ({"seen_last": 30}, 1), ({"seen_s": 1.5}, 2), ({"seen_s": 3}, 1)])
