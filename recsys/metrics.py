@@ -104,7 +104,7 @@ BODIES_FULL = _gauge(
 )
 DIGESTS_FULL = _gauge(
     "recsys_digests_full_ratio",
-    "How full the fullest set of ids is by which ranking knows copies; a full one forgets its oldest early, and what they are of is too_late.",
+    "How full the fullest set of ids is by which a process knows copies; a full one forgets its oldest early, and what they are of is too_late.",
 )
 DEGRADED = _counter(
     "recsys_degraded_total", "Answers that had to do without something, by what was missing.", ("reason",)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from recsys.candidates.contexts import Contexts
 from recsys.candidates.visibility import Visibility
 from recsys.candidates.waiting_counts import Count
-from recsys.capacity import bound_bytes, entries
+from recsys.capacity import entries
 from recsys.config import Config
-from recsys.events.recent import Recent, recent_limit
+from recsys.events.seen_ids import Kind, SeenIds
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
@@ -28,12 +27,11 @@ _FEWEST_ROWS = 4096
 class CounterFeed:
     """The counters of one ranking process, and what they are fed with. Its owner's lock makes one cut of them."""
 
-    def __init__(self, config: Config, schema: Schema, catalogue: Catalogue) -> None:
-        self._config, self._schema, self._catalogue = config, schema, catalogue
+    def __init__(self, config: Config, schema: Schema, catalogue: Catalogue, seen: SeenIds) -> None:
+        """`seen`: knows which positives were counted."""
+        self._config, self._schema, self._catalogue, self._seen = config, schema, catalogue, seen
         self.counters = self._empty()
-        memory = config.capacity.memory_bytes
-        self.contexts = Contexts(schema, bound_bytes(memory, "contexts") * 3 // 4)
-        self._most_last = entries(memory, "contexts", 4 * _LAST_BYTES)
+        self._most_last = entries(config.capacity.memory_bytes, "contexts", 4 * _LAST_BYTES)
         self._tasks: dict[str, list[int]] = {}
         for index, task in enumerate(config.tasks):
             for kind in task.types:
@@ -43,8 +41,6 @@ class CounterFeed:
         self._elsewhere = config.features.elsewhere_types
         self._last = OrderedDict[str, str]()
         """Item of each user's last event of the first type elsewhere."""
-        most = recent_limit(memory)
-        self._shown, self._positives = Recent(limit=most), Recent(limit=most)
 
     def _empty(self) -> Counters:
         """Counters of nothing, within half of the bytes of all counters; co-visits have a quarter."""
@@ -62,19 +58,6 @@ class CounterFeed:
         """Keys of the items at `rows` beside those of a user and a context."""
         return columns_of(*shared, self._catalogue.keys[rows], self._catalogue.mask[rows])
 
-    def first(self, request_id: str, now_ms: int) -> bool:
-        """Whether the impression of this request was not counted yet; then it is remembered."""
-        return self._shown.add(request_id, now_ms)
-
-    @property
-    def full_ratio(self) -> float:
-        """How full the fuller set of ids is."""
-        return max(self._shown.full_ratio, self._positives.full_ratio)
-
-    def knows(self, request_id: str | int) -> bool:
-        """Whether an impression of this request was counted of late. From any thread."""
-        return self._shown.contains(request_id)
-
     def count(self, count: Count, rows: Int32) -> None:
         """Add a count to the counters of the items at `rows`."""
         assert count.shared is not None
@@ -91,7 +74,7 @@ class CounterFeed:
         return [
             f"positive {self._schema.tasks[task]}"
             for task in self._positive_tasks(feedback)
-            if self._positives.add(f"{feedback.request_id}\n{feedback.item_id}\n{task}", now_ms)
+            if self._seen.first(Kind.POSITIVE, f"{feedback.request_id}\n{feedback.item_id}\n{task}", now_ms)
         ]
 
     def others(self, feedback: Feedback, later: bool) -> list[str]:
@@ -136,16 +119,10 @@ class CounterFeed:
         """Everything, as arrays."""
         return {
             "counters": self.counters.state(),
-            "contexts": self.contexts.state(),
             "last": {"users": joined(self._last), "items": joined(self._last.values())},
-            "shown": dict(self._shown.state()),
-            "positives": dict(self._positives.state()),
         }
 
     def restore(self, state: dict[str, Arrays], **times: int) -> None:
         """Load `state`; `times`: see `ForwardDecay.restore`."""
         self.counters.restore(state["counters"], **times)
-        self.contexts.restore(state["contexts"], times.get("latest_ms", 2**62))
         self._last = OrderedDict(zip(split(state["last"]["users"]), split(state["last"]["items"]), strict=True))
-        self._shown.restore(state["shown"])
-        self._positives.restore(state["positives"])

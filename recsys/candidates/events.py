@@ -9,18 +9,22 @@ import numpy as np
 
 from recsys import metrics
 from recsys.candidates.base import Arrays, Counted, Parts
-from recsys.candidates.contexts import Shared
+from recsys.candidates.contexts import Contexts, Shared
 from recsys.candidates.counter_feed import CounterFeed
 from recsys.candidates.item_counts import ItemCounts
 from recsys.candidates.limits import NEWCOMER, Limits, is_newcomer
 from recsys.candidates.quotas import Quotas
 from recsys.candidates.sessions import Sessions
 from recsys.candidates.waiting_counts import Count
-from recsys.events.recent import Recent, recent_limit
+from recsys.capacity import bound_bytes
+from recsys.events.recent import recent_limit
+from recsys.events.seen_ids import Kind, SeenIds
 from recsys.keys import key_of
 from recsys.types import Feedback, HistoryEvent, Impression
 
 _NO_ROW = -2
+COUNTED = (Kind.EVENT, Kind.REQUEST, Kind.POSITIVE)
+"""Of these ids the counters hold what they are of: they are saved and cleared together."""
 
 
 class Events:
@@ -30,6 +34,8 @@ class Events:
         """`tell`: called with each event that sources count."""
         self._parts, self._lock, self._tell = parts, lock, tell
         self._config, self._catalogue = parts.config, parts.catalogue
+        self.seen = SeenIds(parts.config.capacity.memory_bytes)
+        """What the process saw of late. Reading from the log, this one remembers events, requests and positives."""
         self.sessions = Sessions(parts.config, parts.catalogue)
         self.on_forgotten: Callable[[int], None] = lambda user_key: None
         """Called with the key of each user to be forgotten."""
@@ -38,16 +44,18 @@ class Events:
     def clear(self) -> None:
         """Begin anew: nothing was seen or counted."""
         retrieval, memory = self._config.retrieval, self._config.capacity.memory_bytes
-        self.counting = CounterFeed(*self._parts)
+        self.seen.clear(*COUNTED)
+        self.counting = CounterFeed(*self._parts, self.seen)
+        contexts = bound_bytes(memory, "contexts") * 3 // 4
+        self.contexts = Contexts(self._parts.schema, contexts, sources=retrieval.learn_quotas)
         self.quotas = Quotas(retrieval.sources, learn=retrieval.learn_quotas)
-        self._seen = Recent(limit=recent_limit(memory))
         self._acted, self._showed = Limits(recent_limit(memory)), Limits(recent_limit(memory))
         self.items = ItemCounts(self._parts, self.counting, self._tell)
 
     def feedback(self, feedback: Feedback, history: Sequence[HistoryEvent], event: HistoryEvent, now_ms: int) -> bool:
         """Count one feedback; `history` is the user's, `event` this feedback in it. False for a duplicate."""
         with self._lock:
-            if not self._seen.add(feedback.event_id, now_ms):
+            if not self.seen.first(Kind.EVENT, feedback.event_id, now_ms):
                 return False
             if feedback.type == "view":
                 self._viewed(feedback, now_ms)
@@ -59,13 +67,13 @@ class Events:
                 metrics.NOT_COUNTED.labels("user_limit").inc()
                 return True
             before = self.sessions.before(history, event) if counted else None
-            count = Count(now_ms, weight, counting.positives(feedback, now_ms), counting.contexts.of(feedback))
-            if count.values and counting.contexts.wait(feedback, count):
+            count = Count(now_ms, weight, counting.positives(feedback, now_ms), self.contexts.of(feedback))
+            if count.values and self.contexts.wait(feedback, count):
                 count = count._replace(values=())
             others = counting.others(feedback, bool(before))
             self.items.count(feedback.item_id, count._replace(values=[*count.values, *others], before=before))
             if counted:
-                self.quotas.acted(feedback.request_id, feedback.item_id, now_ms)
+                self.quotas.acted(self.contexts.acted(feedback), now_ms)
         return True
 
     def _weight(self, feedback: Feedback, history: Sequence[HistoryEvent], now_ms: int) -> float:
@@ -79,13 +87,12 @@ class Events:
     def impression(self, impression: Impression, now_ms: int) -> bool:
         """Count one impression's items as shown, the deferred ones once they are viewed; False for a duplicate."""
         with self._lock:
-            if not self.counting.first(impression.request_id, now_ms):
+            if not self.seen.first(Kind.REQUEST, impression.request_id, now_ms):
                 return False
-            deferred = impression.activation == "deferred"
-            items = ((item.item_id, item.sources) for item in impression.items)
-            self.quotas.shown(impression.request_id, items, now_ms, deferred=deferred)
-            shared = self.counting.contexts.shared(impression, now_ms)
-            if not deferred:
+            shared = self.contexts.shared(impression, now_ms)
+            if impression.activation != "deferred":
+                for item in impression.items:
+                    self.quotas.shown(item.sources, now_ms)
                 self._shown([item.item_id for item in impression.items], shared, now_ms)
             return True
 
@@ -103,11 +110,10 @@ class Events:
 
     def _viewed(self, feedback: Feedback, now_ms: int) -> None:
         """A view: where the impression was deferred, now the item counts as shown, and so does what already happened to it."""
-        contexts = self.counting.contexts
-        waited = contexts.viewed(feedback)
+        waited = self.contexts.viewed(feedback)
         if waited is not None:
-            self.quotas.viewed(feedback.request_id, feedback.item_id, now_ms)
-            self._shown([feedback.item_id], contexts.of(feedback), now_ms)
+            self.quotas.shown(self.contexts.sources_of(feedback), now_ms)
+            self._shown([feedback.item_id], self.contexts.of(feedback), now_ms)
             for count in waited:
                 self.items.count(feedback.item_id, count)
 
@@ -118,27 +124,16 @@ class Events:
             self.items.held.forget(key_of(user_id))
         self.on_forgotten(key_of(user_id))
 
-    def knows(self, event_id: str | int) -> bool:
-        """Whether this feedback was read within the horizon. From any thread."""
-        return self._seen.contains(event_id)
-
-    def too_late(self, own_ms: int, now_ms: int) -> bool:
-        """Whether what happened at `own_ms` may be a copy of what nobody remembers. From any thread."""
-        return not self._seen.covers(own_ms, now_ms)
-
     @property
     def full_ratio(self) -> float:
         """How full the fullest set of ids is."""
-        return max(part.full_ratio for part in (self._seen, self._acted, self._showed, self.counting))
-
-    def answered(self, request_id: str | int) -> bool:
-        """Whether the impression of this request was read within the horizon. From any thread."""
-        return self.counting.knows(request_id)
+        return max(part.full_ratio for part in (self.seen, self._acted, self._showed))
 
     def state(self) -> dict[str, Arrays]:
         """Everything, as arrays."""
         return {
-            "seen": dict(self._seen.state()),
+            **{kind.value: dict(self.seen.state(kind)) for kind in COUNTED},
+            "contexts": self.contexts.state(),
             "acted": self._acted.state(),
             "showed": self._showed.state(),
             "held": self.items.held.state(),
@@ -147,7 +142,9 @@ class Events:
 
     def restore(self, state: Mapping[str, Arrays], **times: int) -> None:
         """Load `state`; `times`: see `ForwardDecay.restore`. Then `items.release_known`."""
-        self._seen.restore(state["seen"])
+        for kind in COUNTED:
+            self.seen.restore(kind, state[kind.value])
+        self.contexts.restore(state["contexts"], times["latest_ms"])
         self.counting.restore(dict(state), **times)
         for name, part in (("acted", self._acted), ("showed", self._showed), ("held", self.items.held)):
             if name in state:  # earlier versions had none
@@ -155,5 +152,5 @@ class Events:
 
     def tell(self) -> None:
         """Say how full what is bounded here is."""
-        metrics.CONTEXTS_FULL.set(self.counting.contexts.full_ratio)
+        metrics.CONTEXTS_FULL.set(self.contexts.full_ratio)
         metrics.HELD_FULL.set(self.items.held.full_ratio)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from recsys.decay import ForwardDecay
 
@@ -12,8 +11,6 @@ _PRIOR = 200.0
 """Shown items' worth of the overall rate in each source's: half follows noise, double takes a day of a quiet source."""
 _LEAST, _MOST = 0.5, 2.0
 """Of the configured quota, before all are scaled to the configured sum: a source that is bad today must stay visible to become good."""
-_OPEN = 5_000
-"""Requests whose actions are waited for, the latest: about 3 KB each."""
 
 
 class Quotas:
@@ -25,38 +22,16 @@ class Quotas:
         self._decay = ForwardDecay(_HALF_LIFE_S)
         self._shown = dict.fromkeys(self._configured, 0.0)
         self._acted = dict.fromkeys(self._configured, 0.0)
-        self._open: OrderedDict[str, dict[str, tuple[str, ...]]] = OrderedDict()
-        self._unseen: OrderedDict[str, dict[str, tuple[str, ...]]] = OrderedDict()
-        """Of deferred requests: items that were not viewed yet."""
 
-    def shown(
-        self, request_id: str, items: Iterable[tuple[str, tuple[str, ...]]], now_ms: int, *, deferred: bool = False
-    ) -> None:
-        """A request showed items, (id, sources) each, or (deferred) will have shown those that are viewed; an item counts for its sources
-        in equal parts."""
-        if not self._learn:
-            return
-        opened, unseen = ({}, dict(items)) if deferred else (dict(items), {})
-        for requests, mine in ((self._open, opened), (self._unseen, unseen)):
-            if mine or requests is self._open:
-                requests[request_id] = mine
-            if len(requests) > _OPEN:
-                requests.popitem(last=False)
-        for sources in opened.values():
+    def shown(self, sources: Sequence[str], now_ms: int) -> None:
+        """An item that these sources brought was shown; it counts for them in equal parts."""
+        if self._learn:
             self._add(self._shown, sources, now_ms)
 
-    def viewed(self, request_id: str | None, item_id: str, now_ms: int) -> None:
-        """An item of a deferred request was viewed; the first time it counts as shown."""
-        if request_id is None or request_id not in self._open:
-            return
-        if sources := self._unseen.get(request_id, {}).pop(item_id, ()):
-            self._open[request_id][item_id] = sources
-            self._add(self._shown, sources, now_ms)
-
-    def acted(self, request_id: str | None, item_id: str, now_ms: int) -> None:
-        """The first action on a shown item; others, and those on items that were not shown, do not count."""
-        if self._learn and request_id is not None:
-            self._add(self._acted, self._open.get(request_id, {}).pop(item_id, ()), now_ms)
+    def acted(self, sources: Sequence[str], now_ms: int) -> None:
+        """The first action on a shown item that these sources brought; no source: it is none."""
+        if self._learn:
+            self._add(self._acted, sources, now_ms)
 
     def _add(self, sums: dict[str, float], sources: Sequence[str], now_ms: int) -> None:
         if (factor := self._decay.rescale(now_ms)) is not None:

@@ -11,7 +11,8 @@ from recsys.clock import Clock, bounded_ms
 from recsys.config import Config
 from recsys.errors import BadInput
 from recsys.events import messages
-from recsys.events.recent import Recent, digest_of, recent_limit
+from recsys.events.recent import digest_of
+from recsys.events.seen_ids import Kind
 from recsys.state.base import StateStore
 from recsys.streams import positions
 from recsys.streams.base import EventLog
@@ -63,9 +64,7 @@ class StateConsumer:
         """Whether everything was read that there was when the ends were first asked for."""
         self.behind = False
         """Whether the last turn left records that it could have read."""
-        self._nothing_read = lambda: Recent(limit=recent_limit(config.capacity.memory_bytes))
-        self._reread = self._nothing_read()
-        """Events that are read again for a store that lost them."""
+        self._seen = sources.events.seen
         self._stored: dict[str, int] = {}
         self.on_feedback: Callable[[Feedback, int, int], None] = lambda feedback, digest, now_ms: None
         """Called with each feedback that is no copy, its id's digest and log time, after it is counted."""
@@ -88,7 +87,7 @@ class StateConsumer:
         """Read and apply what is new; returns how many records. Raises LogUnavailable, StateUnavailable: then call again."""
         stored = self._store.positions()
         if any(stored.get(key, 0) < position for key, position in self._stored.items()):
-            self._reread = self._nothing_read()  # the store lost what it had
+            self._seen.clear(Kind.STORED)  # the store lost what it had
         self._stored = dict(stored)
         self._mark(stored)
         count = 0
@@ -179,7 +178,7 @@ class StateConsumer:
             self._forget(feedback.user_id, record.offset, batch)
             return
         messages.check_milliseconds(feedback.time_ms, now_ms)
-        late, digest = self._sources.events.too_late(feedback.time_ms, now_ms), digest_of(feedback.event_id)
+        late, digest = self._seen.too_late(Kind.EVENT, feedback.time_ms, now_ms), digest_of(feedback.event_id)
         if late or self._first(digest, now_ms, record.offset, batch):
             self._feedback(feedback, now_ms, record, batch, late)
             if record.offset >= batch.count_from:
@@ -187,7 +186,7 @@ class StateConsumer:
 
     def _impression(self, impression: Impression, now_ms: int, offset: int, batch: _Batch) -> None:
         """What came too late was seen when it says, and is not counted: it might be counted twice."""
-        late = self._sources.events.too_late(impression.time_ms, now_ms)
+        late = self._seen.too_late(Kind.EVENT, impression.time_ms, now_ms)
         if offset >= batch.count_from and not late:
             batch.counts.append(lambda: self._sources.events.impression(impression, now_ms))
         if impression.activation != "deferred":
@@ -207,11 +206,11 @@ class StateConsumer:
         if digest in batch.events:
             return False
         # What is read again for the store alone the sources know already: it is told from what was read again.
-        if self._reread.contains(digest) if again else self._sources.events.knows(digest):
+        if self._seen.knows(Kind.STORED if again else Kind.EVENT, digest):
             return False
         batch.events.add(digest)
         if again:
-            batch.counts.append(lambda: self._reread.add(digest, now_ms))
+            batch.counts.append(lambda: self._seen.first(Kind.STORED, digest, now_ms))
         return True
 
     def _feedback(self, feedback: Feedback, now_ms: int, record: Record, batch: _Batch, late: bool) -> None:

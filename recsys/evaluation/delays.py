@@ -8,7 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from recsys.candidates.base import Parts
+from recsys.candidates.contexts import Contexts
 from recsys.candidates.counter_feed import CounterFeed
+from recsys.capacity import bound_bytes
+from recsys.events.seen_ids import SeenIds
 from recsys.features.feature_kernels import Columns
 from recsys.types import Feedback, Float32, Impression
 
@@ -69,7 +72,9 @@ class Delayed:
 
     def __init__(self, parts: Parts, timeline: Timeline, *, live: bool) -> None:
         self._catalogue, self._timeline = parts.catalogue, timeline
-        self._own = CounterFeed(*parts) if live else None
+        memory = parts.config.capacity.memory_bytes
+        self._own = CounterFeed(*parts, SeenIds(memory)) if live else None
+        self._contexts = Contexts(parts.schema, bound_bytes(memory, "contexts"))
 
     def as_of_ms(self, now_ms: int) -> int:
         return min(now_ms, self._timeline.until_ms)
@@ -82,7 +87,7 @@ class Delayed:
         """An impression was shown."""
         if self._own is None:
             return
-        shared = self._own.contexts.shared(impression, now_ms)
+        shared = self._contexts.shared(impression, now_ms)
         if impression.activation != "deferred":
             rows = self._catalogue.rows([item.item_id for item in impression.items])
             self._own.counters.add(self._own.columns(shared, rows[rows >= 0]), ("shown",), now_ms)
@@ -93,5 +98,5 @@ class Delayed:
         if self._own is None or row is None:
             return
         if values := [*self._own.positives(feedback, now_ms), *self._own.others(feedback, later)]:
-            columns = self._own.columns(self._own.contexts.of(feedback), np.array([row], np.int32))
+            columns = self._own.columns(self._contexts.of(feedback), np.array([row], np.int32))
             self._own.counters.add(columns, values, now_ms)

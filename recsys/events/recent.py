@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,11 +17,6 @@ _BYTES_EACH = 100
 _SETS = 10
 """Of one process that share the bound: ranking has accepted, late and answered ids, and counts events, requests and positives; it limits
 what one user counts for by two maps, whose entries take twice as much."""
-
-
-def too_late(own_ms: int, log_ms: int) -> bool:
-    """Whether what happened at `own_ms` and came into the log at `log_ms` may be a copy that nobody remembers."""
-    return own_ms < log_ms - HORIZON_MS
 
 
 def recent_limit(memory_bytes: int) -> int:
@@ -48,6 +44,10 @@ class Recent:
         self._limit = limit
         self._generations: tuple[_Generation, ...] = ()
         self._forgotten_ms = 0
+
+    def clear(self) -> None:
+        """Forget all, and that anything was forgotten early."""
+        self._generations, self._forgotten_ms = (), 0
 
     def __len__(self) -> int:
         return sum(len(generation.digests) for generation in self._generations)
@@ -104,7 +104,7 @@ class Recent:
             "forgotten": np.array([self._forgotten_ms], np.int64),
         }
 
-    def restore(self, state: dict[str, Int64]) -> None:
+    def restore(self, state: Mapping[str, Int64]) -> None:
         """Load `state`, also that of a version that forgot nothing early."""
         self._generations = tuple(
             _Generation(int(g) * self._step_ms, set(state["digest"][state["generation"] == g].tolist()))

@@ -9,7 +9,6 @@ the impression's time, so that a late reward weighs as much as what it rewards.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,8 @@ from recsys.capacity import bound_bytes
 from recsys.config import Config
 from recsys.decay import ForwardDecay
 from recsys.errors import BadInput
-from recsys.events.recent import Recent, recent_limit
+from recsys.events.open_requests import OpenRequests
+from recsys.events.seen_ids import Kind, SeenIds
 from recsys.keys import joined, key_of, split
 from recsys.table.base import Rows, Table
 from recsys.table.fit import restore_within
@@ -50,6 +50,8 @@ class _Open:
     keys: Int64
     edges: UInt64
     became: UInt8
+    num_bytes: int
+    """What it takes of the bound."""
 
 
 _Due = tuple[_Open, Int64, int]
@@ -59,7 +61,8 @@ _Due = tuple[_Open, Int64, int]
 class BanditLearner:
     """Pure: everything is decided by the records and the log times passed in. Not thread-safe."""
 
-    def __init__(self, config: Config, tables: Mapping[str, Table]) -> None:
+    def __init__(self, config: Config, tables: Mapping[str, Table], seen: SeenIds | None = None) -> None:
+        """`seen`: what the process saw, in which this one remembers the requests that it learned from."""
         bandit = config.bandit
         self._table: Table = tables["edge"]
         self._dim = config.model.tower_dim
@@ -67,9 +70,8 @@ class BanditLearner:
         self._decay = ForwardDecay(bandit.half_life_s, MAX_EXPONENT) if bandit.half_life_s else None
         self._rewards, self._window_ms = set(bandit.reward_types), int(bandit.reward_window_s * 1000)
         memory_bytes = config.capacity.memory_bytes
-        self._requests = Recent(limit=recent_limit(memory_bytes))
-        self._open: OrderedDict[str, _Open] = OrderedDict()
-        self._open_limit, self._open_bytes = bound_bytes(memory_bytes, "open") // 4, 0
+        self._seen = seen or SeenIds(memory_bytes)
+        self._open = OpenRequests[_Open](bound_bytes(memory_bytes, "open") // 4)
         self._due: list[_Due] = []
         """Since the last step."""
         self._outcomes: list[str] = []
@@ -93,7 +95,7 @@ class BanditLearner:
     def impression(self, message: Impression, served: Served, now_ms: int, early: Sequence[Early] = ()) -> None:
         """Learn the user's vector; count edges shown, and open them for rewards, those of `early` feedback among them. A duplicate
         does nothing; where there is no room edges do not count as shown either: they could not be rewarded."""
-        if not self._requests.add(message.request_id, now_ms):
+        if not self._seen.first(Kind.EXPLORED, message.request_id, now_ms):
             return
         self.clusters.add(served.vector, served.generation, served.clusters)
         with_edge = np.flatnonzero(served.edges)
@@ -104,14 +106,13 @@ class BanditLearner:
             keys=np.array([key_of(message.items[index].item_id) for index in with_edge.tolist()], np.int64),
             edges=served.edges[with_edge],
             became=np.zeros(len(with_edge), np.uint8),
+            num_bytes=_bytes_of(message.request_id, len(served.clusters), len(with_edge)),
         )
-        num_bytes = _bytes_of(message.request_id, opened)
-        if self._open_bytes + num_bytes > self._open_limit:
+        if not self._open.has_room(opened.num_bytes):
             for _, feedback in early:
                 self._settle(feedback.type, "no_room")
             return
-        self._open[message.request_id] = opened
-        self._open_bytes += num_bytes
+        self._open.add(message.request_id, opened)
         if message.activation != "deferred":
             opened.became[:] = SHOWN
             self._due.append((opened, np.arange(len(with_edge)), SHOWN))
@@ -125,7 +126,7 @@ class BanditLearner:
         opened, key = self._open.get(message.request_id), key_of(message.item_id)
         if opened is not None:
             self._happened(opened, key, message.type, now_ms)
-        elif self._requests.contains(message.request_id):
+        elif self._seen.knows(Kind.EXPLORED, message.request_id):
             self._settle(message.type, "too_late")
         else:
             self._settle(message.type, "no_impression")
@@ -158,7 +159,7 @@ class BanditLearner:
     @property
     def full_ratio(self) -> float:
         """How full the room for open impressions is."""
-        return self._open_bytes / self._open_limit
+        return self._open.full_ratio
 
     def _settle(self, kind: str, outcome: str) -> None:
         if kind in self._rewards:
@@ -171,8 +172,7 @@ class BanditLearner:
 
     def set_back(self, now_ms: int) -> None:
         """Log time was ahead: what was opened ahead of `now_ms`, and the edges' sums, are as of then."""
-        for opened in self._open.values():
-            opened.time_ms = min(opened.time_ms, now_ms)
+        self._open.set_back(now_ms)
         self._now_ms = min(self._now_ms, now_ms)
         if self._decay is not None:
             self._decay.restore(self._decay.state(), latest_ms=now_ms)
@@ -190,9 +190,7 @@ class BanditLearner:
             self._rescale(factor)
         if due and learn:
             self._add(due, now_ms)
-        oldest = now_ms - self._window_ms
-        while self._open and next(iter(self._open.values())).time_ms < oldest:
-            self._open_bytes -= _bytes_of(*self._open.popitem(last=False))
+        self._open.drop_before(now_ms - self._window_ms)
         for change in self.clusters.step():
             self._follow(change)
 
@@ -270,10 +268,10 @@ class BanditLearner:
 
     def state(self) -> Arrays:
         """Everything but the edges, as arrays."""
-        opened = list(self._open.values())
+        opened = [one for _, one in self._open.items()]
         return {
             **{f"clusters.{name}": array for name, array in self.clusters.state().items()},
-            **{f"requests.{name}": array for name, array in self._requests.state().items()},
+            **{f"requests.{name}": array for name, array in self._seen.state(Kind.EXPLORED).items()},
             **self._clock(),
             "open.ids": joined(self._open),
             "open.times": np.array([o.time_ms for o in opened], np.int64),
@@ -288,15 +286,17 @@ class BanditLearner:
     def restore(self, state: Arrays) -> None:
         """Load what `state` returned. Early feedback that older releases kept here, too, the joiner has."""
         self.clusters.restore(_part(state, "clusters."))
-        self._requests.restore(_part(state, "requests."))
+        self._seen.restore(Kind.EXPLORED, _part(state, "requests."))
         self._restore_sums(state["decay"].tolist(), state.get("half_life_s"))
         opened = _part(state, "open.")
         clusters_end, items_end = opened["sizes"].cumsum(0).T
         of_clusters = [np.split(opened[name], clusters_end[:-1]) for name in ("clusters", "weights")]
         of_items = [np.split(opened[name], items_end[:-1]) for name in ("keys", "edges", "became")]
         rows = zip(split(opened["ids"]), opened["times"].tolist(), *of_clusters, *of_items, strict=False)
-        self._open = OrderedDict((r, _Open(t, c, w, k, e.view(np.uint64), b.copy())) for r, t, c, w, k, e, b in rows)
-        self._open_bytes = sum(_bytes_of(*one) for one in self._open.items())
+        self._open.clear()
+        for r, t, c, w, k, e, b in rows:
+            num_bytes = _bytes_of(r, len(c), len(k))
+            self._open.add(r, _Open(t, c, w, k, e.view(np.uint64), b.copy(), num_bytes))
 
     def _restore_sums(self, clock: list[int], half_life_s: npt.NDArray[np.float64] | None) -> None:
         """Take over the edges, which the table holds already, in the units that they were saved in: another half-life keeps what they are
@@ -322,9 +322,9 @@ class BanditLearner:
             self._rescale(factor)
 
 
-def _bytes_of(request_id: str, opened: _Open) -> int:
+def _bytes_of(request_id: str, clusters: int, items: int) -> int:
     """In memory, about."""
-    return 1000 + len(request_id) + 12 * len(opened.clusters) + 17 * len(opened.keys)
+    return 1000 + len(request_id) + 12 * clusters + 17 * items
 
 
 def _flat(parts: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:

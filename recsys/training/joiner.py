@@ -21,7 +21,8 @@ from recsys.capacity import bound_bytes
 from recsys.config import TaskConfig
 from recsys.errors import BadInput, SnapshotCorrupt
 from recsys.events import messages
-from recsys.events.recent import Recent, recent_limit
+from recsys.events.open_requests import OpenRequests
+from recsys.events.seen_ids import Kind, SeenIds
 from recsys.training.delayed import WAITS, helpers
 from recsys.training.held import Early, Held
 from recsys.training.opened import Emission, Opened, bytes_of, restored
@@ -34,8 +35,11 @@ logger = logging.getLogger("recsys")
 class Joiner:
     """Pure: everything is decided by the records and the log times passed in. Not thread-safe."""
 
-    def __init__(self, tasks: Sequence[TaskConfig], folder: Path, memory_bytes: int = 0) -> None:
-        """`memory_bytes`: the whole budget, of which open impressions and held feedback have their shares."""
+    def __init__(
+        self, tasks: Sequence[TaskConfig], folder: Path, memory_bytes: int = 0, seen: SeenIds | None = None
+    ) -> None:
+        """`memory_bytes`: the whole budget, of which open impressions and held feedback have their shares; `seen`: what the process saw, in
+        which this one remembers requests."""
         self._tasks, self._names = tuple(tasks), [task.name for task in tasks]
         self._windows_ms = np.array([int(task.window_s * 1000) for task in tasks])
         waits = [int(task.wait_s * 1000) for task in tasks]
@@ -54,9 +58,8 @@ class Joiner:
         for index, task in enumerate(tasks):
             for kind in task.types:
                 self._types.setdefault(kind, []).append(index)
-        self._open: dict[str, Opened] = {}
+        self._open = OpenRequests[Opened](bound_bytes(memory_bytes, "open"))
         self._queues: list[deque[str]] = [deque() for _ in self._ends_ms]
-        self._open_limit, self._open_bytes = bound_bytes(memory_bytes, "open"), 0
         self._waiting = Held(bound_bytes(memory_bytes, "held"))
         self.early: list[Early] = []
         """Feedback that was read before the last impression."""
@@ -64,7 +67,7 @@ class Joiner:
         """(request, item, task) of positives to emit without waiting."""
         self._settled: list[str] = []
         self._never: list[Feedback] = []
-        self._requests = Recent(limit=recent_limit(memory_bytes))
+        self._seen = seen or SeenIds(memory_bytes)
         self._spill = Spill(folder)
         self.closing = ""
         """The request whose labels are being emitted."""
@@ -79,12 +82,12 @@ class Joiner:
         not known yet. `early` has the feedback that was read before it.
         """
         self.early = []
-        if not self._requests.add(message.request_id, now_ms):
+        if not self._seen.first(Kind.REQUEST, message.request_id, now_ms):
             return "duplicate"
         self.early = self._waiting.pop(message.request_id)
         num_bytes = bytes_of(message)
-        if not message.features or self._open_bytes + num_bytes > self._open_limit:
-            self._requests.add(_unopened(message.request_id), now_ms)
+        if not message.features or not self._open.has_room(num_bytes):
+            self._seen.first(Kind.REQUEST, _unopened(message.request_id), now_ms)
             self._settled += ["not_opened"] * len(self.early)
             return "no_room" if message.features else "no_features"
         names = self._names
@@ -92,7 +95,7 @@ class Joiner:
         labels, observed = np.zeros((2, len(message.items), len(names)), np.bool_)
         counted, shown = np.zeros((2, len(message.items)), np.bool_)
         shown[:] = message.activation != "deferred"
-        self._open[message.request_id] = Opened(
+        opened = Opened(
             time_ms=now_ms,
             items={item.item_id: index for index, item in enumerate(message.items)},
             labels=labels,
@@ -104,7 +107,7 @@ class Joiner:
             followed=self._followed,
             num_bytes=num_bytes,
         )
-        self._open_bytes += num_bytes
+        self._open.add(message.request_id, opened)
         for queue in self._queues:
             queue.append(message.request_id)
         self._settled += [self.feedback(feedback, max(at_ms, now_ms)) for at_ms, feedback in self.early]
@@ -141,8 +144,8 @@ class Joiner:
     def _hold(self, message: Feedback, now_ms: int) -> str:
         """Feedback ahead of its impression waits for one window; after the impression closed it is too late."""
         request_id = message.request_id or ""
-        if self._requests.contains(request_id):
-            return "not_opened" if self._requests.contains(_unopened(request_id)) else "too_late"
+        if self._seen.knows(Kind.REQUEST, request_id):
+            return "not_opened" if self._seen.knows(Kind.REQUEST, _unopened(request_id)) else "too_late"
         self._give_up(self._waiting.add(request_id, now_ms, message), "not_held")
         return "early"
 
@@ -159,8 +162,7 @@ class Joiner:
 
     def set_back(self, now_ms: int) -> None:
         """Log time was ahead: what was opened ahead of `now_ms` is as of then, so that its windows close in time."""
-        for impression in self._open.values():
-            impression.time_ms = min(impression.time_ms, now_ms)
+        self._open.set_back(now_ms)
         self._waiting.set_back(now_ms)
         self._spill.set_back()
 
@@ -179,22 +181,21 @@ class Joiner:
 
     def drop(self, request_id: str) -> Record | None:
         """Forget an open impression; what is known of it, as a record."""
-        impression = self._open.pop(request_id, None)
+        impression = self._open.drop(request_id)
         if impression is None:
             return None
         for queue in self._queues[impression.closed :]:
             queue.remove(request_id)
         self._positives = [positive for positive in self._positives if positive[0] != request_id]
-        self._open_bytes -= impression.num_bytes
         self._spill.release(impression.place)
         value = orjson.dumps({"request_id": request_id, "items": list(impression.items)})
         return _known("impression", request_id, value, impression.time_ms)
 
     def drop_all(self) -> None:
         """Forget every open impression."""
-        for request_id in list(self._open):
-            self._spill.release(self._open.pop(request_id).place)
-        self._open_bytes = 0
+        for _, impression in self._open.items():
+            self._spill.release(impression.place)
+        self._open.clear()
         for queue in self._queues:
             queue.clear()
         self._positives = []
@@ -254,8 +255,7 @@ class Joiner:
         emission = close(request_id, regular, final)
         impression.closed += 1
         if impression.closed == len(self._ends_ms):
-            del self._open[request_id]
-            self._open_bytes -= impression.num_bytes
+            self._open.drop(request_id)
             self._spill.release(impression.place)
         return emission
 
@@ -294,8 +294,9 @@ class Joiner:
     def waiting(self, request_ids: Iterable[str] | None = None) -> dict[str, int]:
         """Labels by task that are not final yet: of all open impressions, or of these requests."""
         total = np.zeros(len(self._tasks), np.int64)
-        known = self._open if request_ids is None else {r: self._open[r] for r in request_ids if r in self._open}
-        for entry in known.values():
+        for request_id in self._open if request_ids is None else request_ids:
+            if (entry := self._open.get(request_id)) is None:
+                continue
             left = entry.followed.copy()
             for _, final in self._due[: entry.closed]:
                 left &= ~final[0]
@@ -304,7 +305,7 @@ class Joiner:
 
     def convert(self, features: Callable[[bytes], bytes]) -> None:
         """Write the features of every open impression anew, behind what the files hold; one that cannot be read is left as it is."""
-        for entry in self._open.values():
+        for _, entry in self._open.items():
             with contextlib.suppress(SnapshotCorrupt, BadInput):  # its emission says so
                 data = features(self._spill.read(entry.place))
                 self._spill.release(entry.place)
@@ -328,7 +329,7 @@ class Joiner:
     @property
     def full_ratios(self) -> tuple[float, float]:
         """How full the room for open impressions is, and that for feedback ahead of its impression."""
-        return self._open_bytes / self._open_limit, self._waiting.full_ratio
+        return self._open.full_ratio, self._waiting.full_ratio
 
     def sweep_spill(self, kept: Collection[str]) -> None:
         """Delete spilled features of minutes that no checkpoint needs (`kept`), nor any open impression."""
@@ -344,7 +345,7 @@ class Joiner:
             "ends": self._ends_ms,
             "open": [opened.state(request_id) for request_id, opened in self._open.items()],
             "early": self._waiting.state(),
-            "requests": {name: array.tolist() for name, array in self._requests.state().items()},
+            "requests": {name: array.tolist() for name, array in self._seen.state(Kind.REQUEST).items()},
             "spill": self._spill.sizes(),
             "spill_begun": self._spill.begun,
         }
@@ -359,13 +360,13 @@ class Joiner:
             if opened.closed == len(self._ends_ms):
                 over += 1
                 continue
-            self._open[request_id] = opened
-            self._open_bytes += opened.num_bytes
+            self._open.add(request_id, opened)
             for queue in self._queues[opened.closed :]:
                 queue.append(request_id)
         self._waiting.restore(state["early"])
-        self._requests.restore({name: np.array(values, np.int64) for name, values in state["requests"].items()})
-        places = [entry.place for entry in self._open.values()]
+        requests = {name: np.array(values, np.int64) for name, values in state["requests"].items()}
+        self._seen.restore(Kind.REQUEST, requests)
+        places = [entry.place for _, entry in self._open.items()]
         self._spill.restore(state["spill"], places, state.get("spill_begun"))  # an earlier release did not keep it
         if over:
             logger.warning(

@@ -11,7 +11,7 @@ import torch
 
 from recsys.capacity import entries
 from recsys.config import Config
-from recsys.events.recent import Recent, recent_limit
+from recsys.events.seen_ids import Kind, SeenIds
 from recsys.features.build import Index, history_columns, newest, shared_columns
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -37,13 +37,16 @@ _GONE = 1000
 class TowerLearner:
     """Two-tower training state. Not thread-safe."""
 
-    def __init__(self, config: Config, schema: Schema, tables: Tables, catalogue: Catalogue) -> None:
+    def __init__(
+        self, config: Config, schema: Schema, tables: Tables, catalogue: Catalogue, seen: SeenIds | None = None
+    ) -> None:
+        """`seen`: what the process saw, in which this one remembers events."""
         self._schema, self._catalogue = schema, catalogue
         self._table = tables["tower"]
         self._types, self._past = set(config.retrieval.count_types), set(config.features.history_types)
         self._known = self._types | self._past
         memory_bytes = config.capacity.memory_bytes
-        self._seen = Recent(limit=recent_limit(memory_bytes))
+        self._seen = seen or SeenIds(memory_bytes)
         self._length, self._hard = config.features.history_len, config.model.hard_negatives
         self.model = networks.two_tower(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
@@ -71,7 +74,7 @@ class TowerLearner:
         False: the batch's gradient was not finite, and nothing was learned of it. An item that the catalogue does not have is no
         positive: it was deleted, or a restart reads a log that holds only what it became later.
         """
-        if message.type not in self._known or not self._seen.add(message.event_id, now_ms):
+        if message.type not in self._known or not self._seen.first(Kind.EVENT, message.event_id, now_ms):
             return True
         user, item = self._users.of(key_of(message.user_id)), key_of(message.item_id)
         if message.type in self._types and (row := self._catalogue.row(message.item_id)) is not None:
@@ -181,7 +184,11 @@ class TowerLearner:
 
     def arrays(self) -> dict[str, Any]:
         """Users, waiting positives, item frequencies and the ids of recent feedback, as arrays."""
-        parts = {name: part.state() for name, part in self._parts().items()}
+        parts = {
+            "frequency": self.frequency.state(),
+            "seen": self._seen.state(Kind.EVENT),
+            "users": self._users.state(),
+        }
         parts["positives"] = positives_state(self._positives, self._schema)
         return {f"{name}.{key}": array for name, part in parts.items() for key, array in part.items()}
 
@@ -191,14 +198,14 @@ class TowerLearner:
         for full, values in arrays.items():
             name, _, key = full.partition(".")
             parts.setdefault(name, {})[key] = values
-        for name, part in self._parts().items():
-            if name in parts:
-                part.restore(parts[name])
+        if "frequency" in parts:
+            self.frequency.restore(parts["frequency"])
+        if "seen" in parts:
+            self._seen.restore(Kind.EVENT, parts["seen"])
+        if "users" in parts:
+            self._users.restore(parts["users"])
         if "positives" in parts:
             self._positives = positives_of(parts["positives"], self._schema)
-
-    def _parts(self) -> dict[str, Frequency | Recent | TowerUsers]:
-        return {"frequency": self.frequency, "seen": self._seen, "users": self._users}
 
     def state(self) -> dict[str, Any]:
         """The step, as JSON-able values: all else is in `arrays`."""

@@ -16,7 +16,7 @@ from recsys.capacity import bound_bytes
 from recsys.config import Config
 from recsys.errors import BadInput, LogError, StepFailed
 from recsys.events import messages
-from recsys.events.recent import too_late
+from recsys.events.seen_ids import Kind, SeenIds
 from recsys.features.build import Index, decode
 from recsys.features.catalogue import Catalogue
 from recsys.features.convert import Conversions
@@ -64,12 +64,15 @@ class Trainer:
         self.order = order
         seed = config.seed if order is None else order
         self.tables = Tables(layouts(config, self.schema, seed), config.table.implementation)
-        self.joiner = Joiner(config.tasks, folder / "open", config.capacity.memory_bytes)
+        self.seen = SeenIds(config.capacity.memory_bytes)
+        self.joiner = Joiner(config.tasks, folder / "open", config.capacity.memory_bytes, self.seen)
         self.learner = Learner(config, self.schema, self.tables)
         self.towers = (
-            TowerLearner(config, self.schema, self.tables, self.catalogue) if config.training.two_tower else None
+            TowerLearner(config, self.schema, self.tables, self.catalogue, self.seen)
+            if config.training.two_tower
+            else None
         )
-        self.bandit = BanditLearner(config, self.tables) if config.explores else None
+        self.bandit = BanditLearner(config, self.tables, self.seen) if config.explores else None
         self.ledger = ledger.Ledger(self.schema.tasks)
         self.steps = 0
         self.covers_ms = 0
@@ -230,7 +233,7 @@ class Trainer:
                 )
         served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
         self.ledger.items += len(impression.items)
-        if too_late(impression.time_ms, now_ms):
+        if self.seen.too_late(Kind.REQUEST, impression.time_ms, now_ms):
             report.count("impression_too_late")
             return "impression_too_late"
         held = [HELD + impression.request_id] if self.joiner.holds(impression.request_id) else []
@@ -261,7 +264,9 @@ class Trainer:
                 self.towers.forget(feedback.user_id)
             report.count("forget")
             return "forget"
-        if too_late(feedback.time_ms, now_ms):  # a copy of it may have been learned: nobody remembers for so long
+        if self.seen.too_late(
+            Kind.EVENT, feedback.time_ms, now_ms
+        ):  # a copy of it may have been learned: nobody remembers for so long
             report.count("too_late")
             return "too_late"
         self.breaker.arrived(feedback.type, now_ms)

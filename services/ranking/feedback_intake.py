@@ -13,7 +13,8 @@ from recsys.clock import MAX_LEAD_MS, Clock
 from recsys.config import Config
 from recsys.errors import LogUnavailable
 from recsys.events import messages
-from recsys.events.recent import Recent, digest_of, recent_limit
+from recsys.events.recent import digest_of
+from recsys.events.seen_ids import Kind
 from recsys.streams.base import EventLog
 from recsys.types import Feedback
 from services.common.process import logger
@@ -30,8 +31,6 @@ NOTES = {
 """What an outcome's `note` may be, and what it means. An event of several carries them with commas between."""
 _COPY_S = 10.0
 """A copy waits this long for what becomes of the first one, which is being appended: longer than any append takes that ends well."""
-_PUT_S = 60.0
-"""An item accepted here is in the catalogue by then, or something else is wrong."""
 _SAY_EVERY_MS = 60_000
 _MOST_SAID = 1000
 
@@ -45,9 +44,7 @@ class Intake:
         """`knows_all`: whether catalogue and impressions are read, so that what is missing there is unknown."""
         self._log, self._clock, self._sources, self._knows_all = log, clock, sources, knows_all
         self._used_alone, self._used_joined = config.types_alone, config.types_joined
-        most = recent_limit(config.capacity.memory_bytes)
-        self._accepted, self._late, self._answered = (Recent(limit=most) for _ in range(3))
-        self._put = Recent(_PUT_S, limit=most)
+        self._seen = sources.events.seen
         self._on_the_way: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
         self._said: dict[tuple[str, str], int] = {}
@@ -55,19 +52,14 @@ class Intake:
     def answered(self, request_id: str) -> None:
         """An answer was logged: its impression comes back by the log a moment later, perhaps after its first click."""
         with self._lock:
-            self._answered.add(request_id, self._clock.now_ms())
+            self._seen.first(Kind.ANSWERED, request_id, self._clock.now_ms())
 
     def put(self, item_ids: Iterable[str]) -> None:
         """Items were accepted: they are in the catalogue a moment later."""
         now_ms = self._clock.now_ms()
         with self._lock:
             for item_id in item_ids:
-                self._put.add(item_id, now_ms)
-
-    @property
-    def full_ratio(self) -> float:
-        """How full the fullest set of ids is."""
-        return max(ids.full_ratio for ids in (self._accepted, self._late, self._answered, self._put))
+                self._seen.first(Kind.PUT, item_id, now_ms)
 
     def take(self, feedback: Sequence[Feedback | Refused]) -> list[dict[str, str]]:
         """Append what is good and new; one outcome an event, in order.
@@ -102,13 +94,16 @@ class Intake:
 
     def heard(self, event: Feedback, digest: int, now_ms: int) -> None:
         """Feedback was read from the log: if it came in by another way than `take`, its notes are counted and said here."""
-        mine = event.event_id in self._on_the_way or self._accepted.contains(digest) or self._late.contains(digest)
-        if not mine:
+        if event.event_id not in self._on_the_way and not self._mine(digest):
             _count(self.notes(event, now_ms))
+
+    def _mine(self, digest: int) -> bool:
+        """Whether it was accepted here."""
+        return self._seen.knows(Kind.ACCEPTED, digest) or self._seen.knows(Kind.LATE, digest)
 
     def _known(self, digest: int) -> bool:
         """Whether a copy was accepted here, or read from the log wherever it came from."""
-        return self._accepted.contains(digest) or self._sources.events.knows(digest) or self._late.contains(digest)
+        return self._mine(digest) or self._seen.knows(Kind.EVENT, digest)
 
     def _append(self, fresh: Sequence[tuple[Feedback, int, bool]], appended: Future[None], now_ms: int) -> None:
         try:
@@ -121,8 +116,7 @@ class Intake:
             raise
         with self._lock:
             for event, digest, late in fresh:
-                # Apart, so that an import of old events drives no new one's id out.
-                (self._late if late else self._accepted).add(digest, now_ms)
+                self._seen.first(Kind.LATE if late else Kind.ACCEPTED, digest, now_ms)
                 del self._on_the_way[event.event_id]  # last: it is always known by one of the two
         appended.set_result(None)
 
@@ -131,7 +125,7 @@ class Intake:
 
     def notes(self, event: Feedback, now_ms: int) -> list[str]:
         """Names of `NOTES` that are true of an event."""
-        if self._sources.events.too_late(event.time_ms, now_ms):
+        if self._seen.too_late(Kind.EVENT, event.time_ms, now_ms):
             found = ["too_late"]
         elif event.type not in self._used_alone and event.type not in self._used_joined:
             found = ["unknown_type"]
@@ -148,11 +142,11 @@ class Intake:
     def _unknown(self, event: Feedback) -> list[str]:
         found, catalogue = [], self._sources.catalogue
         row = catalogue.row(event.item_id)
-        if (row is None or not catalogue.alive[row]) and not self._put.contains(event.item_id):
+        if (row is None or not catalogue.alive[row]) and not self._seen.knows(Kind.PUT, event.item_id):
             found.append("unknown_item")
         if event.request_id is not None:
             request = digest_of(event.request_id)
-            if not (self._answered.contains(request) or self._sources.events.answered(request)):
+            if not (self._seen.knows(Kind.ANSWERED, request) or self._seen.knows(Kind.REQUEST, request)):
                 found.append("unknown_request")
         return found
 

@@ -306,7 +306,7 @@ class RankingService:
         self.sources.tell()
         metrics.USER_CACHE_BYTES.set(self._users.bytes)
         metrics.USER_STATE_FULL.set(getattr(self.store, "full_ratio", 0.0))
-        metrics.DIGESTS_FULL.set(max(self.intake.full_ratio, self.sources.events.full_ratio))
+        metrics.DIGESTS_FULL.set(self.sources.events.full_ratio)
         self.scorer.poll()
         if self.scorer.refresh():
             logger.info("dense weights %d in use", self.scorer.dense_version)

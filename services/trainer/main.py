@@ -108,6 +108,7 @@ def show_fullness(trainer: Trainer) -> None:
     metrics.OPEN_IMPRESSIONS.set(len(trainer.joiner))
     metrics.OPEN_IMPRESSIONS_FULL.set(max(opened, explored))
     metrics.HELD_FEEDBACK_FULL.set(held)
+    metrics.DIGESTS_FULL.set(trainer.seen.full_ratio)
     metrics.TOWER_USERS_FULL.set(trainer.towers.full_ratio if trainer.towers else 0.0)
     metrics.CATALOGUE_FULL.set(trainer.catalogue.full_ratio)
 

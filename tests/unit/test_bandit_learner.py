@@ -456,7 +456,7 @@ def test_where_there_is_no_room_for_open_impressions_new_ones_neither_count_as_s
 ) -> None:
     bandit = learner()
     show(bandit, shown("r", ["a"], [0], [1.0], [1]))
-    bandit._open_limit = bandit._open_bytes  # the room that this one takes
+    bandit._open.limit_bytes = bandit._open._bytes  # the room that this one takes
     show(bandit, shown("s", ["b"], [0], [1.0], [1]), T0, [(T0, act("s", "b"))])
     bandit.feedback(act("r", "a"), T0 + 1)
     bandit.step(T0 + 2, learn=True)

@@ -17,6 +17,7 @@ from recsys.candidates.sources import Sources
 from recsys.config import Config, parse
 from recsys.errors import ConfigError
 from recsys.evaluation.delays import Delayed, Timeline
+from recsys.events.seen_ids import SeenIds
 from recsys.features.build import shared_columns, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.counters import Counters, columns_of
@@ -239,7 +240,7 @@ def test_users_own_counts_are_live_while_others_are_as_of_an_earlier_time() -> N
     settings = config(counters=[{"of": ["user"]}, {"of": ["item"]}])
     schema, catalogue = world(settings)
     parts, timeline = Parts(settings, schema, catalogue), Timeline(delay_s=1, sync_interval_s=0)
-    counting, seen = CounterFeed(*parts), Delayed(parts, timeline, live=True)
+    counting, seen = CounterFeed(*parts, SeenIds()), Delayed(parts, timeline, live=True)
     timeline.move(0)
     seen.shown(shown("r", "a", "i1", "1"), 0)
     user = user_features(schema, catalogue, "a", [], {})

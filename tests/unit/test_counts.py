@@ -153,6 +153,16 @@ def test_deferred_items_count_as_shown_once_viewed_and_their_positives_with_them
     assert world.sources.events.quotas._shown["trending"] == 2.0
 
 
+def test_quotas_learn_from_the_first_action_on_what_was_shown() -> None:
+    world = World(parse({**CONFIG.model_dump(mode="json"), "retrieval": {"learn_quotas": True}}), 3)
+    world.feedback("u", "i2")  # no newcomer
+    world.impression("r", "u", ["i0", "i1"])
+    for item, request in (("i0", "r"), ("i0", "r"), ("i2", "r"), ("i1", "unknown"), ("i1", None)):
+        world.feedback("u", item, request=request)
+    quotas = world.sources.events.quotas
+    assert (quotas._shown["trending"], quotas._acted["trending"]) == (2.0, 1.0)
+
+
 def test_one_user_counts_three_times_an_hour_and_a_newcomer_once_and_less() -> None:
     world = World(items=3)
     for _ in range(100):
@@ -195,8 +205,8 @@ def test_limits_are_bounded_and_forget_the_oldest() -> None:
 
 def test_contexts_are_bounded_in_bytes() -> None:
     world = World(items=1)
-    contexts = world.sources.events.counting.contexts
-    contexts._limit = 20_000
+    contexts = world.sources.events.contexts
+    contexts._open.limit_bytes = 20_000
     for number in range(100):
         activation = "deferred" if number % 2 else "shown"
         world.impression(f"r{number}", "u", ["i0", *(f"x{n}" for n in range(10))], activation=activation)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from recsys.events.recent import HORIZON_MS, Recent, too_late
+from recsys.events.recent import HORIZON_MS, Recent
+from recsys.events.seen_ids import PUT_S, Kind, SeenIds
 
 MINUTE_MS = 60_000
 
@@ -18,7 +19,6 @@ def test_a_copy_is_known_for_the_whole_horizon_and_what_is_older_is_too_late() -
             assert recent.contains("a") and not recent.add("a", later_ms)
             assert recent.covers(start_ms, later_ms)
         assert not recent.covers(start_ms, start_ms + HORIZON_MS + 1)
-        assert too_late(start_ms, start_ms + HORIZON_MS + 1) and not too_late(start_ms, start_ms + HORIZON_MS)
 
 
 def test_of_too_many_the_oldest_are_forgotten_and_the_horizon_begins_after_them() -> None:
@@ -38,6 +38,27 @@ def test_time_that_goes_back_forgets_nothing_early() -> None:
     recent.add("behind", 0)  # another partition, which is read later
     recent.add("next", 2 * HORIZON_MS + 15 * MINUTE_MS)
     assert recent.contains("behind") and recent.contains("ahead")
+
+
+def test_one_store_keeps_each_kind_apart_and_says_what_is_too_late() -> None:
+    seen, again = SeenIds(), SeenIds()
+    for kind in Kind:
+        assert seen.first(kind, "same", 0) and not seen.first(kind, "same", 0)
+    assert seen.too_late(Kind.EVENT, 0, HORIZON_MS + 1) and not seen.too_late(Kind.EVENT, 0, HORIZON_MS)
+    seen.first(Kind.PUT, "other", int(2000 * PUT_S))
+    assert not seen.knows(Kind.PUT, "same") and seen.knows(Kind.EVENT, "same"), "an item is waited for a minute"
+    again.restore(Kind.REQUEST, seen.state(Kind.REQUEST))
+    assert again.knows(Kind.REQUEST, "same") and not again.knows(Kind.EVENT, "same")
+    seen.clear(Kind.EVENT)
+    assert seen.first(Kind.EVENT, "same", 0) and not seen.first(Kind.REQUEST, "same", 0)
+
+
+def test_of_one_kind_with_too_many_ids_the_horizon_begins_later_and_no_others() -> None:
+    seen = SeenIds(memory_bytes=1)  # a thousand of each: no bound is less
+    for number in range(5000):
+        seen.first(Kind.EVENT, str(number), number)
+    assert seen.too_late(Kind.EVENT, 1000, 5000) and not seen.too_late(Kind.REQUEST, 1000, 5000)
+    assert 0.5 < seen.full_ratio <= 1
 
 
 def test_state_comes_back_also_of_an_earlier_version() -> None:

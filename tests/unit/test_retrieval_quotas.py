@@ -15,13 +15,11 @@ CONFIGURED = {"covisited": 100, "nearest": 100, "trending": 150, "off": 0}
 def watched(rates: dict[str, float], requests: int = 300, learn: bool = True) -> Quotas:
     """Each request shows ten items of each source; they are acted upon at these rates."""
     quotas, generator = Quotas(CONFIGURED, learn=learn), np.random.default_rng(0)
-    for request in range(requests):
-        items = [(f"{name}-{n}", (name,)) for name in rates for n in range(10)]
-        quotas.shown(str(request), items, NOW_MS)
-        for item, (name,) in items:
+    for _ in range(requests):
+        for name in [name for name in rates for _ in range(10)]:
+            quotas.shown((name,), NOW_MS)
             if generator.random() < rates[name]:
-                quotas.acted(str(request), item, NOW_MS)
-                quotas.acted(str(request), item, NOW_MS)  # once more: does not count
+                quotas.acted((name,), NOW_MS)
     return quotas
 
 
@@ -39,17 +37,17 @@ def test_equal_rates_nothing_known_or_switched_off_leave_them_as_configured() ->
     assert Quotas(CONFIGURED, learn=True).current(NOW_MS) == wanted
     assert watched({"covisited": 0.5, "nearest": 0.0}, learn=False).current(NOW_MS) == wanted
     equal = Quotas(CONFIGURED, learn=True)
-    for request in range(50):
-        equal.shown(str(request), [(name, (name,)) for name in wanted], NOW_MS)
-        for name in wanted:
-            equal.acted(str(request), name, NOW_MS)
+    for name in wanted:
+        for _ in range(50):
+            equal.shown((name,), NOW_MS)
+            equal.acted((name,), NOW_MS)
     assert equal.current(NOW_MS) == wanted
 
 
 def test_what_was_learned_is_forgotten_and_strangers_do_not_count() -> None:
     quotas = watched({"covisited": 0.2, "nearest": 0.01, "trending": 0.1})
-    for request_id, item in ((None, "covisited-1"), ("unknown", "covisited-1"), ("3", "unknown")):
-        quotas.acted(request_id, item, NOW_MS)
+    quotas.acted((), NOW_MS)
+    quotas.acted(("unknown",), NOW_MS)
     later = quotas.current(NOW_MS + 60 * DAY_MS)
     assert later == {"covisited": 100, "nearest": 100, "trending": 150}
 
@@ -59,9 +57,9 @@ def test_what_was_learned_is_forgotten_and_strangers_do_not_count() -> None:
 def test_no_history_takes_a_source_out_of_its_bounds(events: list[tuple[str, bool]]) -> None:
     quotas = Quotas(CONFIGURED, learn=True)
     for number, (name, acted) in enumerate(events):
-        quotas.shown(str(number), [("i", (name, "caller"))], NOW_MS + number)
+        quotas.shown((name, "caller"), NOW_MS + number)
         if acted:
-            quotas.acted(str(number), "i", NOW_MS + number)
+            quotas.acted((name, "caller"), NOW_MS + number)
     current = quotas.current(NOW_MS + len(events))
     assert abs(sum(current.values()) - 350) <= 2
     for name, quota in current.items():
