@@ -10,6 +10,7 @@ import asyncio
 import math
 import resource
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -92,7 +93,7 @@ class Guard:
                 del self._hosts[one.host]
 
     def _longest_idle(self) -> Guarded | None:
-        return min((one for one in self._all if one.idle), key=lambda one: one.until_s, default=None)
+        return min((one for one in self._all if one.waits.idle), key=lambda one: one.waits.until_s, default=None)
 
     def sweep(self, now_s: float) -> None:
         """End what takes too long. Call often: it looks every half second."""
@@ -115,29 +116,62 @@ class _Phase(Enum):
     ANSWER = "the answer"
 
 
+class Patience:
+    """What of a request a connection waits for, and until when, in seconds of its event loop."""
+
+    def __init__(self, limits: Limits, now_s: Callable[[], float]) -> None:
+        self._limits, self._now_s = limits, now_s
+        self.phase, self._head_bytes = _Phase.IDLE, 0
+        self.until_s = self._write_until_s = math.inf
+
+    @property
+    def idle(self) -> bool:
+        """Whether the connection could be closed without anybody's noticing: the client sends its next request by another."""
+        return self.phase is _Phase.IDLE
+
+    def wait(self, phase: _Phase, seconds: float) -> None:
+        """For the next part."""
+        self.phase, self._head_bytes = phase, 0
+        self.until_s = self._now_s() + seconds
+
+    def drain(self) -> None:
+        """What still comes was refused: it may come for a moment, and no longer than it might have."""
+        self.until_s = min(self.until_s, self._now_s() + self._limits.drain_s)
+
+    def write(self, paused: bool) -> None:
+        """Whether the client takes nothing of its answer at the moment."""
+        self._write_until_s = self._now_s() + self._limits.write_s if paused else math.inf
+
+    def more_head(self, num_bytes: int) -> bool:
+        """More of a head came; whether it is too long."""
+        self._head_bytes += num_bytes
+        return self._head_bytes > self._limits.head_bytes
+
+    def over(self, now_s: float) -> bool:
+        """Whether what it waits for did not come in time."""
+        return now_s > self.until_s
+
+    def stuck(self, now_s: float) -> bool:
+        """Whether the client took nothing of its answer for too long."""
+        return now_s > self._write_until_s
+
+
 class Guarded(HttpToolsProtocol):
-    """uvicorn's protocol, and what of a request it waits for until when."""
+    """uvicorn's protocol, ended where it waits too long."""
 
     def __init__(self, guard: Guard, **settings: Any) -> None:
         super().__init__(**settings)
         self._guard, self._limits = guard, guard.limits
-        self._phase, self._head_bytes = _Phase.IDLE, 0
-        self.until_s = math.inf
-        self._write_until_s = math.inf
+        self.waits = Patience(guard.limits, self.loop.time)
 
     @property
     def host(self) -> str:
         """Where it comes from."""
         return self.client[0] if self.client else ""
 
-    @property
-    def idle(self) -> bool:
-        """Whether it could be closed without anybody's noticing: the client sends its next request by another."""
-        return self._phase is _Phase.IDLE
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait(_Phase.IDLE, self._limits.head_s)
+        self.waits.wait(_Phase.IDLE, self._limits.head_s)
         self._guard.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -145,45 +179,42 @@ class Guarded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        before = self._phase
+        before = self.waits.phase
         super().data_received(data)
-        if before is self._phase is _Phase.HEAD:
-            self._head_bytes += len(data)
-            if self._head_bytes > self._limits.head_bytes:
-                self._refuse(
-                    431, f"the request's head is over {self._limits.head_bytes} bytes: send fewer, shorter headers"
-                )
+        if before is self.waits.phase is _Phase.HEAD and self.waits.more_head(len(data)):
+            self._refuse(
+                431, f"the request's head is over {self._limits.head_bytes} bytes: send fewer, shorter headers"
+            )
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = 0
-        self._wait(_Phase.HEAD, self._limits.head_s)
+        self.waits.wait(_Phase.HEAD, self._limits.head_s)
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self._wait(_Phase.BODY, self._limits.body_s)
+        self.waits.wait(_Phase.BODY, self._limits.body_s)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if self.cycle.response_complete:
-            self._wait(_Phase.IDLE, self._limits.idle_s)
+            self.waits.wait(_Phase.IDLE, self._limits.idle_s)
         else:
-            self._wait(_Phase.ANSWER, math.inf)
+            self.waits.wait(_Phase.ANSWER, math.inf)
 
     def on_response_complete(self) -> None:
-        if self._phase is _Phase.BODY:
-            self.until_s = min(self.until_s, self.loop.time() + self._limits.drain_s)
-        elif self._phase is _Phase.ANSWER and self.cycle.response_complete:  # else another request waits behind it
-            self._wait(_Phase.IDLE, self._limits.idle_s)
+        if self.waits.phase is _Phase.BODY:
+            self.waits.drain()
+        elif self.waits.phase is _Phase.ANSWER and self.cycle.response_complete:  # else another request waits behind it
+            self.waits.wait(_Phase.IDLE, self._limits.idle_s)
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_until_s = self.loop.time() + self._limits.write_s
+        self.waits.write(paused=True)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._write_until_s = math.inf
+        self.waits.write(paused=False)
 
     def refuse_all(self, detail: str) -> None:
         """Answer 503 to whatever it asks."""
@@ -196,19 +227,16 @@ class Guarded(HttpToolsProtocol):
 
     def expire(self, now_s: float) -> None:
         """End it if its time is up: with 408 while a request comes, without a word else."""
-        if now_s > self._write_until_s:
+        waits = self.waits
+        if waits.stuck(now_s):
             self.transport.abort()
-        elif now_s > self.until_s:
+        elif waits.over(now_s):
             if self.transport.is_closing():
                 self.transport.abort()
-            elif self._phase is _Phase.HEAD or (self._phase is _Phase.BODY and not self.cycle.response_started):
-                self._refuse(408, f"{self._phase.value} did not come in time: send it faster, or in smaller parts")
+            elif waits.phase is _Phase.HEAD or (waits.phase is _Phase.BODY and not self.cycle.response_started):
+                self._refuse(408, f"{waits.phase.value} did not come in time: send it faster, or in smaller parts")
             else:
                 self._close()
-
-    def _wait(self, phase: _Phase, seconds: float) -> None:
-        self._phase = phase
-        self.until_s = self.loop.time() + seconds
 
     def _refuse(self, status: int, detail: str) -> None:
         """Answer, and close: what else comes of the request nobody reads."""
@@ -220,4 +248,4 @@ class Guarded(HttpToolsProtocol):
 
     def _close(self) -> None:
         self.transport.close()
-        self.until_s = self.loop.time() + self._limits.drain_s
+        self.waits.wait(self.waits.phase, self._limits.drain_s)
