@@ -33,7 +33,6 @@ LARGE_CLASSES = {
     "recsys/training/joiner.py:Joiner",
     "recsys/training/runner.py:Runner",
     "recsys/training/trainer.py:Trainer",
-    "services/cli/up.py:Supervisor",
     "services/parameter/main.py:ParameterService",
     "services/ranking/service.py:RankingService",
 }

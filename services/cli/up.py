@@ -45,12 +45,54 @@ def _end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class LogFile:
+    """Where one service's lines go; a file that cannot be written stops no service."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = 0
+        """Where the lines of the process begin that writes to it now."""
+
+    def open(self) -> BinaryIO:
+        """For a process that is about to start."""
+        out = self._open()
+        self._start = out.tell() if out.seekable() else 0
+        return out
+
+    def _open(self) -> BinaryIO:
+        try:
+            return self.path.open("ab")
+        except OSError as error:
+            logger.error("%s: the lines of %s go nowhere", error, self.path.stem)
+            return Path(os.devnull).open("ab")
+
+    def last_words(self) -> str:
+        """The last thing that the process said, what it said to its user first of all."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(self._start, file.seek(0, os.SEEK_END) - 65_536))
+                lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError as error:
+            return str(error)
+        said = [line.removeprefix("recsys: ") for line in lines if line.startswith("recsys: ")] or lines
+        return said[-1][:1000] if said else ""
+
+    def shorten(self) -> None:
+        """Begin it anew once it is long: a file that is written to by its name's end is copied, then cut."""
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_size > LOG_BYTES:
+                with contextlib.suppress(OSError):
+                    shutil.copyfile(self.path, self.path.with_suffix(".log.1"))
+                os.truncate(self.path, 0)
+                self._start = 0
+
+
 @dataclass(slots=True)
 class Child:
-    """One service: its process, and when it is due again after it died."""
+    """One service: its process, its log file, and when it is due again after it died."""
 
+    log: LogFile
     process: subprocess.Popen[bytes] | None = None
-    log_start: int = 0
     started_s: float = 0.0
     deaths: int = 0
     due_s: float = 0.0
@@ -64,8 +106,7 @@ class Supervisor:
         self._accepting = set(ORDER if accept_gap else ())
         """Services that accept a gap at their next start: once, a later gap is for somebody to look at."""
         self._lock = FolderLock(config.data_dir, "up")
-        self._children = {name: Child() for name in ORDER}
-        self._log_file: Callable[[str], Path] = lambda name: config.data_dir / f"{name}.log"
+        self._children = {name: Child(LogFile(config.data_dir / f"{name}.log")) for name in ORDER}
         self._were_ready = False
 
     def start(self) -> None:
@@ -90,8 +131,7 @@ class Supervisor:
         accepting = ["--accept-gap"] if name in self._accepting else []
         self._accepting.discard(name)
         child = self._children[name]
-        with self._open_log(name) as out:
-            child.log_start = out.tell() if out.seekable() else 0
+        with child.log.open() as out:
             child.process = subprocess.Popen(
                 [sys.executable, "-m", "services.cli.main", "serve", name, *self._arguments, *accepting],
                 stdin=subprocess.DEVNULL,
@@ -101,13 +141,6 @@ class Supervisor:
                 preexec_fn=_end_with_parent,
             )
         child.started_s = time.monotonic()
-
-    def _open_log(self, name: str) -> BinaryIO:
-        try:
-            return self._log_file(name).open("ab")
-        except OSError as error:
-            logger.error("%s: the lines of %s go nowhere", error, name)
-            return Path(os.devnull).open("ab")
 
     def wait_ready(self, on_wait: Callable[[str], None] = lambda _: None, timeout_s: float | None = None) -> None:
         """Until every service was ready at once, starting again what dies meanwhile.
@@ -122,7 +155,9 @@ class Supervisor:
                 raise RecsysError(f"stopped before {name} was ready")
             now_s = time.monotonic()
             if timeout_s is not None and now_s - began_s > timeout_s:
-                raise RecsysError(f"{name} was not ready after {timeout_s:.0f} s ({why}): see {self._log_file(name)}")
+                raise RecsysError(
+                    f"{name} was not ready after {timeout_s:.0f} s ({why}): see {self._children[name].log.path}"
+                )
             if now_s - said_s > SAY_S or (REMEDY in why and said_s == began_s):  # a remedy is said at once
                 said_s = now_s
                 logger.warning("%s is not ready after %.0f s: %s", name, now_s - began_s, why)
@@ -143,40 +178,19 @@ class Supervisor:
                     self._again(name, child, str(error))
 
     def _bury(self, name: str, child: Child, code: int) -> None:
-        why = self._last_words(name, child) or f"exit code {code}, no message"
+        why = child.log.last_words() or f"exit code {code}, no message"
         if code == EXIT_USAGE and not self._were_ready:
             raise ConfigError(f"{name} stopped at start: {why}")
         if time.monotonic() - child.started_s > STEADY_S:
             child.deaths = 0
         child.process = None
-        self._again(name, child, f"died with {code} ({why}), see {self._log_file(name)}")
+        self._again(name, child, f"died with {code} ({why}), see {child.log.path}")
 
     def _again(self, name: str, child: Child, why: str) -> None:
         wait_s = min(BACKOFF_S[0] * 2.0**child.deaths, BACKOFF_S[1])
         child.deaths += 1
         child.due_s = time.monotonic() + wait_s
         logger.error("%s %s; starting it again in %.0f s", name, why, wait_s)
-
-    def _last_words(self, name: str, child: Child) -> str:
-        try:
-            with self._log_file(name).open("rb") as file:
-                file.seek(max(child.log_start, file.seek(0, os.SEEK_END) - 65_536))
-                lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        except OSError as error:
-            return str(error)
-        said = [line.removeprefix("recsys: ") for line in lines if line.startswith("recsys: ")] or lines
-        return said[-1][:1000] if said else ""
-
-    def _shorten_logs(self) -> None:
-        """A file that is written to by its name's end is copied, then cut."""
-        for name, child in self._children.items():
-            path = self._log_file(name)
-            with contextlib.suppress(OSError):
-                if path.stat().st_size > LOG_BYTES:
-                    with contextlib.suppress(OSError):
-                        shutil.copyfile(path, path.with_suffix(".log.1"))
-                    os.truncate(path, 0)
-                    child.log_start = 0
 
     def _not_ready(self, name: str) -> str:
         try:
@@ -205,7 +219,8 @@ class Supervisor:
         """Until SIGTERM. All were ready once, so even a refusal to start (a port, say) may pass."""
         while not self._stop.wait(0.2):
             self._tend()
-            self._shorten_logs()
+            for child in self._children.values():
+                child.log.shorten()
 
     def stop(self, timeout_s: float = STOP_S + 1.0) -> None:
         """SIGTERM to all, ranking first; SIGKILL to what does not stop in time."""
