@@ -12,7 +12,7 @@ import orjson
 from recsys import metrics
 from recsys.clock import Clock, SystemClock, bounded_ms
 from recsys.config import Config
-from recsys.errors import BadInput, LogError, LogTruncated, SchemaMismatch, SnapshotCorrupt
+from recsys.errors import BadInput, LogError, LogTruncated, SchemaMismatch
 from recsys.events.dead_letters import letter
 from recsys.features.schema import Schema
 from recsys.model.layouts import layouts, parameters_name, sizes
@@ -29,6 +29,7 @@ from recsys.types import Record
 from services.common.process import FolderLock, HealthServer, Stop, logger
 from services.common.rest import Rest
 from services.common.table_gauges import TableGauges
+from services.parameter.saving import Saving
 
 TOPIC, CONSUMER = "parameters", "parameter"
 KEY = f"{TOPIC}/0"
@@ -58,8 +59,8 @@ class ParameterService:
         self._gap = ""
         self._after_gap = False
         self._ignored = Ignored()
-        self._saved = self._read_s = clock.monotonic_s()
-        self._saved_at = -1
+        self._read_s = clock.monotonic_s()
+        self._saving = Saving(self._snapshots, config.parameter.snapshot_s, self._read_s)
         self._counted = (0, 0)
         self._tables = TableGauges()
         self._goal: int | None = None
@@ -164,9 +165,8 @@ class ParameterService:
         except BadInput as error:
             metrics.DEAD_LETTERS.labels(TOPIC, "malformed").inc()
             return str(error)
-        except (
-            SchemaMismatch
-        ) as error:  # of another configuration: thousands of them may follow each other, and none is wrong
+        except SchemaMismatch as error:
+            # Of another configuration: thousands of them may follow each other, and none is wrong.
             metrics.DEAD_LETTERS.labels(TOPIC, "schema").inc()
             if self._waits_for_trainer:
                 return ""
@@ -222,24 +222,12 @@ class ParameterService:
             return
         begins = [self._reader.begins(), self._whole_at if self.store.receiving else None]
         position = min([self._position, *(at for at in begins if at is not None)])
-        place = Place(position, self._log.identity(TOPIC, 0))
-        if place.position == self._saved_at:
-            return
-        try:
-            with metrics.SNAPSHOT_SECONDS.time():
-                self._snapshots.save(self.store, place)
-        except (OSError, SnapshotCorrupt) as error:
-            logger.error("no snapshot (%s): the previous one stays, and more of the log is read after a restart", error)
-            return
-        self._saved_at = place.position
-        if self._snapshots.kept is not None:
-            self._log.commit(CONSUMER, TOPIC, 0, self._snapshots.kept.position)
+        if needed := self._saving.save(self.store, Place(position, self._log.identity(TOPIC, 0))):
+            self._log.commit(CONSUMER, TOPIC, 0, needed.position)
 
     def maintain(self, *, force: bool = False) -> None:
         """Snapshot when due; gauges."""
-        now_s = self._clock.monotonic_s()
-        if force or now_s - self._saved >= self._config.parameter.snapshot_s:
-            self._saved = now_s
+        if self._saving.due(self._clock.monotonic_s(), force=force):
             self._save()
         self._tables.show(self.store.tables)
         metrics.TABLE_FOUND_KEYS.inc(self.store.found - self._counted[0])
