@@ -1,11 +1,10 @@
-"""The ranking process's parts and threads: catalogue, state consumer, dense weights, generations, snapshots."""
+"""The ranking process's parts, and the threads that keep them up to date."""
 
 from __future__ import annotations
 
 import math
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from recsys import metrics
@@ -18,13 +17,7 @@ from recsys.candidates.state_consumer import StateConsumer
 from recsys.capacity import bound_bytes
 from recsys.clock import Clock
 from recsys.config import Config
-from recsys.errors import (
-    BadInput,
-    CatalogueFull,
-    LogError,
-    LogTruncated,
-    LogUnavailable,
-)
+from recsys.errors import LogError, LogTruncated
 from recsys.events import messages
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
@@ -33,7 +26,6 @@ from recsys.model.layouts import parameters_name
 from recsys.parameters.base import Parameters
 from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.parameters.shared_rows import SharedParameters
-from recsys.ranking import catalogue_file
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
@@ -42,26 +34,24 @@ from recsys.state.cache import UserCache
 from recsys.state.open_state import open_state
 from recsys.streams import positions
 from recsys.streams.base import EventLog
-from recsys.types import AsOf, Feedback, Record, UserState
+from recsys.types import AsOf, Feedback, UserState
 from services.common.process import Stop, logger
 from services.common.rest import NET_S, Rest
 from services.common.trouble import Troubles
 from services.ranking.builder import Builder
+from services.ranking.building import Building
 from services.ranking.feedback_intake import Intake
+from services.ranking.item_follower import ItemFollower, skipped
 from services.ranking.loops import Idle, Loops
 from services.ranking.parse import Refused
 
 POLL_S = 0.005
 """Whether the catalogue was read is looked at this often."""
-FREE_S = 0.1
-"""Where nothing comes: rows of deleted items rest for some time before they are free."""
 CONSUMER = "state"
 COMPILE_AFTER_S = 3.0
 """Requests are scored op by op for this long: a trainer beside this process compiles first, and what it compiled is read from the cache."""
 SNAPSHOT_S = 60.0
 """Counters are saved this often; what came after is read again from the log."""
-CATALOGUE_S = 3600.0
-"""The catalogue is saved at least this often when anything in it changed: its file must not grow older than twelve hours."""
 
 
 class RankingService:
@@ -100,24 +90,19 @@ class RankingService:
             self.sources.events.on_forgotten = self.bandit.forget
             self.sources.catalogue.on_free.append(self.bandit.forget_rows)
         self._folder = config.data_dir / "ranking"
-        self._builder = Builder(config, self._folder / "generations")
+        builder = Builder(config, self._folder / "generations")
+        self._building = Building(self.generations, self.bandit, builder, clock)
         self.pipeline = Pipeline(
             config, self.schema, self.store, self.sources, self.scorer, self.generations, self.bandit
         )
-        self.consumer = StateConsumer(config, log, clock, self.store, self.sources, self._on_bad)
-        self._item_positions = {p: log.begin("item", p) for p in range(log.partitions("item"))}
-        self._item_ends: dict[int, int] = {}
-        """Of what there was at the start: once it is read, the catalogue is ready."""
-        self._catalogue_saved: dict[int, int] = {}
-        self._changes_saved = 0
-        self._catalogue_saved_s = self._freed_s = 0.0
-        self.intake = Intake(config, log, clock, self.sources, lambda: self.catalogue_ready and self.state_ready)
+        self.consumer = StateConsumer(config, log, clock, self.store, self.sources, skipped)
+        self._items = ItemFollower(log, clock, self.sources, self.schema, self._folder, self.generations.changed)
+        self.intake = Intake(config, log, clock, self.sources, lambda: self._items.ready and self.state_ready)
         self.consumer.on_feedback = self.intake.heard
         self.patching = threading.Lock()
         """Held from reading items to appending their changes, so that two patches of one item both count."""
         self._trouble = Troubles()
         self._idle, self._loops = Idle(stop), Loops(stop, self._trouble)
-        self.catalogue_ready = False
         self.state_ready = False
         self.on_caught_up: Callable[[], object] = lambda: None
         """Called when catalogue, counters and state are in memory, before it is ready."""
@@ -125,10 +110,17 @@ class RankingService:
     def start(self) -> None:
         """Read the catalogue, restore the counters, then follow everything in threads."""
         try:
-            self._load_catalogue()
+            self._items.load(accept_gap=self._accept_gap)
             items = Rest(self.log.watch(("item",)), self._stop)
-            self._loops.run("items", lambda: items.found(self._follow_items()), items)
-            while not self.catalogue_ready:
+
+            def follow_items() -> bool:
+                worked = items.found(self._items.turn())
+                if worked:
+                    self._idle.over()
+                return worked
+
+            self._loops.run("items", follow_items, items)
+            while not self._items.ready:
                 if self._stop.wait(POLL_S):
                     return
             self._load_counters()
@@ -143,26 +135,22 @@ class RankingService:
             logger.error("%s", gap)
             self._trouble.note("start", gap)
         self._loops.run("dense", self._follow_dense, self._idle.pause(0.2, lambda: not self.scorer.dense_version))
-        self._loops.run("generations", self._build_generation, self._idle.pause(0.1, lambda: self._building))
+        self._loops.run("generations", self._building.turn, self._idle.pause(0.1, lambda: self._building.busy))
         if not self._stop.wait(COMPILE_AFTER_S):
-            try:
-                fused.warm_up()
-                scoring.warm_up()
-            except OSError as error:  # the disk of the compiler's cache is full
-                logger.error("operations run one by one, slower: what was compiled cannot be kept (%s)", error)
+            _compile()
 
     def restore(self) -> None:
         """What `start` reads, without its threads: whoever calls this calls `turn` and `save` from then on."""
-        self._load_catalogue()
-        while not self.catalogue_ready:
-            self._follow_items()
+        self._items.load(accept_gap=self._accept_gap)
+        while not self._items.ready:
+            self._items.turn()
         self._load_counters()
 
     def turn(self) -> bool:
         """One turn of what the threads of `start` do, the building of generations left out; whether there was anything to do."""
-        worked = [self._follow_items(), self._follow_state()]
+        worked = [self._items.turn(), self._follow_state()]
         self._follow_dense()
-        self._refresh_generation()
+        self._building.refresh()
         return any(worked)
 
     def _load_counters(self) -> None:
@@ -171,38 +159,11 @@ class RankingService:
         if self.bandit is not None:
             self.bandit.recent.extend(recent_users.load(self._folder, self.schema))
 
-    def _load_catalogue(self) -> None:
-        saved, logs = catalogue_file.saved_positions(self._folder)
-        resumed = positions.resume(self.log, "catalogue", ("item",), saved, logs, accept_gap=self._accept_gap)
-        if resumed.gaps:
-            logger.error("the catalogue is what the log holds now: send the other items again (`recsys import items`)")
-            return
-        now_ms, bounds = self.clock.now_ms(), {}
-        for partition in self._item_positions:
-            bounds[partition] = self.log.begin("item", partition), self.log.end("item", partition)
-        found = catalogue_file.load(self._folder, self.sources, self.schema, bounds, now_ms)
-        if found is not None:
-            self._item_positions.update(found)
-            self._catalogue_saved, self._changes_saved = found, self.sources.catalogue.num_changes
-            logger.info("catalogue of %d items restored", self.sources.catalogue.num_alive)
-
-    def _save_catalogue(self) -> None:
-        """When a hundredth of it changed, or anything did and the file is old: writing a million items takes a second of one core."""
-        read, now_s = dict(self._item_positions), self.clock.monotonic_s()
-        changed = self.sources.catalogue.num_changes  # by rows that were given up, too
-        records = sum(read.values()) - sum(self._catalogue_saved.get(p, 0) for p in read)
-        changes = max(records, changed - self._changes_saved)
-        many = changes > self.sources.catalogue.num_alive / 100
-        if self.catalogue_ready and changes and (many or now_s - self._catalogue_saved_s > CATALOGUE_S):
-            logs = positions.identities(self.log, (f"item/{partition}" for partition in read))
-            catalogue_file.save(self._folder, self.sources, self.schema, read, logs, self.clock.now_ms())
-            self._catalogue_saved, self._changes_saved, self._catalogue_saved_s = read, changed, now_s
-
     def not_ready(self) -> str:
         """Why this process cannot answer well yet; empty when it can."""
         if lasting := self._trouble.lasting(("start", "items", "state")) or self.log.trouble():
             return lasting
-        if not self.catalogue_ready:
+        if not self._items.ready:
             return self._trouble.of("items") or "reading the catalogue"
         return "" if self.state_ready else self._trouble.of("state") or "reading the state log"
 
@@ -212,23 +173,11 @@ class RankingService:
         contains = {"user_state": self.consumer.user_state, "counters": self.consumer.counters}
         self._idle.over()
         answer = self.pipeline.recommend(request, self.clock.now_ms())
-        logged = False
-        if self.config.ranking.log_impressions and answer.items:
-            with metrics.STAGE_SECONDS.labels("log").time():
-                try:
-                    self.log.append("impression", [(request.user_id, messages.dump_impression(answer.impression))])
-                    logged = True
-                    self.intake.answered(request.request_id)
-                except LogError as error:
-                    logger.warning("impression not logged: %s", error)
-        for reason in answer.degraded:
-            metrics.DEGRADED.labels(reason).inc()
-        for item in answer.items:
-            for source in item.sources:
-                metrics.SHOWN.labels(source).inc()
-        if not logged and answer.items:
+        if self.config.ranking.log_impressions and answer.items and _appended(self.log, request.user_id, answer):
+            self.intake.answered(request.request_id)
+        elif answer.items:
             answer = replace(answer, degraded=(*answer.degraded, "unlogged"))
-            metrics.DEGRADED.labels("unlogged").inc()
+        _count(answer)
         return answer, contains | {"parameters": answer.parameters}
 
     def accept(self, feedback: list[Feedback | Refused]) -> list[dict[str, str]]:
@@ -252,47 +201,7 @@ class RankingService:
 
     def settle_items(self, timeout_s: float = 2.0) -> None:
         """Until the catalogue holds all that was written before this call. Raises LogError when it does not in time."""
-        deadline = time.monotonic() + timeout_s
-        self.log.flush(timeout_s)
-        ends = {partition: self.log.end("item", partition) for partition in self._item_positions}
-        while any(self._item_positions[partition] < end for partition, end in ends.items()):
-            if time.monotonic() > deadline or self._stop.wait(0.001):
-                raise LogUnavailable(
-                    f"the catalogue is more than {timeout_s:g} s behind its log: try again when /readyz says ready"
-                )
-
-    def _on_bad(self, record: Record, reason: str) -> None:
-        metrics.DEAD_LETTERS.labels(record.topic, "malformed").inc()
-        logger.warning("%s/%d/%d skipped: %s", record.topic, record.partition, record.offset, reason)
-
-    def _follow_items(self) -> bool:
-        worked = False
-        for partition, position in self._item_positions.items():
-            if not self.catalogue_ready and partition not in self._item_ends:
-                self._item_ends[partition] = self.log.end("item", partition)
-            records = self.log.read("item", partition, position, 5000)
-            refused: list[str] = []
-            for record in records:
-                try:
-                    self.generations.changed(self.sources.item(messages.parse_item(record.value, key=record.key)))
-                except CatalogueFull as error:
-                    refused.append(str(error))
-                except BadInput as error:
-                    self._on_bad(record, str(error))
-            if refused:
-                metrics.CATALOGUE_REFUSED.inc(len(refused))
-                logger.error("%d new items of topic item are not in the catalogue: %s", len(refused), refused[-1])
-            self._item_positions[partition] = records.next
-            worked |= records.next > position
-        if worked:
-            self._idle.over()
-        if worked or self.clock.monotonic_s() - self._freed_s > FREE_S:
-            self._freed_s = self.clock.monotonic_s()
-            self.sources.free_rows()
-            metrics.CATALOGUE_ITEMS.set(self.sources.catalogue.num_alive)
-            metrics.CATALOGUE_FULL.set(self.sources.catalogue.full_ratio)
-        self.catalogue_ready |= all(self._item_positions[p] >= end for p, end in self._item_ends.items())
-        return worked
+        self._items.settle(self._stop, timeout_s)
 
     def _follow_state(self) -> bool:
         count = self.consumer.turn()
@@ -310,53 +219,14 @@ class RankingService:
         self.scorer.poll()
         if self.scorer.refresh():
             logger.info("dense weights %d in use", self.scorer.dense_version)
-        self._show_lag()
+        _show_lag(self.log, dict(self.consumer.counter_positions))
         return False
-
-    def _show_lag(self) -> None:
-        read = dict(self.consumer.counter_positions)
-        lags = dict.fromkeys(read, math.nan)  # where it is not known the last number would look as if all were well
-        try:
-            lags = {place: max(0, end - read[place]) for place, end in positions.ends(self.log, read).items()}
-        finally:
-            for place, lag in lags.items():
-                metrics.CONSUMER_LAG.labels(*place.rsplit("/", 1), "state").set(lag)
-
-    @property
-    def _building(self) -> bool:
-        """Whether a generation is being built, or will be at once."""
-        return self._builder.pid is not None or self.generations.due(self.clock.monotonic_s())
-
-    def _build_generation(self) -> bool:
-        generations, now_s = self.generations, self.clock.monotonic_s()
-        if self._builder.idle:
-            if generations.due(now_s):
-                self._builder.start(generations.begin())
-        elif built := self._builder.poll():
-            generations.finish(*built, now_s)
-            logger.info(
-                "retrieval generation %s over %d items, recall@100 %.3f",
-                generations.name,
-                generations.num_items,
-                generations.recall,
-            )
-        self._refresh_generation()
-        return False
-
-    def _refresh_generation(self) -> None:
-        generations, now_s = self.generations, self.clock.monotonic_s()
-        generations.refresh(now_s)
-        if self.bandit is not None:
-            self.bandit.refresh()
-        metrics.GENERATION_AGE_SECONDS.set(generations.age_s(now_s))
-        metrics.GENERATION_ITEMS.set(generations.num_items)
-        metrics.GENERATION_RECALL.set(generations.recall)
 
     def save(self) -> bool:
         """Save catalogue, counters and recent users, so that a restart reads less of the log."""
         if self.state_ready:
             try:
-                self._save_catalogue()
+                self._items.save()
                 if self.bandit is not None:
                     recent_users.save(self._folder, self.bandit.recent, self.schema)
                 saved = snapshot.save(self._folder, self.sources, self.consumer, self.schema)
@@ -373,7 +243,7 @@ class RankingService:
         self._stop.set()
         self._idle.over()
         self._loops.join()
-        self._builder.close()
+        self._building.close()
         try:
             self.save()
         except LogError as error:
@@ -382,3 +252,39 @@ class RankingService:
             self._channel.close()
         self.store.close()
         self.log.close()
+
+
+def _compile() -> None:
+    try:
+        fused.warm_up()
+        scoring.warm_up()
+    except OSError as error:  # the disk of the compiler's cache is full
+        logger.error("operations run one by one, slower: what was compiled cannot be kept (%s)", error)
+
+
+def _appended(log: EventLog, user_id: str, answer: Shown) -> bool:
+    """Whether the answer's impression is in the log."""
+    try:
+        with metrics.STAGE_SECONDS.labels("log").time():
+            log.append("impression", [(user_id, messages.dump_impression(answer.impression))])
+    except LogError as error:
+        logger.warning("impression not logged: %s", error)
+        return False
+    return True
+
+
+def _count(answer: Shown) -> None:
+    for reason in answer.degraded:
+        metrics.DEGRADED.labels(reason).inc()
+    for item in answer.items:
+        for source in item.sources:
+            metrics.SHOWN.labels(source).inc()
+
+
+def _show_lag(log: EventLog, read: Mapping[str, int]) -> None:
+    lags = dict.fromkeys(read, math.nan)  # where it is not known the last number would look as if all were well
+    try:
+        lags = {place: max(0, end - read[place]) for place, end in positions.ends(log, read).items()}
+    finally:
+        for place, lag in lags.items():
+            metrics.CONSUMER_LAG.labels(*place.rsplit("/", 1), "state").set(lag)
