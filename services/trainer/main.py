@@ -104,7 +104,7 @@ def show_reading(reading: Reading) -> None:
 def show_fullness(trainer: Trainer) -> None:
     """Set the gauges of what is bounded beside the tables."""
     opened, held = trainer.joiner.full_ratios
-    explored = trainer.bandit.full_ratio if trainer.bandit else 0.0
+    explored = trainer.bandit.opened.full_ratio if trainer.bandit else 0.0
     metrics.OPEN_IMPRESSIONS.set(len(trainer.joiner))
     metrics.OPEN_IMPRESSIONS_FULL.set(max(opened, explored))
     metrics.HELD_FEEDBACK_FULL.set(held)

@@ -23,7 +23,7 @@ from recsys.table.cuda import CudaTable
 from recsys.table.reference import ReferenceTable
 from recsys.table.segments import shard_of
 from recsys.training.bandit_learner import BanditLearner
-from recsys.types import Feedback, Float32, Impression, ShownItem
+from recsys.types import Feedback, Float32, Impression, Int32, Int64, ShownItem
 from tests.table_cuda import COMPILED, cuda_table
 
 DIM = 4
@@ -92,7 +92,7 @@ def act(request: str | None, item: str, kind: str = "click") -> Feedback:
 
 def sums(bandit: BanditLearner, place: int, item: str) -> list[float]:
     """d, n, b of an edge."""
-    values, _ = bandit._table.lookup(np.array([place], np.int32), np.array([key_of(item)]))
+    values, _ = bandit.edges.table.lookup(np.array([place], np.int32), np.array([key_of(item)]))
     return [float(v) for v in values[0]]
 
 
@@ -116,7 +116,7 @@ def test_an_impression_adds_squares_and_weights_and_a_reward_adds_its_weight(lea
     assert sums(bandit, 1, "a") == pytest.approx([0.04, 0.2, 0.2])
     assert sums(bandit, 0, "b") == pytest.approx([0.09, 0.3, 0.0])
     assert sums(bandit, 1, "b") == [0, 0, 0], "no edge, no sums"
-    assert len(bandit._table) == 4 and bandit.take_outcomes() == ["rewarded"]
+    assert len(bandit.edges.table) == 4 and bandit.take_outcomes() == ["rewarded"]
 
 
 def test_each_item_of_a_request_is_rewarded_once_and_only_where_it_was_shown_in_time(learner: Make) -> None:
@@ -161,7 +161,7 @@ def test_deferred_items_count_once_viewed(learner: Make) -> None:
     show(bandit, replace(shown("r", ["a", "b"], [0], [0.5], [1, 1]), activation="deferred"))
     bandit.feedback(act("r", "a"), T0 + 1)
     bandit.step(T0 + 2, learn=True)
-    assert len(bandit._table) == 0, "rewarded, but it does not count as shown yet"
+    assert len(bandit.edges.table) == 0, "rewarded, but it does not count as shown yet"
     bandit.feedback(act("r", "a", "view"), T0 + 3)
     bandit.feedback(act("r", "a", "view"), T0 + 4)
     bandit.step(T0 + 5, learn=True)
@@ -172,7 +172,7 @@ def test_a_cluster_that_is_gone_is_ignored(learner: Make) -> None:
     bandit = learner()
     show(bandit, shown("r", ["a"], [99, 0], [0.75, 0.25], [0b11]))
     bandit.step(T0, learn=True)
-    assert len(bandit._table) == 1 and sums(bandit, 0, "a") == [0.0625, 0.25, 0]
+    assert len(bandit.edges.table) == 1 and sums(bandit, 0, "a") == [0.0625, 0.25, 0]
 
 
 def test_nothing_is_added_while_learning_is_skipped(learner: Make) -> None:
@@ -180,13 +180,13 @@ def test_nothing_is_added_while_learning_is_skipped(learner: Make) -> None:
     show(bandit, shown("r", ["a"], [0], [1.0], [1]))
     bandit.step(T0, learn=False)
     bandit.step(T0 + 1, learn=True)
-    assert len(bandit._table) == 0
+    assert len(bandit.edges.table) == 0
 
 
 def test_forgetting_keeps_means_and_halves_what_counts(learner: Make) -> None:
     """Each half-life, what is known weighs half; the mean stays, and a late reward weighs as much as its impression."""
     bandit = learner(half_life_s=1.0)
-    interpreted = isinstance(bandit._table, CudaTable) and not COMPILED
+    interpreted = isinstance(bandit.edges.table, CudaTable) and not COMPILED
     times, apart = (
         (20, 10.0) if interpreted else (400, 0.5)
     )  # 200 half-lives: more than float32 holds without rescaling
@@ -197,8 +197,8 @@ def test_forgetting_keeps_means_and_halves_what_counts(learner: Make) -> None:
             bandit.feedback(act(f"r{number}", "a"), now + 400)
         bandit.step(now + 400, learn=True)
     d, n, b = sums(bandit, 0, "a")
-    assert bandit._decay is not None
-    factor = bandit._decay.decay(now + 400)
+    assert bandit.edges.decay is not None
+    factor = bandit.edges.decay.decay(now + 400)
     ages = 0.4 + apart * np.arange(times - 1, -1, -1.0)
     weights = 0.5**ages
     assert n * factor == pytest.approx(0.5 * weights.sum(), rel=1e-5)
@@ -217,10 +217,10 @@ def test_a_split_halves_every_edge_of_the_parent_and_a_drop_removes_them(learner
     for place in (0, 5):
         assert sums(bandit, place, "a") == [0.125, 0.25, 0] and sums(bandit, place, "b") == [0.125, 0.25, 0.25]
     assert sums(bandit, 1, "a") == [0.0625, 0.25, 0]
-    seen = bandit._table.export(np.array([5], np.int32), np.array([key_of("a")])).last_seen_ms
+    seen = bandit.edges.table.export(np.array([5], np.int32), np.array([key_of("a")])).last_seen_ms
     assert seen[0] == T0, "a split does not make an edge look as if it was shown"
     bandit._follow(Drop(place=0))
-    assert sums(bandit, 0, "a") == [0, 0, 0] and len(bandit._table) == 3
+    assert sums(bandit, 0, "a") == [0, 0, 0] and len(bandit.edges.table) == 3
 
 
 EVENTS = st.lists(
@@ -255,7 +255,7 @@ def collected(make: Make, events: Sequence[Any], order: Sequence[int], cuts: set
             if number in cuts:
                 bandit.step(T0, learn=True)
         bandit.step(T0, learn=True)
-        total += bandit._table.lookup(slots, keys)[0].reshape(3, 5, 3)
+        total += bandit.edges.table.lookup(slots, keys)[0].reshape(3, 5, 3)
     return total
 
 
@@ -290,21 +290,20 @@ def test_sums_are_the_same_in_every_table(learner: Make) -> None:
 def test_a_step_is_one_update_with_the_bits_of_one_for_what_was_shown_and_one_for_rewards(
     learner: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def apart(due: Any, now_ms: int) -> None:
-        slots, keys, each = old._sums(due)
+    def apart(slots: Int32, keys: Int64, each: Float32, now_ms: int) -> None:
         shown = each[:, 1] > 0
-        for part in (lambda: shown, lambda: old._table.lookup(slots, keys)[1] & ~shown):
+        for part in (lambda: shown, lambda: old.edges.table.lookup(slots, keys)[1] & ~shown):
             chosen = part()
-            old._table.lookup_train(slots[chosen], keys[chosen], now_ms)
-            old._table.apply_gradients(slots[chosen], keys[chosen], -each[chosen], now_ms)
+            old.edges.table.lookup_train(slots[chosen], keys[chosen], now_ms)
+            old.edges.table.apply_gradients(slots[chosen], keys[chosen], -each[chosen], now_ms)
 
     bandit, old = learner(half_life_s=30), learner(half_life_s=30)
-    old._add = apart  # type: ignore[method-assign]
+    old.edges.add = apart  # type: ignore[method-assign]
     calls: list[str] = []
     for name in ("lookup_train", "apply_gradients"):
-        verb = getattr(bandit._table, name)
+        verb = getattr(bandit.edges.table, name)
         monkeypatch.setattr(
-            bandit._table, name, lambda *given, name=name, verb=verb: (calls.append(name), verb(*given))[1]
+            bandit.edges.table, name, lambda *given, name=name, verb=verb: (calls.append(name), verb(*given))[1]
         )
     rng = np.random.default_rng(3)
     for one in (bandit, old):
@@ -319,10 +318,10 @@ def test_a_step_is_one_update_with_the_bits_of_one_for_what_was_shown_and_one_fo
             for n, item in late:
                 one.feedback(act(f"{step - 1}.{n}" if item % 2 else f"{step}.{n}", str(item)), now)
             one.step(now, learn=True)
-            one._table.remove(np.zeros(1, np.int32), np.array([key_of(str(step % 9))]))
+            one.edges.table.remove(np.zeros(1, np.int32), np.array([key_of(str(step % 9))]))
         assert calls.count("lookup_train") == calls.count("apply_gradients") == 1
         calls.clear()
-    mine, theirs = bandit._rows(), old._rows()
+    mine, theirs = bandit.edges.rows(), old.edges.rows()
     order, other = np.lexsort((mine.keys, mine.slots)), np.lexsort((theirs.keys, theirs.slots))
     assert len(mine.keys) > 15 and mine.values[:, 2].any()
     for name in (
@@ -342,7 +341,7 @@ def test_a_restored_learner_goes_on_as_the_one_saved(learner: Make) -> None:
     bandit.step(T0, learn=True)
     other = learner(half_life_s=100.0)
     other.restore(bandit.state())
-    other._table.restore(bandit._rows())
+    other.edges.table.restore(bandit.edges.rows())
     for one in (bandit, other):
         one.feedback(act("r", "a"), T0 + 1)
         one.feedback(act("r", "b"), T0 + 1)
@@ -357,7 +356,7 @@ def test_a_reward_of_an_edge_that_made_room_since_does_not_bring_it_back_alone(l
     bandit = learner()
     show(bandit, shown("r", ["a", "b"], [0], [0.5], [1, 1]))
     bandit.step(T0, learn=True)
-    bandit._table.remove(np.zeros(1, np.int32), np.array([key_of("a")]))
+    bandit.edges.table.remove(np.zeros(1, np.int32), np.array([key_of("a")]))
     for item in ("a", "b"):
         bandit.feedback(act("r", item), T0 + 1)
     bandit.step(T0 + 1, learn=True)
@@ -376,10 +375,10 @@ def test_a_full_table_of_edges_makes_room_and_never_teaches_edges_that_are_not_t
             show(bandit, shown(f"r{n}", items, [0], [0.5], [1] * len(items)), T0 + 8000 * n)
             bandit.feedback(act(f"r{n}", items[0]), T0 + 8000 * n)
             bandit.step(T0 + 8000 * n, learn=True)
-            assert sums(bandit, 0, items[0]) == [0.25, 0.5, 0.5] and len(bandit._table) <= 40
-        assert sums(bandit, 0, "29-59") == [0, 0, 0] and not bandit._table.defaults().values.any()
+            assert sums(bandit, 0, items[0]) == [0.25, 0.5, 0.5] and len(bandit.edges.table) <= 40
+        assert sums(bandit, 0, "29-59") == [0, 0, 0] and not bandit.edges.table.defaults().values.any()
         bandit._follow(Split(parent=0, child=1))
-        assert 20 <= len(bandit._table) <= 40 and not bandit._table.defaults().values.any()
+        assert 20 <= len(bandit.edges.table) <= 40 and not bandit.edges.table.defaults().values.any()
 
 
 def test_what_was_served_is_read_back() -> None:
@@ -422,13 +421,13 @@ def test_another_half_life_keeps_what_the_sums_are_as_of_the_last_step(before_s:
         show(saved, shown(f"r{number}", ["a"], [0], [0.5], [1]), T0 + 5000 * number)
     last = T0 + 20_000
     saved.step(last, learn=True)
-    loaded._table.restore(saved._rows())
+    loaded.edges.table.restore(saved.edges.rows())
     loaded.restore(saved.state())
     show(loaded, shown("r", ["b"], [0], [1.0], [1]), last)
     loaded.step(last, learn=True)
 
     def as_of(bandit: BanditLearner, item: str, now_ms: int) -> list[float]:
-        scale = 1.0 if bandit._decay is None else bandit._decay.decay(now_ms)
+        scale = 1.0 if bandit.edges.decay is None else bandit.edges.decay.decay(now_ms)
         return [value * scale for value in sums(bandit, 0, item)]
 
     assert as_of(loaded, "a", last) == pytest.approx(as_of(saved, "a", last), rel=1e-4)
@@ -444,9 +443,9 @@ def test_edges_that_hold_no_counts_begin_anew() -> None:
     saved, loaded = learner(half_life_s=100.0), learner(half_life_s=100.0)
     show(saved, shown("r", ["a", "b"], [0], [1.0], [1, 1]))
     saved.step(T0, learn=True)
-    rows = saved._rows()
+    rows = saved.edges.rows()
     rows.values[rows.keys == key_of("a")] = np.inf
-    loaded._table.restore(rows)
+    loaded.edges.table.restore(rows)
     loaded.restore(saved.state())
     assert sums(loaded, 0, "a") == [0, 0, 0] and sums(loaded, 0, "b") == [1, 1, 0]
 
@@ -456,12 +455,12 @@ def test_where_there_is_no_room_for_open_impressions_new_ones_neither_count_as_s
 ) -> None:
     bandit = learner()
     show(bandit, shown("r", ["a"], [0], [1.0], [1]))
-    bandit._open.limit_bytes = bandit._open._bytes  # the room that this one takes
+    bandit.opened.limit_bytes = bandit.opened._bytes  # the room that this one takes
     show(bandit, shown("s", ["b"], [0], [1.0], [1]), T0, [(T0, act("s", "b"))])
     bandit.feedback(act("r", "a"), T0 + 1)
     bandit.step(T0 + 2, learn=True)
     assert sums(bandit, 0, "a") == [1, 1, 1] and sums(bandit, 0, "b") == [0, 0, 0]
-    assert bandit.take_outcomes() == ["no_room", "rewarded"] and bandit.full_ratio == 1
+    assert bandit.take_outcomes() == ["no_room", "rewarded"] and bandit.opened.full_ratio == 1
     bandit.step(T0 + 200_000, learn=True)
     show(bandit, shown("t", ["b"], [0], [1.0], [1]), T0 + 200_001)
     bandit.step(T0 + 200_002, learn=True)
