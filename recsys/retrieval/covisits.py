@@ -46,6 +46,29 @@ class _Neighbours:
             self.flat = np.fromiter(self.sums, np.int32, size), np.fromiter(self.sums.values(), np.float64, size)
         return self.flat
 
+    def most(self) -> float:
+        """The most that a pair, kept or not, was counted, in units of the sums."""
+        return max(self.sums.values(), default=0.0) + self.lost
+
+    def scale(self, factor: float) -> None:
+        """Count in other units; what is nothing in these is dropped."""
+        self.sums, self.flat = (
+            {target: kept for target, total in self.sums.items() if (kept := total * factor) > 0.0},
+            None,
+        )
+        self.lost *= factor
+
+    def forget(self, gone: set[int]) -> None:
+        """Drop these neighbours."""
+        if not gone.isdisjoint(self.sums):
+            self.sums, self.flat = {target: total for target, total in self.sums.items() if target not in gone}, None
+
+    def keep_largest(self, count: int, is_dead: Callable[[int], bool]) -> None:
+        """Drop all but so many, deleted items first."""
+        ranked = sorted(self.sums.items(), key=lambda pair: (is_dead(pair[0]), -pair[1], pair[0]))
+        self.sums, self.flat = dict(ranked[:count]), None
+        self.lost += max(total for _, total in ranked[count:])
+
 
 class CoVisits:
     """Decayed counts of item pairs, one writer beside many readers.
@@ -113,10 +136,7 @@ class CoVisits:
             while self._num_pairs > self._max_pairs:
                 gone = self._items.popitem(last=False)[1]
                 self._num_pairs -= len(gone.sums)
-                most = (max(gone.sums.values(), default=0.0) + gone.lost) * 2.0 ** (
-                    -gone.clock / self._half_life_visits
-                )
-                self._forgotten = max(self._forgotten, most)
+                self._forgotten = max(self._forgotten, gone.most() * 2.0 ** (-gone.clock / self._half_life_visits))
 
     def _count(self, source: int, target: int, amount: float, weight: float) -> None:
         item = self._items.get(source)
@@ -129,7 +149,7 @@ class CoVisits:
         if exponent > _MAX_EXPONENT:
             item.clock -= _MAX_EXPONENT * self._half_life_visits
             exponent -= _MAX_EXPONENT
-            self._scale(source, 2.0**-_MAX_EXPONENT)
+            self._change(source, lambda item: item.scale(2.0**-_MAX_EXPONENT))
             self._items[source] = item  # even when nothing large enough was left
         sums, item.flat = item.sums, None
         weight *= amount * 2.0**exponent
@@ -139,23 +159,21 @@ class CoVisits:
         sums[target] = weight
         self._num_pairs += 1
         if len(sums) >= 2 * self._neighbours:
-            best = sorted(sums.items(), key=lambda pair: (self.is_dead(pair[0]), -pair[1], pair[0]))
-            item.sums = dict(best[: self._neighbours])
-            item.lost += max(total for _, total in best[self._neighbours :])
+            item.keep_largest(self._neighbours, self.is_dead)
             self._num_pairs -= len(sums) - len(item.sums)
 
     def _rescale(self, factor: float) -> None:
         self._forgotten *= factor
         for source in list(self._items):
-            self._scale(source, factor)
+            self._change(source, lambda item: item.scale(factor))
 
-    def _scale(self, source: int, factor: float) -> None:
+    def _change(self, source: int, change: Callable[[_Neighbours], object]) -> None:
+        """Some of an item's pairs may go by this; without any it is not kept."""
         item = self._items[source]
-        kept = {target: total * factor for target, total in item.sums.items() if total * factor > 0.0}
-        self._num_pairs -= len(item.sums) - len(kept)
-        item.sums, item.flat = kept, None
-        item.lost *= factor
-        if not kept:
+        before = len(item.sums)
+        change(item)
+        self._num_pairs -= before - len(item.sums)
+        if not item.sums:
             del self._items[source]
 
     def forget_rows(self, rows: Int32) -> None:
@@ -169,17 +187,8 @@ class CoVisits:
         for start in range(0, len(sources), _AT_ONCE):
             with self._lock:
                 for source in sources[start : start + _AT_ONCE]:
-                    self._without(source, gone)
-
-    def _without(self, source: int, gone: set[int]) -> None:
-        item = self._items.get(source)
-        if item is None or gone.isdisjoint(item.sums):
-            return
-        before = len(item.sums)
-        item.sums, item.flat = {target: total for target, total in item.sums.items() if target not in gone}, None
-        self._num_pairs -= before - len(item.sums)
-        if not item.sums:
-            del self._items[source]
+                    if source in self._items:
+                        self._change(source, lambda item: item.forget(gone))
 
     def error(self, row: int, now_ms: int) -> float:
         """How much too low the count of a pair of `row` may be at most, as of `now_ms`."""
