@@ -185,7 +185,7 @@ def test_sums_by_row_and_the_best_of_them_are_the_plain_ones(pairs: list[tuple[i
 
 def plain_followed(followed: Followed, keys: list[tuple[int, int, float]], k: int, left_out: Int32) -> Listing:
     """`Followed.query` by numpy's unique and bincount; nothing is cut, so that what is at hand is all there is."""
-    found = [(followed._ranked(value), w) for a, key, w in keys if (value := followed._values.get((a, key)))]
+    found = [(followed._ranked(value), w) for a, key, w in keys if (value := followed._filed.get((a, key)))]
     if not found:
         return NO_ROWS, np.zeros(0, np.float32)
     rows, where = np.unique(np.concatenate([rows for (rows, _), _ in found]), return_inverse=True)
