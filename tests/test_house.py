@@ -19,7 +19,6 @@ LARGE_CLASSES = {
     "recsys/candidates/generation.py:Generations",
     "recsys/features/catalogue.py:Catalogue",
     "recsys/features/schema.py:Schema",
-    "recsys/retrieval/top_counts.py:Trending",
     "recsys/streams/sqlite_log.py:SqliteLog",
     "recsys/table/base.py:Table",
     "recsys/table/cpu.py:CpuTable",

@@ -6,7 +6,7 @@ import threading
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,16 +14,59 @@ from recsys.decay import ForwardDecay, counted
 from recsys.retrieval.select import among, largest
 from recsys.types import Bool, Float32, Int32
 
+_Sums: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 _NOTHING = 2.0**-300
 """A stored sum below this is dropped at a rescale: more than a hundred half-lives old, whatever its size was."""
+
+
+class _Watched:
+    """The rows at or above the `top`-th largest sum as of some earlier instant, the bar; of equals the lowest rows."""
+
+    def __init__(self, sums: _Sums, top: int) -> None:
+        self._top = top
+        self.bar, self._bar_row = _NOTHING, 0
+        self.rows = array("i", np.flatnonzero(sums >= _NOTHING).astype(np.int32).tobytes())
+        if len(self.rows) >= 2 * top:
+            self._raise_bar(sums)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing that was counted is below the bar."""
+        return self.bar == _NOTHING and self._bar_row == 0
+
+    @property
+    def too_few(self) -> bool:
+        """Whether others are among the largest now: so many have gone."""
+        return len(self.rows) <= self._top // 2 and not self.is_all
+
+    def enter(self, row: int, before: float, sums: _Sums) -> None:
+        """A row's sum grew from `before`, to the bar or beyond."""
+        if not self._is_above(before, row) and self._is_above(float(sums[row]), row):
+            insort(self.rows, row)
+            if len(self.rows) >= 2 * self._top:
+                self._raise_bar(sums)
+
+    def leave(self, row: int) -> None:
+        """A row has no sum any more."""
+        place = bisect_left(self.rows, row)
+        if place < len(self.rows) and self.rows[place] == row:
+            del self.rows[place]
+
+    def _is_above(self, total: float, row: int) -> bool:
+        return total > self.bar or (total == self.bar and row <= self._bar_row)
+
+    def _raise_bar(self, sums: _Sums) -> None:
+        rows = np.array(self.rows)
+        kept = rows[largest(sums[rows], self._top)]
+        self.bar, self._bar_row = float(sums[kept[-1]]), int(kept[-1])
+        self.rows = array("i", np.sort(kept).tobytes())
 
 
 class Trending:
     """Decayed counts by row, one writer beside many readers.
 
-    Stored sums only grow, so an item enters the `top` largest only by its own `add`: it suffices to watch the rows at or
-    above the top-th largest sum as of some earlier instant, the bar. Memory is 9 bytes a catalogue row. Rows that are `buried` are not
-    among the largest, and keep their sums until they come back.
+    Stored sums only grow, so an item enters the `top` largest only by its own `add`: it suffices to watch those that were there.
+    Memory is 9 bytes a catalogue row. Rows that are `buried` are not among the largest, and keep their sums until they come back.
     """
 
     def __init__(self, half_life_s: float, top: int = 1000) -> None:
@@ -37,13 +80,10 @@ class Trending:
         """Sums of rows that are dead, in place of those in `_sums`."""
         self._resize(np.zeros(1024))
 
-    def _resize(self, sums: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    def _resize(self, sums: _Sums) -> None:
         self._sums = sums
         self._cells: Any = sums.data  # a memoryview: twice as fast as numpy for one element
-        self._bar, self._bar_row = _NOTHING, 0
-        self._above = array("i", np.flatnonzero(sums >= _NOTHING).astype(np.int32).tobytes())
-        if len(self._above) >= 2 * self._top:
-            self._raise_bar()
+        self._watched = _Watched(sums, self._top)
 
     def add(self, row: int, now_ms: int, weight: float = 1.0) -> None:
         """Count `row` once more (`weight` > 0). An older `now_ms` than before counts as what is left of it."""
@@ -61,10 +101,8 @@ class Trending:
 
     def _set(self, row: int, after: float) -> None:
         before, self._cells[row] = self._cells[row], after
-        if before <= self._bar <= after and not self._is_above(before, row) and self._is_above(after, row):
-            insort(self._above, row)
-            if len(self._above) >= 2 * self._top:
-                self._raise_bar()
+        if before <= self._watched.bar <= after:
+            self._watched.enter(row, before, self._sums)
 
     def bury(self, rows: Int32) -> None:
         """These rows' items are deleted: others take their places."""
@@ -80,18 +118,11 @@ class Trending:
 
     def _drop(self, row: int) -> None:
         self._cells[row] = 0.0
-        place = bisect_left(self._above, row)
-        if place < len(self._above) and self._above[place] == row:
-            del self._above[place]
+        self._watched.leave(row)
 
     def _refill(self) -> None:
-        if len(self._above) <= self._top // 2 and not self._all_above:
-            self._resize(self._sums)  # others are among the largest now
-
-    @property
-    def _all_above(self) -> bool:
-        """Whether nothing that was counted is below the bar."""
-        return self._bar == _NOTHING and self._bar_row == 0
+        if self._watched.too_few:
+            self._resize(self._sums)
 
     def revive(self, row: int) -> None:
         """A row's item is there again."""
@@ -101,20 +132,11 @@ class Trending:
                 if total := self._buried.pop(row, 0.0):
                     self._set(row, total)
 
-    def _is_above(self, total: float, row: int) -> bool:
-        return total > self._bar or (total == self._bar and row <= self._bar_row)
-
     def _grow(self, size: int) -> None:
         sums = np.zeros(max(size, 2 * len(self._sums)))
         sums[: len(self._sums)] = self._sums
         self._dead.extend(bytes(len(sums) - len(self._sums)))
         self._sums, self._cells = sums, sums.data
-
-    def _raise_bar(self) -> None:
-        rows = np.array(self._above)
-        kept = rows[largest(self._sums[rows], self._top)]
-        self._bar, self._bar_row = float(self._sums[kept[-1]]), int(kept[-1])
-        self._above = array("i", np.sort(kept).tobytes())
 
     def forget_rows(self, rows: Int32) -> None:
         """These rows will be other items': what was counted of them is gone."""
@@ -135,10 +157,10 @@ class Trending:
         row that ever was counted is looked at.
         """
         with self._lock:
-            rows = np.array(self._above, np.int32)
+            rows = np.array(self._watched.rows, np.int32)
             if allowed is not None or left_out is not None:
                 rows = rows[among(rows, allowed, left_out)]
-            if len(rows) < k and not self._all_above:
+            if len(rows) < k and not self._watched.is_all:
                 every = np.flatnonzero(self._sums >= _NOTHING)
                 rows = every[among(every, allowed, left_out)].astype(np.int32)
             sums = self._sums[rows]
