@@ -18,7 +18,6 @@ MAX_CLASS_LINES, MAX_METHODS = 200, 15
 LARGE_CLASSES = {
     "recsys/candidates/generation.py:Generations",
     "recsys/features/catalogue.py:Catalogue",
-    "recsys/features/schema.py:Schema",
     "recsys/streams/sqlite_log.py:SqliteLog",
     "recsys/table/base.py:Table",
     "recsys/table/cpu.py:CpuTable",

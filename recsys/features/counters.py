@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from recsys.decay import ForwardDecay, counted
 from recsys.features import feature_kernels
-from recsys.features.feature_kernels import Columns, Ratios, Sums
+from recsys.features.feature_kernels import ITEM, MAX_SLOTS, SHARED, Columns, Ratios, Sums
 from recsys.features.schema import Schema
-from recsys.types import Bool, Float32, Int64
+from recsys.types import Bool, Float32, Int32, Int64
 
 _MAX_EXPONENT = 64
 """Half-lives after which sums are rescaled: float32 holds 127 of them, and sums up to 2^60 beside."""
@@ -35,7 +35,7 @@ class Counters:
 
     def __init__(self, schema: Schema, capacity: int = 1_000_000) -> None:
         layout = schema.counters
-        self._spec, self._of_users = schema.counter_spec, layout.of_users
+        self._spec, self._of_users = spec_of(schema), layout.of_users
         self._columns = {name: column for column, name in enumerate(layout.columns)}
         self._ratios = Ratios(
             layout.spec, layout.parents, layout.order, layout.parts, layout.priors, float(layout.smoothing)
@@ -175,3 +175,15 @@ def kept(array: npt.NDArray[Any], kind: type) -> npt.NDArray[Any]:
     flags = array.flags
     fits = array.dtype == kind and flags.c_contiguous and flags.writeable and flags.aligned
     return array if fits else np.require(array, kind, _KEPT)
+
+
+def spec_of(schema: Schema) -> Int32:
+    """Where the slots of each counter lie [C, 3, 3]: see `feature_kernels.py`."""
+    spec = np.zeros((len(schema.counters.slots), MAX_SLOTS, 3), np.int32)
+    for counter, names in enumerate(schema.counters.slots):
+        for place, name in enumerate(names):
+            if (where := schema.item_columns.get(name)) is not None:
+                spec[counter, place] = ITEM, where.start, where.stop - where.start
+            else:
+                spec[counter, place] = SHARED, 0 if name == "user" else 1 + schema.context.index(name), 1
+    return spec

@@ -15,7 +15,7 @@ import numpy as np
 
 from recsys.config import Config
 from recsys.features.counter_layout import CounterLayout
-from recsys.features.feature_kernels import ITEM, MAX_SLOTS, PAST, SHARED
+from recsys.features.feature_kernels import ITEM, PAST, SHARED
 from recsys.types import Int32
 
 
@@ -134,15 +134,12 @@ class Schema:
     @cached_property
     def item_slots(self) -> Int32:
         """Slot of each item column [I]."""
-        return self._columns(len(self.item_fields))
+        return np.array([self.slot(name) for name, width in self.item_fields for _ in range(width)], np.int32)
 
     @cached_property
     def history_slots(self) -> Int32:
         """Slot of each column of a history entry [H]: the first H of `item_slots`."""
-        return self._columns(self.num_history_fields)
-
-    def _columns(self, fields: int) -> Int32:
-        return np.array([self.slot(name) for name, width in self.item_fields[:fields] for _ in range(width)], np.int32)
+        return self.item_slots[: sum(width for _, width in self.item_fields[: self.num_history_fields])]
 
     @cached_property
     def item_columns(self) -> dict[str, slice]:
@@ -178,18 +175,6 @@ class Schema:
             for pair in self.cross_sides
         ]
         return np.array(sides, np.int32).reshape(-1, 2, 4)
-
-    @cached_property
-    def counter_spec(self) -> Int32:
-        """Where the slots of each counter lie [C, 3, 3]: see `feature_kernels.py`."""
-        spec = np.zeros((len(self.counters.slots), MAX_SLOTS, 3), np.int32)
-        for counter, names in enumerate(self.counters.slots):
-            for place, name in enumerate(names):
-                if (where := self.item_columns.get(name)) is not None:
-                    spec[counter, place] = ITEM, where.start, where.stop - where.start
-                else:
-                    spec[counter, place] = SHARED, 0 if name == "user" else 1 + self.context.index(name), 1
-        return spec
 
     @cached_property
     def deep_slots(self) -> tuple[int, ...]:
