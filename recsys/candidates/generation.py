@@ -80,6 +80,29 @@ class Generation:
     arrivals: int
 
 
+class Placer:
+    """Puts items beside an index, where their vectors by its towers are."""
+
+    def __init__(self, catalogue: Catalogue, vectors: Vectors) -> None:
+        self._catalogue, self._model = catalogue, vectors
+
+    def living(self, rows: Iterable[int]) -> list[int]:
+        """Those whose items are not deleted, in order."""
+        return [row for row in sorted(rows) if self._catalogue.alive[row]]
+
+    def put(self, searcher: Searcher, rows: Iterable[int], towers: TwoTower) -> None:
+        """Into the exact buffer, those that are deleted or have no direction left out."""
+        living = self.living(rows)
+        for start in range(0, len(living), CHUNK):
+            part = np.array(living[start : start + CHUNK], np.int32)
+            vectors = self._model.item_vectors(self._catalogue.keys[part], self._catalogue.mask[part], towers)
+            kept, vectors = usable(part, vectors)
+            metrics.UNUSABLE_VECTORS.labels("item").inc(len(part) - len(kept))
+            searcher.put(kept, vectors)
+            for row in set(part.tolist()) - set(self.living(part.tolist())):
+                searcher.delete(row)  # deleted while its vector was computed
+
+
 class Located(NamedTuple):
     """A user's vector [tower_dim] in a generation (of several interests [K, tower_dim])."""
 
@@ -101,6 +124,7 @@ class Generations:
         self, config: Config, catalogue: Catalogue, vectors: Vectors, prefix: str = "g", bandit: Bandit | None = None
     ) -> None:
         self._catalogue, self._model, self._bandit = catalogue, vectors, bandit
+        self._placer = Placer(catalogue, vectors)
         self._rebuild_s, self._buffer = config.retrieval.rebuild_s, config.retrieval.exact_buffer
         nearest = bool(config.retrieval.sources.get("nearest")) and config.training.two_tower
         self._wanted = nearest or config.explores
@@ -182,9 +206,9 @@ class Generations:
         for row in since:
             searcher.delete(row)  # it may be another item's by now
         metrics.UNUSABLE_VECTORS.labels("item").inc(job.num_alive - len(index))
-        self._put(searcher, since, job.towers)
+        self._placer.put(searcher, since, job.towers)
         if self._bandit is not None:
-            self._bandit.prepare(job.name, searcher, job.towers, self._living(since))
+            self._bandit.prepare(job.name, searcher, job.towers, self._placer.living(since))
         with self._lock:
             missed, self._since = self._since, None
             self._changed = missed  # the next `refresh` brings them
@@ -196,20 +220,6 @@ class Generations:
         """Build the next generation here and now, then swap: in a replay. Live, a process of its own does it."""
         job = self.begin()
         self.finish(job, build_index(job, self._model.item_vectors), now_s)
-
-    def _living(self, rows: Iterable[int]) -> list[int]:
-        return [row for row in sorted(rows) if self._catalogue.alive[row]]
-
-    def _put(self, searcher: Searcher, rows: Iterable[int], towers: TwoTower) -> None:
-        living = self._living(rows)
-        for start in range(0, len(living), CHUNK):
-            part = np.array(living[start : start + CHUNK], np.int32)
-            vectors = self._model.item_vectors(self._catalogue.keys[part], self._catalogue.mask[part], towers)
-            kept, vectors = usable(part, vectors)
-            metrics.UNUSABLE_VECTORS.labels("item").inc(len(part) - len(kept))
-            searcher.put(kept, vectors)
-            for row in set(part.tolist()) - set(self._living(part.tolist())):
-                searcher.delete(row)  # deleted while its vector was computed
 
     def changed(self, row: int) -> None:
         """An item was upserted or deleted: a delete holds at once, a vector follows with `refresh`."""
@@ -242,9 +252,9 @@ class Generations:
                 self._touched, self._touched_s = set(), now_s
         if current is not None and changed:
             with self._catalogue.reading():
-                self._put(current.searcher, changed, current.towers)
+                self._placer.put(current.searcher, changed, current.towers)
                 if self._bandit is not None:
-                    self._bandit.arrived(current.name, self._living(new), current.towers)
+                    self._bandit.arrived(current.name, self._placer.living(new), current.towers)
 
     def locate(self, user: UserFeatures) -> Located | None:
         """Where the user is in the generation in use; None when there is none, nothing is known of the user, or their vector has no
