@@ -15,7 +15,8 @@ from recsys.candidates.explorer import Bandit
 from recsys.candidates.model_vectors import Vectors
 from recsys.config import Config
 from recsys.features.build import UserFeatures
-from recsys.features.catalogue import Catalogue, set_rows
+from recsys.features.catalogue import Catalogue
+from recsys.features.item_columns import set_rows
 from recsys.model.two_tower import TwoTower
 from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
