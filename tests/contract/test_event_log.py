@@ -472,7 +472,7 @@ def test_what_comes_while_a_commit_is_under_way_is_one_commit_that_all_wait_for(
         answers = [threading.Thread(target=log.append, args=("impression", messages(1, n))) for n in range(6)]
         for answer in answers:
             answer.start()
-        while log._queue.qsize() < 5:
+        while log._appends.num_waiting < 5:
             time.sleep(0.001)
         assert all(answer.is_alive() for answer in answers), "answered before it was logged"
     for answer in answers:
