@@ -21,7 +21,6 @@ LARGE_CLASSES = {
     "recsys/table/cuda.py:CudaTable",
     "recsys/table/cuda_rows.py:DeviceRows",
     "recsys/table/reference.py:ReferenceTable",
-    "recsys/training/checkpoint.py:Checkpoints",
     "recsys/training/joiner.py:Joiner",
     "recsys/training/runner.py:Runner",
     "recsys/training/trainer.py:Trainer",

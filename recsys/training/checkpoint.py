@@ -1,8 +1,7 @@
 """Checkpoints of the trainer, in numbered steps with one crash test each.
 
-Files of one checkpoint in the trainer's folder: `segment-<step>-…` (rows touched since the last one, or merged ones),
-`dense-<step>-…` (networks, moments, frequencies), `small-<step>-….json`; `manifest.json` names those that belong. The checkpoint
-before it stays, with its journal: when a file of the newest is bad, the trainer comes to the same state from there.
+Their files are those of `checkpoint_files.py`. The checkpoint before the newest stays, with its journal: when a file of the newest is
+bad, the trainer comes to the same state from there.
 """
 
 from __future__ import annotations
@@ -10,67 +9,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-import safetensors.numpy
-import safetensors.torch
 import torch
 
-from recsys.errors import SchemaMismatch, SnapshotCorrupt
-from recsys.files import KeptManifests, Manifests, fresh, read_file, write_file
+from recsys.errors import SnapshotCorrupt
 from recsys.table import segments
-from recsys.table.segments import LayoutDelta, SegmentFile
+from recsys.table.segments import SegmentFile
+from recsys.training.checkpoint_files import Captured, CheckpointFiles, saved
 from recsys.training.journal import Journal
-from recsys.training.migration.made_of import check, unit
+from recsys.training.migration.made_of import unit
 from recsys.training.trainer import Trainer
 
 logger = logging.getLogger("recsys")
 CURSOR = "checkpoint"
-VERSION = 2
-"""Of what a checkpoint holds: raised with every change that an older one cannot be read with."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Captured:
-    """A consistent copy, taken between two steps."""
-
-    step: int
-    rows: Any
-    versions: Any
-    dense: dict[str, torch.Tensor]
-    small: bytes
-    positions: dict[str, int]
-    spilled: list[str]
-    """Minutes of spilled features that its open impressions need."""
-    covers_ms: int
-    good: bool
-    """Nothing was held back: it may be served."""
-    judged: dict[str, int]
-    """Labels of each task that the guard had seen."""
-    origin: int | None
-    """The step of the checkpoint that was gone back to, if it does not follow from the one before it."""
-    made_of: Mapping[str, Any]
-    """What gives it its meaning: see `unit`."""
 
 
 def _far(newer: Mapping[str, Any], labels: int, older: Mapping[str, Any]) -> bool:
     """Whether so many labels of a task were seen between two checkpoints."""
     then = older.get("judged", {})
     return any(n - then.get(task, 0) >= labels for task, n in newer["judged"].items())
-
-
-class Opened(NamedTuple):
-    """What a checkpoint's files hold."""
-
-    step: int
-    rows: list[dict[str, LayoutDelta]]
-    small: dict[str, Any]
-    dense: dict[str, torch.Tensor]
 
 
 class _Kept(NamedTuple):
@@ -98,8 +60,7 @@ class Checkpoints:
         self._segments: list[SegmentFile] = []
         self._saved_step = -1
         self._origin: int | None = None
-        self._manifests = Manifests(folder)
-        self.kept = KeptManifests(folder)
+        self.files = CheckpointFiles(folder, trainer.config, crash)
         self._newest, self._before = _Kept(0, {}), _Kept(0, {})
         """The checkpoints on disk; step 0: the trainer's beginning."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -120,7 +81,7 @@ class Checkpoints:
         self._journal.begin(captured.step + 1)
         self._saved_step = captured.step
         self._crash("journal begun")
-        self._pending = (captured, self._worker.submit(self._write, captured, list(self._segments)))
+        self._pending = (captured, self._worker.submit(self.files.write, captured, list(self._segments)))
         return not wait or self.poll(wait=True) is not None
 
     def poll(self, *, wait: bool = False) -> dict[str, int] | None:
@@ -141,8 +102,8 @@ class Checkpoints:
             return None
         # A rollback's does not follow from the one before it: that one is gone back to no more.
         if captured.origin is not None:
-            self._manifests.forget_previous()
-            self.kept.forget_after(captured.origin)
+            self.files.manifests.forget_previous()
+            self.files.kept.forget_after(captured.origin)
             self._newest = _Kept(captured.step, captured.positions)
         # 6. Only now is anything forgotten: touched rows; journal and older files but for the checkpoint before this one.
         segments.acknowledge(self.trainer.tables, CURSOR, captured.versions)
@@ -150,10 +111,10 @@ class Checkpoints:
         self._before, self._newest = self._newest, _Kept(captured.step, captured.positions)
         training = self.trainer.config.training
         if captured.good and captured.step:
-            for fields in self._manifests.look():
+            for fields in self.files.manifests.look():
                 if fields["step"] == captured.step:
-                    self.kept.keep(fields, training.kept_checkpoints, training.keep_every_s * 1000)
-                    self.kept.trust(fields, partial(_far, fields, training.hold_examples))
+                    self.files.kept.keep(fields, training.kept_checkpoints, training.keep_every_s * 1000)
+                    self.files.kept.trust(fields, partial(_far, fields, training.hold_examples))
         self._tidy()
         return self.kept_positions
 
@@ -165,11 +126,8 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Delete what neither of the two checkpoints needs, nor an older one that is kept, nor what is in memory now."""
         self._journal.cut(self._before.step + 1)
-        kept = self.kept.manifests()
-        self._manifests.sweep("segment-*", "dense-*", "small-*", kept=kept)
-        if (spilled := self._manifests.values("spilled")) is not None:
-            spilled += [fields["spilled"] for fields in kept]
-            self.trainer.joiner.sweep_spill({minute for minutes in spilled for minute in minutes})
+        if (spilled := self.files.sweep()) is not None:
+            self.trainer.joiner.sweep_spill(spilled)
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
@@ -190,41 +148,9 @@ class Checkpoints:
             good=self.good,
             judged=dict(trainer.guard.judged),
             origin=self._origin,
+            rolled_back=self.rolled_back,
             made_of=unit(trainer.config),
         )
-
-    def _write(self, captured: Captured, older: list[SegmentFile]) -> list[SegmentFile]:
-        step = f"{captured.step:012d}"
-        # 3. New files under new names, each fsync'd and read back.
-        chain = segments.extend(self.folder, older, f"segment-{step}", captured.rows)
-        self._crash("segment written")
-        files = {
-            "dense": write_file(fresh(self.folder, f"dense-{step}", ".safetensors"), saved(captured.dense)),
-            "small": write_file(fresh(self.folder, f"small-{step}", ".json"), captured.small),
-        }
-        self._crash("small written")
-        # 4. The manifest, under a temporary name, fsync'd and read back; 5. renamed, and the folder fsync'd.
-        self._manifests.write(
-            {
-                "version": VERSION,
-                "step": captured.step,
-                **captured.made_of,
-                "positions": captured.positions,
-                "spilled": captured.spilled,
-                "covers_ms": captured.covers_ms,
-                "good": captured.good,
-                "judged": captured.judged,
-                "rolled_back": self.rolled_back,
-                "segments": chain,
-                **files,
-            }
-        )
-        self._crash("manifest renamed")
-        return chain
-
-    def replace(self, captured: Captured) -> None:
-        """Write what was carried over from another configuration; what it came from stays as the checkpoint before it."""
-        self._write(captured, [])
 
     def load(self) -> dict[str, int]:
         """Load the newest checkpoint whose files are whole into the trainer; returns its log positions, empty when there is none.
@@ -236,15 +162,15 @@ class Checkpoints:
         self.found, self.good = False, True
         self._newest, self._before = _Kept(0, {}), _Kept(0, {})
         bad: SnapshotCorrupt | None = None
-        for manifest in self._manifests.read():
+        for manifest in self.files.manifests.read():
             try:
                 return self._load(manifest)
             except SnapshotCorrupt as error:
                 logger.error("checkpoint not used: %s", error)
                 bad = error
-        if self._manifests.exist() and not self._journal.begins_at_first_step():
+        if self.files.manifests.exist() and not self._journal.begins_at_first_step():
             raise bad or SnapshotCorrupt(
-                f"{self._manifests.newest} is torn or flipped: restore it, or delete {self.folder} to start anew"
+                f"{self.files.manifests.newest} is torn or flipped: restore it, or delete {self.folder} to start anew"
             )
         if next(self._journal.entries(1), None) is None:
             self._journal.discard()  # steps of a configuration of which there is no checkpoint
@@ -256,29 +182,9 @@ class Checkpoints:
         self._saved_step, self._origin = -1, int(manifest["step"])
         return positions
 
-    def open(self, manifest: Mapping[str, Any]) -> Opened:
-        """A checkpoint's files, known to be whole. SnapshotCorrupt, SchemaMismatch; nothing is changed."""
-        trainer, path = self.trainer, self._manifests.newest
-        try:
-            step = int(manifest["step"])
-            if manifest["version"] != VERSION:
-                raise SchemaMismatch(
-                    f"{path} is of version {manifest['version']}, this release reads {VERSION}: start on an empty data_dir, where the "
-                    "log of events is learned anew, or go back to the release that wrote it"
-                )
-            check(str(path), manifest, trainer.config)
-            return Opened(
-                step,
-                segments.read_chain(self.folder, manifest["segments"]),
-                orjson.loads(self._read(manifest["small"])),
-                safetensors.torch.load(self._read(manifest["dense"])),
-            )
-        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise SnapshotCorrupt(f"{path} is no manifest of a checkpoint ({error}): restore it") from None
-
     def _load(self, manifest: Mapping[str, Any]) -> dict[str, int]:
         trainer = self.trainer
-        step, chain, small, dense = self.open(manifest)  # everything is read before anything is changed
+        step, chain, small, dense = self.files.open(manifest)  # everything is read before anything is changed
         segments.resume(trainer.tables, chain, CURSOR, "publish")
         trainer.restore_small(small["trainer"])
         _restore_dense(trainer, dense)
@@ -287,14 +193,11 @@ class Checkpoints:
         self.logs, self.good, self.found = small.get("logs", {}), manifest.get("good", True), True
         positions: dict[str, int] = small["positions"]
         self._newest = self._before = _Kept(step, dict(positions))
-        for older in self._manifests.look():
+        for older in self.files.manifests.look():
             if older.get("step", step) < step:
                 self._before = _Kept(older["step"], older.get("positions", {}))
         self._tidy()
         return positions
-
-    def _read(self, entry: Mapping[str, Any]) -> bytes:
-        return read_file(self.folder / entry["name"], entry["checksum"])
 
 
 def dense_state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -337,11 +240,6 @@ def network_bytes(trainer: Trainer, dense: Mapping[str, torch.Tensor] | None = N
     if trainer.bandit:
         state |= {f"clusters.{key}": torch.from_numpy(array) for key, array in trainer.bandit.published().items()}
     return saved(state)
-
-
-def saved(state: Mapping[str, torch.Tensor]) -> bytes:
-    """The tensors as safetensors. `safetensors.torch.save` keeps a ctypes type for each size it ever saw, and arrays here grow."""
-    return safetensors.numpy.save({name: tensor.contiguous().numpy() for name, tensor in state.items()})
 
 
 def _networks(trainer: Trainer) -> dict[str, Any]:

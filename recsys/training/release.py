@@ -62,7 +62,7 @@ class Release:
         self.held = self._unsound = ""
         if self._sent(self.publisher.publish_whole):
             self._checkpoints.good = True
-            self._checkpoints.kept.unpin()
+            self._checkpoints.files.kept.unpin()
 
     def _publish(self, *, dense: bool) -> None:
         # Rows before the dense weights, whose version says that rows are as new.
@@ -88,16 +88,16 @@ class Release:
         """Let serving have the last good checkpoint, under an epoch of its own: its step is older."""
         self._checkpoints.good = False
         began = {task: worse.labels for task, worse in self.publisher.trainer.guard.worse.items()}
-        for good in self._checkpoints.kept.good_before(began):
+        for good in self._checkpoints.files.kept.good_before(began):
             try:
-                opened = self._checkpoints.open(good)
+                opened = self._checkpoints.files.open(good)
                 self.take_epoch()
                 covers_ms = opened.small["trainer"]["covers_ms"]
                 self.publisher.publish_older(opened.step, covers_ms, segments.merged(opened.rows), opened.dense)
             except (NotFinite, SnapshotCorrupt, SchemaMismatch) as error:
                 logger.error("checkpoint %d is not served: %s", good["step"], error)
                 continue
-            self._checkpoints.kept.pin(good)
+            self._checkpoints.files.kept.pin(good)
             logger.error("the model is held back (%s): step %d is served, learning goes on", self.held, opened.step)
             return
         logger.error("the model is held back (%s); there is no good checkpoint: what was published stays", self.held)

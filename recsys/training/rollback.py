@@ -50,10 +50,10 @@ def forget_rollback(folder: Path) -> None:
 def find(checkpoints: Checkpoints, log: EventLog, command: Rollback) -> dict[str, Any]:
     """The checkpoint to go back to. Raises SnapshotCorrupt and SchemaMismatch when it cannot be loaded, LogTruncated when what came after
     it is to be learned again and the log no longer has that. Nothing is changed."""
-    manifest = next((fields for fields in checkpoints.kept.every() if fields["step"] == command.step), None)
+    manifest = next((fields for fields in checkpoints.files.kept.every() if fields["step"] == command.step), None)
     if manifest is None:
         raise SnapshotCorrupt(f"there is no checkpoint {command.step} any more: see `recsys checkpoint list`")
-    opened = checkpoints.open(manifest)
+    opened = checkpoints.files.open(manifest)
     if not command.skips:
         resume(log, CONSUMER, TOPICS, opened.small["positions"], opened.small.get("logs", {}), accept_gap=False)
     return manifest
@@ -61,7 +61,7 @@ def find(checkpoints: Checkpoints, log: EventLog, command: Rollback) -> dict[str
 
 def step_above_all(steps: int, checkpoints: Checkpoints, journal: Journal) -> int:
     """A step that no checkpoint, no line of the journal and no trainer of before has."""
-    newest = max(steps, *(fields["step"] for fields in checkpoints.kept.every()))
+    newest = max(steps, *(fields["step"] for fields in checkpoints.files.kept.every()))
     return max([newest, *(entry.step for entry in journal.entries(newest + 1))]) + 1
 
 

@@ -7,7 +7,7 @@ import ctypes
 import safetensors.torch
 import torch
 
-from recsys.training.checkpoint import saved
+from recsys.training.checkpoint_files import saved
 
 
 def test_tensors_of_every_type_and_shape_are_read_back() -> None:

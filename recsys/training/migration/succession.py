@@ -22,7 +22,8 @@ from recsys.errors import SchemaMismatch
 from recsys.files import Manifests
 from recsys.table import segments
 from recsys.table.segments import TablesDelta
-from recsys.training.checkpoint import Captured, Checkpoints, dense_state
+from recsys.training.checkpoint import Checkpoints, dense_state
+from recsys.training.checkpoint_files import Captured
 from recsys.training.intake import Intake
 from recsys.training.journal import Journal
 from recsys.training.migration.changes import Change, changes
@@ -126,12 +127,11 @@ def _state_of(old: Predecessor) -> _State:
 
 
 def _succeed(state: _State, checkpoints: Checkpoints, before: Config, after: Config) -> Migrated:
-    """Write the state under the new configuration; `checkpoints` then hold that."""
+    """Write the state under the new configuration; `checkpoints` then hold that, what it came from as the checkpoint before it."""
     found, tables = changes(before, after), moved(state.rows, before, after)
     small = moved_state(state.small, before, after, checkpoints.folder / "open")
     said = {"positions": state.positions, "logs": state.logs, "trainer": small}
-    checkpoints.rolled_back = state.rolled_back
-    checkpoints.replace(
+    checkpoints.files.write(
         Captured(
             step=small["steps"],
             rows=tables.tables,
@@ -144,8 +144,10 @@ def _succeed(state: _State, checkpoints: Checkpoints, before: Config, after: Con
             good=state.good,
             judged=small["guard"]["judged"],
             origin=None,
+            rolled_back=state.rolled_back,
             made_of={**unit(after), "unpublished": True},
-        )
+        ),
+        [],
     )
     done = _said(found, tables)
     for line in lines(done):
