@@ -143,48 +143,16 @@ class Pending:
     """Where the next windows begin in which rows, and counts, make room [2]: `worth.Windows`."""
 
 
-class Table(Protocol):
-    """One layout's rows. One writer thread; readers may run beside it and never see half a row.
+class ServingTable(Protocol):
+    """One layout's rows, as they are served and saved. One writer thread; readers may run beside it and never see half a row.
 
-    A row's identity is (slot, key), both compared: nothing is ever merged. Duplicate (slot, key) pairs of one call are
-    combined first, in order of first occurrence. Slots not in the layout raise ValueError.
+    A row's identity is (slot, key), both compared: nothing is ever merged. Slots not in the layout raise ValueError.
     """
 
     layout: Layout
-    evicted: int
-    """Rows that went to make room since the table was made."""
-    refused: int
-    """Keys that were due for a row since then and found no room."""
 
     def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
         """Serving: values [N, D] (a fresh array) and found [N]. A missing key gets its slot's shared default row."""
-        ...
-
-    def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
-        """Training: count occurrences (if `admit`), create the rows that are admitted by it, and return values [N, D].
-
-        An unadmitted key gets its slot's shared default row. Touches last-seen, does not mark rows as touched
-        unless created. With `spare`, rows of least worth go first, never those of the call; what still finds no room, the
-        last keys of a call larger than the table, stays unadmitted. Without, it raises TableFull before anything changed.
-        """
-        ...
-
-    def make_room(self, rows: int) -> int:
-        """Remove rows of least worth, so that `rows` more fit and, in steps, `spare` is kept; how many went. They are tombstones.
-        Looks at a part of the table, in proportion to what goes, and at the next part in the next call."""
-        ...
-
-    def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
-        """One optimiser step with gradients [N, D]; duplicates are summed first (float64). Unadmitted keys train the
-        slot's shared default row, never another key's. Non-finite gradients raise ValueError, nothing changed."""
-        ...
-
-    def expire(self, now_ms: int, max_rows: int | None = None) -> int:
-        """Remove rows whose slot's expiry has passed; their memory serves later keys. Looks at up to `max_rows` rows a
-        call, going on where the last call stopped. Counts of unadmitted keys expire too. Returns how many rows went.
-
-        Where a partial sweep stops depends on where rows happen to lie, which a restart changes: a trainer whose replay
-        must be bit-equal calls it without `max_rows`."""
         ...
 
     def touched(self, cursor: str) -> Touched:
@@ -221,14 +189,6 @@ class Table(Protocol):
         """Remove rows (tombstones of a delta); unknown keys are ignored."""
         ...
 
-    def pending(self) -> Pending:
-        """Counts of unadmitted keys, for the checkpoint."""
-        ...
-
-    def restore_pending(self, pending: Pending) -> None:
-        """Replace all counts of unadmitted keys."""
-        ...
-
     def defaults(self) -> Rows:
         """The shared default rows, one per slot of the layout (key 0), with optimiser state."""
         ...
@@ -243,4 +203,48 @@ class Table(Protocol):
 
     def __len__(self) -> int:
         """Live rows, without the default rows."""
+        ...
+
+
+class Table(ServingTable, Protocol):
+    """One layout's rows, trained. Duplicate (slot, key) pairs of one call are combined first, in order of first occurrence."""
+
+    evicted: int
+    """Rows that went to make room since the table was made."""
+    refused: int
+    """Keys that were due for a row since then and found no room."""
+
+    def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
+        """Training: count occurrences (if `admit`), create the rows that are admitted by it, and return values [N, D].
+
+        An unadmitted key gets its slot's shared default row. Touches last-seen, does not mark rows as touched
+        unless created. With `spare`, rows of least worth go first, never those of the call; what still finds no room, the
+        last keys of a call larger than the table, stays unadmitted. Without, it raises TableFull before anything changed.
+        """
+        ...
+
+    def make_room(self, rows: int) -> int:
+        """Remove rows of least worth, so that `rows` more fit and, in steps, `spare` is kept; how many went. They are tombstones.
+        Looks at a part of the table, in proportion to what goes, and at the next part in the next call."""
+        ...
+
+    def apply_gradients(self, slots: Int32, keys: Int64, gradients: Float32, now_ms: int) -> None:
+        """One optimiser step with gradients [N, D]; duplicates are summed first (float64). Unadmitted keys train the
+        slot's shared default row, never another key's. Non-finite gradients raise ValueError, nothing changed."""
+        ...
+
+    def expire(self, now_ms: int, max_rows: int | None = None) -> int:
+        """Remove rows whose slot's expiry has passed; their memory serves later keys. Looks at up to `max_rows` rows a
+        call, going on where the last call stopped. Counts of unadmitted keys expire too. Returns how many rows went.
+
+        Where a partial sweep stops depends on where rows happen to lie, which a restart changes: a trainer whose replay
+        must be bit-equal calls it without `max_rows`."""
+        ...
+
+    def pending(self) -> Pending:
+        """Counts of unadmitted keys, for the checkpoint."""
+        ...
+
+    def restore_pending(self, pending: Pending) -> None:
+        """Replace all counts of unadmitted keys."""
         ...
