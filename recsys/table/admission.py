@@ -63,6 +63,11 @@ class Admission:
         self._pending.remove(slots[admitted], keys[admitted])
         return due, len(refused)
 
+    @property
+    def num_counted(self) -> int:
+        """Keys that are counted one by one."""
+        return len(self._pending)
+
     def forget(self, slots: Int32, keys: Int64) -> None:
         """They have a row now."""
         self._pending.remove(slots, keys)

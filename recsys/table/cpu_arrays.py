@@ -13,8 +13,8 @@ from recsys.table import kernels, optimizers
 from recsys.table.base import Layout
 from recsys.table.kernels import Store
 from recsys.table.memory import Room, reserve
-from recsys.table.rows import default_values, initial_state, scales, state_width
-from recsys.types import Float32, Int64
+from recsys.table.rows import check_pairs, check_width, default_values, initial_state, scales, state_width
+from recsys.types import Float32, Int32, Int64
 
 LOCK_ROWS = 4096
 """Rows read or changed in one turn of the lock, well under 1 ms."""
@@ -44,6 +44,14 @@ class Turn:
 def ready(array: npt.NDArray[Any], kind: type[np.generic]) -> npt.NDArray[Any]:
     # Writeable and aligned: Numba would compile each kernel anew, in the middle of a request, for other arrays.
     return array if array.flags.carray and array.dtype == kind else np.require(array, kind, ["C", "A", "W"])
+
+
+def matrix(layout: Layout, name: str, array: Float32, slots: Int32, keys: Int64) -> Float32:
+    """One row of the layout's width a key, as kernels take it; ValueError names what is wrong."""
+    check_width(layout, name, array, layout.dim)
+    if len(array) != len(keys):
+        check_pairs(layout, slots, keys, array)
+    return ready(array, np.float32)
 
 
 def decoded(values: npt.NDArray[Any]) -> Float32:
