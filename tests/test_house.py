@@ -18,7 +18,6 @@ MAX_CLASS_LINES, MAX_METHODS = 200, 15
 LARGE_CLASSES = {
     "recsys/table/cuda.py:CudaTable",
     "recsys/table/cuda_rows.py:DeviceRows",
-    "recsys/table/reference.py:ReferenceTable",
     "recsys/training/joiner.py:Joiner",
     "recsys/training/runner.py:Runner",
     "recsys/training/trainer.py:Trainer",

@@ -3,104 +3,47 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from recsys.table import worth
-from recsys.table.base import Layout, Pending, Rows, Touched
+from recsys.table.base import Layout, Pending
+from recsys.table.reference_serving import Pair, ReferenceServingTable, Row, arrays
 from recsys.table.reference_steps import moved
 from recsys.table.rows import (
     LAST_SEEN_STEP_MS,
-    check_layout,
-    check_pairs,
     check_sketch,
     check_width,
-    default_values,
     draws,
     filter_period_ms,
     filter_places,
-    initial_state,
-    initial_values,
     last_seen,
     round_nearest,
     round_stochastic,
     state_width,
-    table_full,
 )
-from recsys.types import Bool, Float32, Int32, Int64
-
-Pair = tuple[int, int]
+from recsys.types import Float32, Int32, Int64
 
 
-@dataclass(slots=True)
-class _Row:
-    pair: Pair
-    values: Float32
-    state: Float32
-    last_seen_ms: int = 0
-    changed: int = 0
-    uses: int = 0
-
-
-def _arrays(pairs: Iterable[Pair]) -> tuple[Int32, Int64]:
-    listed = list(pairs)
-    return np.array([p[0] for p in listed], np.int32), np.array([p[1] for p in listed], np.int64)
-
-
-class ReferenceTable:
+class ReferenceTable(ReferenceServingTable):
     """See `recsys.table.base.Table`. One lock a call."""
 
     def __init__(self, layout: Layout) -> None:
-        check_layout(layout)
-        self.layout = layout
+        super().__init__(layout)
         self.evicted = self.refused = 0
         self._order = secrets.randbits(63) if layout.order is None else layout.order
-        self._fresh = initial_state(layout)
-        self._rows: dict[Pair, _Row] = {}
         self._pending: dict[Pair, tuple[int, int]] = {}  # occurrences, last seen
         self._sketch = [0] * (-(-layout.filter_counters // 4) * 4)
         self._sketch_ms = 0
-        values = default_values(layout)
-        self._defaults = {s: _Row((s, 0), values[n], self._fresh.copy()) for n, s in enumerate(sorted(layout.slots))}
-        self._clock = 1
-        self._removed: dict[Pair, int] = {}
-        self._cursors: dict[str, tuple[int, int]] = {}  # rows and tombstones newer than these are due
         self._windows, self._waiting_windows = worth.Windows(), worth.Windows()
         self._swept: list[Pair] = []
-        self._lock = threading.RLock()
 
-    def _pairs(self, slots: Int32, keys: Int64, *others: Float32) -> list[Pair]:
-        check_pairs(self.layout, slots, keys, *others)
-        return list(zip(slots.tolist(), keys.tolist(), strict=True))
-
-    def _row(self, pair: Pair) -> _Row:
-        return self._rows.get(pair) or self._defaults[pair[0]]
-
-    def _require_room(self, pairs: Iterable[Pair]) -> None:
-        new = len({p for p in pairs if p not in self._rows})
-        if len(self._rows) + new > self.layout.capacity:
-            raise table_full(self.layout, len(self._rows), new)
-
-    def _get_or_create(self, pair: Pair) -> _Row:
+    def _get_or_create(self, pair: Pair) -> Row:
         if pair not in self._rows:
-            slots, keys = _arrays([pair])
-            self._rows[pair] = _Row(pair, initial_values(self.layout, slots, keys)[0], self._fresh.copy())
-            self._removed.pop(pair, None)
             self._pending.pop(pair, None)
-        self._rows[pair].changed = self._clock
-        return self._rows[pair]
-
-    def lookup(self, slots: Int32, keys: Int64) -> tuple[Float32, Bool]:
-        with self._lock:
-            pairs = self._pairs(slots, keys)
-            values = np.zeros((len(pairs), self.layout.dim), np.float32)
-            for n, pair in enumerate(pairs):
-                values[n] = self._row(pair).values
-            return values, np.array([p in self._rows for p in pairs], np.bool_)
+        return super()._get_or_create(pair)
 
     def lookup_train(self, slots: Int32, keys: Int64, now_ms: int, admit: bool = True) -> Float32:
         with self._lock:
@@ -148,7 +91,7 @@ class ReferenceTable:
         if not self._sketch:
             return {p: self._pending.get(p, (0, 0))[0] + n for p, n in missing.items()}, []
         counted = [pair for pair in missing if self.layout.slots[pair[0]].admission > 1]
-        places = filter_places(self.layout, *_arrays(counted)).T.tolist()
+        places = filter_places(self.layout, *arrays(counted)).T.tolist()
         sketch = self._sketch.copy()
         for pair, four in zip(counted, places, strict=True):
             for place in four:
@@ -165,7 +108,7 @@ class ReferenceTable:
                 ranks = {p: (seen, n) for (p, (_, seen)), n in zip(self._pending.items(), counted, strict=True)}
                 count = worth.with_slack(self.layout, over)
                 of = self._waiting_windows.next(len(ranks), worth.looks_for(count))
-                for pair in self._least(ranks, count, of):
+                for pair in _least(self.layout, self._order, ranks, count, of):
                     del self._pending[pair]
             new = [p for p in pairs if p not in self._pending][self.layout.capacity - len(self._pending) :]
             pairs = [p for p in pairs if p not in set(new)]
@@ -187,19 +130,9 @@ class ReferenceTable:
             return
         of = self._windows.next(size, size if everywhere else worth.looks_for(count))
         ranks = {p: (row.last_seen_ms, row.uses) for p, row in self._rows.items() if p not in spared}
-        for pair in self._least(ranks, count, of):
+        for pair in _least(self.layout, self._order, ranks, count, of):
             self._remove(pair)
             self.evicted += 1
-
-    def _least(self, ranks: dict[Pair, tuple[int, int]], count: int, of: tuple[int, int]) -> list[Pair]:
-        """Of pairs last seen then and as often as these levels, the `count` of least worth in a window."""
-        pairs = list(ranks)
-        slots, keys = _arrays(pairs)
-        hashed = worth.hashes(self._order, np.searchsorted(sorted(self.layout.slots), slots), keys)
-        value = [last_seen(ms) // LAST_SEEN_STEP_MS + worth.HALF_LIFE * level for ms, level in ranks.values()]
-        inside = np.flatnonzero(worth.within(hashed, of))
-        chosen = inside[worth.least(np.array(value, np.int64)[inside], hashed[inside], count)]
-        return [pairs[n] for n in chosen.tolist()]
 
     def _halve_filter(self, now_ms: int) -> None:
         period = filter_period_ms(self.layout)
@@ -212,34 +145,20 @@ class ReferenceTable:
             check_width(self.layout, "gradients", gradients, self.layout.dim)
             pairs = self._pairs(slots, keys, gradients)
             sums: dict[int, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
-            chosen: dict[int, _Row] = {}
+            chosen: dict[int, Row] = {}
             for pair, gradient in zip(pairs, gradients, strict=True):
-                row = self._row(pair)
+                row = self._rows.get(pair) or self._defaults[pair[0]]
                 chosen[id(row)] = row
                 sums[id(row)] = sums.get(id(row), np.zeros(self.layout.dim)) + gradient.astype(np.float64)
             combined = {name: total.astype(np.float32).astype(np.float64) for name, total in sums.items()}
             if not all(np.isfinite(total).all() for total in combined.values()):
                 raise ValueError(f"table {self.layout.name!r}: gradients are not finite; nothing was changed")
             for name, row in chosen.items():
-                self._step(row, combined[name].tolist())
+                _step(self.layout, row, combined[name].tolist())
             for pair in pairs:
                 if pair in self._rows:
                     self._rows[pair].changed = self._clock
                     self._rows[pair].last_seen_ms = max(self._rows[pair].last_seen_ms, last_seen(now_ms))
-
-    def _step(self, row: _Row, gradient: list[float]) -> None:
-        after = row.values.copy()
-        start = state = 0
-        for segment in self.layout.segments:
-            stop, end = start + segment.dim, state + state_width(segment)
-            after[start:stop] = moved(segment, row.values[start:stop], row.state[state:end], gradient[start:stop])
-            start, state = stop, end
-        if self.layout.rounding == "stochastic":
-            steps = int(row.state[-1])
-            row.values[:] = round_stochastic(after, self.layout.precision, draws(self.layout, *row.pair, steps))
-            row.state[-1] = steps + 1
-        else:
-            row.values[:] = round_nearest(after, self.layout.precision)
 
     def expire(self, now_ms: int, max_rows: int | None = None) -> int:
         with self._lock:
@@ -249,101 +168,19 @@ class ReferenceTable:
                 if not self._swept:
                     self._swept = list(reversed(self._rows))
                 looked = [self._swept.pop() for _ in range(min(max_rows, len(self._swept)))]
-            gone = [p for p in looked if p in self._rows and self._expired(p, self._rows[p].last_seen_ms, now_ms)]
+            gone = [
+                p for p in looked if p in self._rows and _expired(self.layout, p, self._rows[p].last_seen_ms, now_ms)
+            ]
             for pair in gone:
                 self._remove(pair)
-            for pair in [p for p, (_, seen) in self._pending.items() if self._expired(p, seen, now_ms)]:
+            for pair in [p for p, (_, seen) in self._pending.items() if _expired(self.layout, p, seen, now_ms)]:
                 del self._pending[pair]
             self._halve_filter(now_ms)
             return len(gone)
 
-    def _expired(self, pair: Pair, last_seen_ms: int, now_ms: int) -> bool:
-        expiry_s = self.layout.slots[pair[0]].expiry_s
-        return expiry_s is not None and last_seen_ms <= now_ms - int(expiry_s * 1000)
-
-    def _remove(self, pair: Pair) -> None:
-        del self._rows[pair]
-        self._removed[pair] = self._clock
-
-    def touched(self, cursor: str) -> Touched:
-        with self._lock:
-            if cursor not in self._cursors:
-                self._cursors[cursor] = (0, self._clock)
-                self._clock += 1
-            rows_after, removed_after = self._cursors[cursor]
-            slots, keys = _arrays(p for p, row in self._rows.items() if row.changed > rows_after)
-            removed_slots, removed_keys = _arrays(p for p, at in self._removed.items() if at > removed_after)
-            version = self._clock
-            self._clock += 1
-            return Touched(
-                version=version, slots=slots, keys=keys, removed_slots=removed_slots, removed_keys=removed_keys
-            )
-
-    def acknowledge(self, cursor: str, version: int) -> None:
-        with self._lock:
-            if cursor not in self._cursors or version >= self._clock:
-                raise ValueError(f"table {self.layout.name!r}: cursor {cursor!r} was never given version {version}")
-            rows_after, removed_after = self._cursors[cursor]
-            self._cursors[cursor] = (max(rows_after, version), max(removed_after, version))
-
-    def release(self, cursor: str) -> None:
-        with self._lock:
-            self._cursors.pop(cursor, None)
-
-    def export(self, slots: Int32, keys: Int64) -> Rows:
-        with self._lock:
-            rows = []
-            for pair in self._pairs(slots, keys):
-                if pair not in self._rows:
-                    raise KeyError(f"table {self.layout.name!r} has no row of slot {pair[0]}, key {pair[1]}")
-                rows.append(self._rows[pair])
-            return self._stack(slots.copy(), keys.copy(), rows)
-
-    def _stack(self, slots: Int32, keys: Int64, rows: list[_Row]) -> Rows:
-        return Rows(
-            slots=slots,
-            keys=keys,
-            values=np.array([r.values for r in rows], np.float32).reshape(len(rows), self.layout.dim),
-            state=np.array([r.state for r in rows], np.float32).reshape(len(rows), len(self._fresh)),
-            last_seen_ms=np.array([r.last_seen_ms for r in rows], np.int64),
-            uses=np.array([r.uses for r in rows], np.uint8),
-        )
-
-    def restore(self, rows: Rows) -> None:
-        with self._lock:
-            pairs = self._checked(rows)
-            self._require_room(pairs)
-            for n, pair in enumerate(pairs):
-                row = self._get_or_create(pair)
-                row.values[:] = round_nearest(rows.values[n], self.layout.precision)
-                row.state[:] = rows.state[n] if rows.state.shape[1] else self._fresh
-                row.last_seen_ms = last_seen(int(rows.last_seen_ms[n]))
-                row.uses = int(rows.levels[n])
-
-    def _checked(self, rows: Rows) -> list[Pair]:
-        check_width(self.layout, "values", rows.values, self.layout.dim)
-        check_width(self.layout, "state", rows.state, len(self._fresh), 0)
-        return self._pairs(rows.slots, rows.keys, rows.values, rows.state)
-
-    def write(self, slots: Int32, keys: Int64, values: Float32, now_ms: int) -> None:
-        with self._lock:
-            check_width(self.layout, "values", values, self.layout.dim)
-            pairs = self._pairs(slots, keys, values)
-            self._require_room(pairs)
-            for n, pair in enumerate(pairs):
-                row = self._get_or_create(pair)
-                row.values[:] = round_nearest(values[n], self.layout.precision)
-                row.last_seen_ms = max(row.last_seen_ms, last_seen(now_ms))
-
-    def remove(self, slots: Int32, keys: Int64) -> None:
-        with self._lock:
-            for pair in self._pairs(slots, keys):
-                if pair in self._rows:
-                    self._remove(pair)
-
     def pending(self) -> Pending:
         with self._lock:
-            slots, keys = _arrays(self._pending)
+            slots, keys = arrays(self._pending)
             counts = np.array([count for count, _ in self._pending.values()], np.int64)
             seen = np.array([seen for _, seen in self._pending.values()], np.int64)
             sketch = np.array(self._sketch, np.uint8)
@@ -367,19 +204,38 @@ class ReferenceTable:
             self._pending = dict(list(zip(pairs, counted, strict=True))[:most])
             self._windows.at, self._waiting_windows.at = pending.windows.tolist()
 
-    def defaults(self) -> Rows:
-        with self._lock:
-            slots, keys = _arrays((slot, 0) for slot in self._defaults)
-            return self._stack(slots, keys, list(self._defaults.values()))
-
-    def restore_defaults(self, rows: Rows) -> None:
-        with self._lock:
-            for n, (slot, _) in enumerate(self._checked(rows)):
-                self._defaults[slot].values[:] = round_nearest(rows.values[n], self.layout.precision)
-                self._defaults[slot].state[:] = rows.state[n] if rows.state.shape[1] else self._fresh
-
     def memory_bytes(self) -> int:
-        return len(self._rows) * (4 * self.layout.dim + 4 * len(self._fresh) + 400) + 200 * len(self._pending)
+        return super().memory_bytes() + 200 * len(self._pending)
 
-    def __len__(self) -> int:
-        return len(self._rows)
+
+def _least(
+    layout: Layout, order: int, ranks: dict[Pair, tuple[int, int]], count: int, of: tuple[int, int]
+) -> list[Pair]:
+    """Of pairs last seen then and as often as these levels, the `count` of least worth in a window."""
+    pairs = list(ranks)
+    slots, keys = arrays(pairs)
+    hashed = worth.hashes(order, np.searchsorted(sorted(layout.slots), slots), keys)
+    value = [last_seen(ms) // LAST_SEEN_STEP_MS + worth.HALF_LIFE * level for ms, level in ranks.values()]
+    inside = np.flatnonzero(worth.within(hashed, of))
+    chosen = inside[worth.least(np.array(value, np.int64)[inside], hashed[inside], count)]
+    return [pairs[n] for n in chosen.tolist()]
+
+
+def _step(layout: Layout, row: Row, gradient: list[float]) -> None:
+    after = row.values.copy()
+    start = state = 0
+    for segment in layout.segments:
+        stop, end = start + segment.dim, state + state_width(segment)
+        after[start:stop] = moved(segment, row.values[start:stop], row.state[state:end], gradient[start:stop])
+        start, state = stop, end
+    if layout.rounding == "stochastic":
+        steps = int(row.state[-1])
+        row.values[:] = round_stochastic(after, layout.precision, draws(layout, *row.pair, steps))
+        row.state[-1] = steps + 1
+    else:
+        row.values[:] = round_nearest(after, layout.precision)
+
+
+def _expired(layout: Layout, pair: Pair, last_seen_ms: int, now_ms: int) -> bool:
+    expiry_s = layout.slots[pair[0]].expiry_s
+    return expiry_s is not None and last_seen_ms <= now_ms - int(expiry_s * 1000)
