@@ -179,7 +179,7 @@ def case(table: DeviceRows, plain: Plain | None, batch: int, zipf: bool, bandwid
     def train(turn: int) -> None:
         now = next(now_ms)
         _, ordered = table.lookup_train(slots, keys[turn], now, 1)
-        table.apply_gradients(ordered, gradients, now, 1)
+        table.steps.apply_gradients(ordered, gradients, now, 1)
 
     ours: list[tuple[str, Callable[[int], object]]] = [("find_copy", find), ("lookup_rowwise_adagrad", train)]
     theirs: list[Callable[[int], object]] = []

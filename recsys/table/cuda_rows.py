@@ -7,52 +7,33 @@ int64, gradients float32, all on the device and contiguous; a slot that the layo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from recsys.table import triton_kernels as kernels
-from recsys.table import triton_steps as steps
-from recsys.table.base import Layout, Segment
+from recsys.table.base import Layout
 from recsys.table.cuda_admission import DeviceAdmission
 from recsys.table.cuda_index import INTERPRETED, KINDS, Chunks, DeviceIndex, lanes, launch, power
+from recsys.table.cuda_records import RowRecords, stamp
+from recsys.table.cuda_steps import DeviceSteps, Ordered
+from recsys.table.cuda_transfer import to_device
 from recsys.table.rows import (
     LAST_SEEN_STEP_MS,
-    ROUNDING_SEED,
     check_layout,
     default_values,
     initial_state,
     last_seen,
     scales,
     seed_head,
-    state_width,
     table_full,
 )
-from recsys.table.worth import HALF_LIFE, counted, tick
+from recsys.table.worth import counted, tick
 
 CHUNK_ROWS = 2**18
 """Rows that are allocated together, a power of two: 67 MB at 64 values. Half doubles the list of addresses, which should
 stay in a cache; double leaves more memory unused."""
-_LARGEST = float(np.finfo(np.float32).max)
-_PROGRAMS = 8192
-"""Programs of one warp, twice what a device runs at a time: they share out what is counted on the device alone."""
-_BESIDE = 2**17
-"""Rows that are sorted beside other work: fewer take less time than the host needs to arrange that."""
-_MARKS = 3
-"""Numbers of a record behind the state: last-seen in steps, the version that the row was changed in, and its level of uses."""
-
-
-class Ordered(NamedTuple):
-    """A batch's rows in order [N], the position of each in the batch, its slots and keys, and what to wait for first."""
-
-    rows: Tensor
-    positions: Tensor
-    slots: Tensor
-    keys: Tensor
-    done: torch.cuda.Event | None
 
 
 class DeviceRows:
@@ -72,39 +53,30 @@ class DeviceRows:
         self.first = len(slots)
         default_row = np.full(65536, -1, np.int32)
         default_row[slots] = np.arange(len(slots))
-        self.fallback = self.tensor(default_row)
-        self.fresh = self.tensor(initial_state(layout))
-        self.width = len(self.fresh)
-        record = self.width + _MARKS
-        record = power(record) if record <= 8 else -(-record // 8) * 8  # a sector of memory, or whole ones
+        self.fallback = to_device(default_row, device)
+        self.fresh = to_device(initial_state(layout), device)
         total = len(slots) + layout.capacity
         self.values = Chunks(total, layout.dim, getattr(torch, layout.precision), device, chunk_rows)
-        self.records = Chunks(total, record, torch.int32, device, chunk_rows)
-        self.index = DeviceIndex(layout.capacity, len(slots), self.fallback, (self.values, self.records))
+        self.records = RowRecords(total, len(self.fresh), device, chunk_rows)
+        self.index = DeviceIndex(layout.capacity, len(slots), self.fallback, (self.values, self.records.chunks))
         self.admission = DeviceAdmission(layout, self.fallback)
         defaults = torch.arange(len(slots), dtype=torch.int32, device=device)
-        self.put(defaults, self.tensor(default_values(layout)), self.fresh.expand(len(slots), -1))
-        seed, drawn = (self.tensor(seed_head(s).view(np.int64)) for s in (layout.seed, layout.seed ^ ROUNDING_SEED))
-        start = (seed, self.tensor(scales(layout)), self.fresh)
-        self._drawn = drawn if layout.rounding == "stochastic" else None
-        self._columns = (self.values.addresses, self.records.addresses)
-        self._new = (*self._columns, *start)
-        rates = np.array([_rates(segment) for segment in layout.segments])
-        self._padded = power(layout.dim)
+        self.put(defaults, to_device(default_values(layout), device), self.fresh.expand(len(slots), -1))
+        start = (
+            to_device(seed_head(layout.seed).view(np.int64), device),
+            to_device(scales(layout), device),
+            self.fresh,
+        )
+        self._new = (self.values.addresses, self.records.chunks.addresses, *start)
+        self._padded, width = power(layout.dim), self.records.width
         values_shape = (chunk_rows, layout.dim, self._padded, KINDS[self.values.dtype])
-        self._layout_shape = (*values_shape, record, self.width, power(max(1, self.width)), self.first)
-        self._rates = list(self.tensor(rates))
-        # What is sorted beside a copy has to come first, or waits until all of the copy's programs have begun.
-        self._sorting: tuple[Any, ...] | None = None
-        self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-
-    def tensor(self, array: npt.NDArray[Any]) -> Tensor:
-        """A copy on the device; on the CPU it may be the array itself."""
-        return torch.from_numpy(np.require(array, None, ["C", "A", "W"])).to(self.device)
+        shape = (*values_shape, self.records.chunks.width, width, power(max(1, width)), self.first)
+        self._layout_shape = shape
+        self.steps = DeviceSteps(layout, self.values, self.records, shape)
 
     @property
     def nbytes(self) -> int:
-        parts = (self.values, self.records, self.index, self.admission, self.fallback)
+        parts = (self.values, self.records.chunks, self.index, self.admission, self.fallback)
         return sum(part.nbytes for part in parts)
 
     def lookup(self, slots: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +95,7 @@ class DeviceRows:
         """Values [N, D], and what `apply_gradients` needs, sorted meanwhile. As `Table.lookup_train`, but last-seen of rows
         that were there moves on with `apply_gradients` (or `see`), which saves a pass over them."""
         rows = self.rows_train(slots, keys, now_ms, version, admit)
-        ordered = self.order(rows, slots, keys)
+        ordered = self.steps.order(rows, slots, keys)
         return self.values.gather(rows), ordered
 
     def rows_train(
@@ -137,52 +109,19 @@ class DeviceRows:
             return self._admit(slots, keys, now_ms, version, room)
         return self._make(slots, keys, now_ms, version, lambda: self._missing(slots, keys))
 
-    def order(self, rows: Tensor, slots: Tensor, keys: Tensor) -> Ordered:
-        """Rows in order, for `apply_gradients`: sorted beside what the device does next, and before what needs it."""
-        if self._beside is None or len(rows) < _BESIDE:
-            return Ordered(*torch.sort(rows, stable=True), slots, keys, None)
-        out = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-        self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._beside):
-            torch.sort(rows, stable=True, out=out)
-        done = self._beside.record_event()
-        if not torch.cuda.is_current_stream_capturing():  # a graph keeps its memory to itself
-            if self._sorting is not None:
-                self._sorting[0].wait()  # what was held for it can be given to others after this
-            self._sorting = done, rows, *out
-        return Ordered(*out, slots, keys, done)
-
-    def state(self, rows: Tensor) -> Tensor:
-        """Optimiser state [N, S]."""
-        return self.records.gather(rows, 0, self.width).view(torch.float32)
-
-    def seen_ms(self, rows: Tensor) -> Tensor:
-        """When the rows were last seen [N]."""
-        return self.records.gather(rows, self.width, 1)[:, 0].to(torch.int64) * LAST_SEEN_STEP_MS
-
-    def uses(self, rows: Tensor) -> Tensor:
-        """Levels of how often the rows were seen [N]."""
-        return self.records.gather(rows, self.width + 2, 1)[:, 0]
-
-    def worth(self, rows: Tensor) -> Tensor:
-        """What the rows are worth [N]: `worth.py`."""
-        return self.records.gather(rows, self.width, 1)[:, 0].to(torch.int64) + HALF_LIFE * self.uses(rows).to(
-            torch.int64
-        )
-
     def count_uses(self, slots: Tensor, keys: Tensor, rows: Tensor, now_ms: int) -> None:
         """Count the rows of a call, each once, before they are seen; lanes below `first` are skipped. Waits for the device."""
         there = rows >= self.first
         where = self.index.group(slots, keys, there)
         chosen = there & (where == torch.arange(len(keys), device=self.device))
         rows, of = rows[chosen], tick(now_ms)
-        seen, levels = (part[:, 0].tolist() for part in self.records.gather(rows, self.width, 3)[:, [0, 2]].split(1, 1))
+        seen, levels = self.records.seen_and_uses(rows)
         now = int(last_seen(now_ms)) // LAST_SEEN_STEP_MS
         new = [
             counted(level, now - at, key, of)
             for level, at, key in zip(levels, seen, keys[chosen].tolist(), strict=True)
         ]
-        self.records.scatter(rows, self.tensor(np.array(new, np.int32))[:, None], self.width + 2)
+        self.records.put_uses(rows, to_device(np.array(new, np.int32), self.device))
 
     def due(self, slots: Tensor, keys: Tensor, now_ms: int) -> int:
         """How many keys of a call are due for a row. Waits for the device."""
@@ -190,20 +129,10 @@ class DeviceRows:
         due, _ = self.admission.due(slots, keys, (rows >= 0) & (rows < self.first), now_ms)
         return self._different(slots, keys, due)
 
-    def changed(self, rows: Tensor) -> Tensor:
-        """The version [N] that the rows were changed in."""
-        return self.records.gather(rows, self.width + 1, 1)[:, 0]
-
     def put(self, rows: Tensor, values: Tensor, state: Tensor) -> None:
         """Set unique rows; those below 0 are skipped."""
         self.values.scatter(rows, values)
-        self.records.scatter(rows, state.contiguous().view(torch.int32))
-
-    def mark(self, rows: Tensor, seen_ms: Tensor, version: int, uses: Tensor) -> None:
-        """Set when unique rows were last seen and how often, and the version they were changed in."""
-        seen = (last_seen(seen_ms) // LAST_SEEN_STEP_MS).to(torch.int32)
-        marks = torch.stack([seen, torch.full_like(seen, version), uses.to(torch.int32)], 1)
-        self.records.scatter(rows, marks, self.width)
+        self.records.put(rows, state)
 
     def create(self, slots: Tensor, keys: Tensor, now_ms: int, version: int) -> Tensor:
         """Each lane's row, made where missing, seen now and changed; -1 if a later lane has the same key.
@@ -221,47 +150,8 @@ class DeviceRows:
         """Move last-seen of rows on; with a version, mark them as changed then."""
         if len(rows):
             size, programs = lanes(len(rows))
-            given = (self.records.addresses, rows, _stamp(now_ms, version or 1), len(rows))
+            given = (self.records.chunks.addresses, rows, stamp(now_ms, version or 1), len(rows))
             launch(kernels.see, programs, *given, shape=self._shape(size, version is not None))
-
-    def refused(self, gradients: Tensor) -> Tensor:
-        """A tensor [1] that is not 0 if gradients are not finite, or so large (3.4e38 / N) that a sum might not be."""
-        refused = torch.zeros(1, dtype=torch.int32, device=self.device)
-        if gradients.numel():
-            size, programs = lanes(gradients.numel(), 1, 2048)
-            given = (gradients, refused, _LARGEST / len(gradients), gradients.numel())
-            launch(steps.refuse, programs, *given, shape=(size,))
-        return refused
-
-    def apply_gradients(self, ordered: Ordered, gradients: Tensor, now_ms: int, version: int) -> Tensor:
-        """One optimiser step of rows, those below 0 left out; equal rows' gradients [N, D] are summed first.
-
-        A row whose sum is not finite stays as it is: then the answer, a tensor [1], is not 0. See `refused` for a check
-        before anything is changed, which reads the gradients once more.
-        """
-        flags = torch.zeros(8, dtype=torch.int32, device=self.device)
-        refused, frequent = flags[:1], flags[4:5]
-        count = len(gradients)
-        if not count:
-            return refused
-        if ordered.done is not None:
-            torch.cuda.current_stream(self.device).wait_event(ordered.done)
-        order: tuple[Tensor, ...] = (ordered.rows, ordered.positions)
-        given = (gradients, self._combine(order, gradients, frequent), refused)
-        if self._drawn is not None:
-            order = (*order, ordered.slots, ordered.keys, self._drawn)
-        start = state = 0
-        for number, segment in enumerate(self.layout.segments):
-            padded = power(segment.dim)
-            size, programs = lanes(count, padded, values=1024)
-            last = start + segment.dim == self.layout.dim
-            rounding = steps.NEAREST if self._drawn is None else steps.COUNTED if last else steps.STOCHASTIC
-            whole = start == 0 and segment.optimizer == "rowwise_adagrad" and self.records.width == 4
-            span = (start, segment.dim, padded, state, getattr(steps, segment.optimizer.upper()), rounding, whole)
-            same = (order, given, self._columns, self._rates[number], _stamp(now_ms, version), count)
-            launch(steps.step, programs, *same, shape=(*self._shape(size, start == 0), *span), warps=2)
-            start, state = start + segment.dim, state + state_width(segment)
-        return refused
 
     def remove(self, slots: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Free the rows of the keys that are there; those slots and keys. Waits for the device."""
@@ -292,7 +182,7 @@ class DeviceRows:
         claims = self.index.enter(slots, keys)
         if len(keys):
             size, _ = lanes(len(keys), self._padded)
-            given = (self.index.index, (slots, keys), claims, self._new, _stamp(now_ms, version), len(keys))
+            given = (self.index.index, (slots, keys), claims, self._new, stamp(now_ms, version), len(keys))
             launch(kernels.settle, -(-len(keys) // kernels.BLOCK), *given, shape=self._shape(size))
         return claims[0]
 
@@ -308,32 +198,3 @@ class DeviceRows:
         made = self._make(torch.where(due, slots, -1), keys, now_ms, version, lambda: self._different(slots, keys, due))
         self.admission.count(slots, keys, due, waiting)
         return torch.where(made >= 0, made, rows)
-
-    def _combine(self, order: tuple[Tensor, ...], gradients: Tensor, number: Tensor) -> Tensor:
-        """Sums [N / 3, D] of rows that occur more than twice, where the kernel `step` looks for them. `number`: [1], 0."""
-        count, dim = gradients.shape
-        tiles, padded = -(-count // steps.TILE), power(dim)
-        sums = torch.empty((tiles, dim), dtype=torch.float64, device=self.device)
-        summed = torch.empty((count // 3 + 1, dim), device=self.device)
-        heads = torch.empty(count // 3 + 1, dtype=torch.int32, device=self.device)
-        frequent = (heads, number)
-        shape = (dim, padded, max(1, min(steps.TILE, 2048 // padded)))
-        launch(steps.presum, tiles, order, gradients, sums, frequent, count, shape=shape)
-        given = (order, (gradients, sums), frequent, summed, count)
-        launch(steps.combine, min(len(heads), _PROGRAMS), *given, shape=(dim, padded, max(1, 512 // padded)), warps=1)
-        return summed
-
-
-def _rates(segment: Segment) -> tuple[float, ...]:
-    """`rates` of the kernel `step`; an even number of them keeps each segment's aligned."""
-    own = (segment.beta, segment.l1, segment.l2, 0.0)
-    if segment.optimizer == "adam":
-        decays = np.array([segment.beta1, segment.beta2])
-        with np.errstate(divide="ignore"):
-            own = (segment.beta1, segment.beta2, *np.log(decays).tolist())
-    return (segment.learning_rate, segment.epsilon, *own)
-
-
-def _stamp(now_ms: int, version: int) -> int:
-    """Version (>= 1) and time as the kernels take them; never below 2^32, which would be another type."""
-    return version << 32 | (int(last_seen(now_ms)) // LAST_SEEN_STEP_MS & 0xFFFFFFFF)

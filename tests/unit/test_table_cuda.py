@@ -178,7 +178,8 @@ def test_unknown_slot_on_the_device_reads_nan_and_trains_nothing() -> None:
     assert ordered.rows.tolist() == [-1, -1, -1, 3]
     before = rows.values.gather(torch.arange(4, dtype=torch.int32, device=rows.device))
     ones = torch.ones((3, 8), device=rows.device)
-    assert int(rows.apply_gradients(rows.order(rows.index.find(slots, keys)[1:], slots[1:], keys[1:]), ones, 0, 1)) == 0
+    ordered = rows.steps.order(rows.index.find(slots, keys)[1:], slots[1:], keys[1:])
+    assert int(rows.steps.apply_gradients(ordered, ones, 0, 1)) == 0
     assert torch.equal(rows.values.gather(torch.arange(4, dtype=torch.int32, device=rows.device)), before)
     assert rows.lookup(slots, keys)[0][1:].isnan().all()
 
@@ -200,7 +201,7 @@ def test_the_load_test_compares_with_torch_doing_the_same() -> None:
         keys = table_gpu.keys_of(numbers)
         trained, rows = table.lookup_train(slots, keys, 1, 1)
         assert torch.allclose(trained, plain.find(numbers), rtol=1e-4, atol=1e-6)
-        assert int(table.apply_gradients(rows, gradients, 1, 1)) == 0
+        assert int(table.steps.apply_gradients(rows, gradients, 1, 1)) == 0
         plain.train(numbers, gradients)
     after = table.lookup(slots[:300], table_gpu.keys_of(everything))[0]
     assert torch.allclose(after, plain.weight, rtol=1e-4, atol=1e-5) and not torch.allclose(after, values, atol=1e-3)
@@ -238,11 +239,11 @@ def test_a_batch_never_waits_for_the_device() -> None:
     ones = torch.ones((1000, 8), device=rows.device)
     for _ in range(3):
         _, found = rows.lookup_train(slots, keys, 0, 1)
-        rows.apply_gradients(found, ones, 0, 1)
+        rows.steps.apply_gradients(found, ones, 0, 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         _, found = rows.lookup_train(slots, keys + 7, 0, 1)
-        rows.apply_gradients(found, ones, 0, 1)
+        rows.steps.apply_gradients(found, ones, 0, 1)
         rows.lookup(slots, keys)
     finally:
         torch.cuda.set_sync_debug_mode("default")
