@@ -220,8 +220,6 @@ class TrainerConfig(Section):
 
     metrics_port: int = Field(8002, ge=0, le=65535)
     """HTTP port of /metrics, /healthz, /readyz."""
-    threads: int = Field(1, ge=1)
-    """Torch threads, of the towers; one thread sums, so that a replay is bit-equal."""
 
 
 class Config(Section):

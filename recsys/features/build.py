@@ -139,12 +139,12 @@ class Typed(Protocol):
 Event = TypeVar("Event", bound=Typed)
 
 
-def history_columns(schema: Schema, catalogue: Catalogue, item_keys: Sequence[int]) -> tuple[Int64, Bool]:
+def history_columns(schema: Schema, catalogue: Catalogue, item_keys: Sequence[int] | Int64) -> tuple[Int64, Bool]:
     """Keys and mask [T, H] of history items by their keys [T]; of one that the catalogue does not have, its key alone."""
     wanted, width = np.array(item_keys, np.int64), len(schema.history_slots)
     rows = catalogue.rows_of(wanted)
     known = np.maximum(rows, 0)
-    keys, mask = catalogue.keys[known, :width], catalogue.mask[known, :width]
+    keys, mask = catalogue.keys.take(known, 0)[:, :width], catalogue.mask.take(known, 0)[:, :width]
     unknown = rows < 0
     if unknown.any():
         keys[unknown], mask[unknown] = 0, False

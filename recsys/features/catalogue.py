@@ -85,7 +85,11 @@ class Catalogue(ItemColumns):
 
     def row(self, item_id: str) -> int | None:
         """The item's row, deleted or not; None when it is not known, or no longer."""
-        row = self._rows.find(key_of(item_id))
+        return self.row_of(key_of(item_id))
+
+    def row_of(self, key: int) -> int | None:
+        """As `row`, by the item's key."""
+        row = self._rows.find(key)
         return row if row >= 0 else None
 
     def rows(self, item_ids: Sequence[str]) -> Int32:

@@ -90,10 +90,10 @@ class TwoTower(nn.Module):
     def item_vectors(self, item: torch.Tensor) -> torch.Tensor:
         """item [N, num_item, d] -> [N, tower_dim]; in training some items lose their id."""
         if self.training and self.spec.id_dropout:
-            item = torch.cat([item[:, :1] * self._kept(len(item)).to(item), item[:, 1:]], 1)
+            item = torch.cat([item[:, :1] * self.kept(len(item)).to(item), item[:, 1:]], 1)
         return nn.functional.normalize(self.item_tower(item.flatten(1)), dim=1)
 
-    def _kept(self, items: int) -> torch.Tensor:
+    def kept(self, items: int) -> torch.Tensor:
         """Which ids stay [N, 1, 1]: drawn from (seed, number of the call), so that a replay from a checkpoint draws the same."""
         self.steps += 1
         generator = seeded((self._seed << 32) ^ int(self.steps))

@@ -48,7 +48,7 @@ def restore_users(users: TowerUsers, state: Mapping[str, Any], ids: Sequence[str
         user = users.of(key_of(name))
         for item, kind in events:
             if kind in past:
-                users.happened(user, key_of(item), kind, len(events))
+                users.happened(user, key_of(item), kind)
         user.request = key_of(request_id)
         shared_keys, shared_mask = shared_columns(schema, name, context)
         user.shared_keys, user.shared_mask = array("q", shared_keys.tobytes()), shared_mask.tobytes()

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from recsys.capacity import entries
 from recsys.config import Config
 from recsys.events.seen_ids import Kind, SeenIds
-from recsys.features.build import Index, history_columns, newest, shared_columns
+from recsys.features.build import Index, history_columns, shared_columns
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
-from recsys.model import fused, networks
-from recsys.model.assemble import starts
+from recsys.model import gather, networks
+from recsys.model.assemble import fields_of, starts
 from recsys.model.frequency import Frequency
+from recsys.model.learning_towers import TowerBatch, TowersLearning
 from recsys.model.plan import Block, unique_rows
-from recsys.model.two_tower import Passed
 from recsys.table.tables import Tables
 from recsys.training import old_towers
 from recsys.training.dense import DenseOptimizer
@@ -47,11 +47,12 @@ class TowerLearner:
         self._known = self._types | self._past
         memory_bytes = config.capacity.memory_bytes
         self._seen = seen or SeenIds(memory_bytes)
-        self._length, self._hard = config.features.history_len, config.model.hard_negatives
+        self._hard = config.model.hard_negatives
         self.model = networks.two_tower(config, schema)
         self.optimizer = DenseOptimizer(self.model, config.model.dense_optimizer, config.model.dense_learning_rate)
+        self._learning = TowersLearning(self.model)
         self.frequency = Frequency()
-        self._users = TowerUsers(self._past, entries(memory_bytes, "contexts", 2 * USER_BYTES))
+        self._users = TowerUsers(schema, self._past, entries(memory_bytes, "contexts", 2 * USER_BYTES))
         self._positives: list[Positive] = []
         self.steps = 0
         self.numbered: Mapping[str, Any] | None = None
@@ -77,18 +78,18 @@ class TowerLearner:
         if message.type not in self._known or not self._seen.first(Kind.EVENT, message.event_id, now_ms):
             return True
         user, item = self._users.of(key_of(message.user_id)), key_of(message.item_id)
-        if message.type in self._types and (row := self._catalogue.row(message.item_id)) is not None:
+        if message.type in self._types and self._catalogue.row_of(item) is not None:
             user.shown = array("q", (shown for shown in user.shown if shown != item))
-            if (positive := self._positive(message, user, row)) is not None:
+            if (positive := self._positive(message, user, item)) is not None:
                 self._positives.append(positive)
         if message.type in self._past:
-            self._users.happened(user, item, message.type, self._length)
+            self._users.happened(user, item, message.type)
         if len(self._positives) < BATCH:
             return True
         batch, self._positives = self._positives, []
         return self._learn(batch, now_ms)
 
-    def _positive(self, message: Feedback, user: TowerUser, row: int) -> Positive | None:
+    def _positive(self, message: Feedback, user: TowerUser, item: int) -> Positive | None:
         """None: nothing is known of the user, neither past nor context."""
         if not message.context and message.request_id is not None and key_of(message.request_id) == user.request:
             shared_keys, shared_mask = user.shared()
@@ -96,10 +97,10 @@ class TowerLearner:
             shared_keys, shared_mask = shared_columns(self._schema, message.user_id, message.context or {})
         if not user.items and not shared_mask[1:].any():
             return None
-        past, _ = newest(self._schema, self._users.history(user))
-        history_keys, history_mask = history_columns(self._schema, self._catalogue, [event.item for event in past])
-        passed = self._catalogue.rows_of(np.array(user.shown[-self._hard :] if self._hard else [], np.int64))
-        rows = np.concatenate([[row], passed[passed >= 0]]).astype(np.int64)
+        history_keys, history_mask = history_columns(self._schema, self._catalogue, self._users.recent(user))
+        wanted = np.array([item, *(user.shown[-self._hard :] if self._hard else ())], np.int64)
+        rows = self._catalogue.rows_of(wanted)
+        rows = rows[rows >= 0]
         return Positive(
             shared_keys, shared_mask, history_keys, history_mask, self._catalogue.keys[rows], self._catalogue.mask[rows]
         )
@@ -128,33 +129,27 @@ class TowerLearner:
         # The batch's items first, then what each passed over.
         item_keys, item_mask = (np.concatenate([a[:, 0], a[:, 1:].reshape(-1, a.shape[2])]) for a in (keys, mask))
         block, (user, past, item), present = self._lay_out(batch, item_keys, item_mask)
-        values = torch.from_numpy(self._table.lookup_train(block.slots, block.keys, now_ms)).requires_grad_()
+        values = self._table.lookup_train(block.slots, block.keys, now_ms)
         fields, narrow = self._schema.item_fields, self._schema.num_history_fields
         parts = [(user, np.arange(user.shape[1] + 1)), (past, starts(fields[:narrow])), (item, starts(fields))]
-        mine, history, items = fused.take_fields(values, values.shape[1], parts)
         self.steps += 1
         positives: Int64 = item_keys[: len(batch), 0]
         if len(self.frequency) > 2 * self._catalogue.num_alive + _GONE:
             self._forget_gone()
         self.frequency.update(self.steps, positives)
-        self.model.train()
-        users = self.model.user_vectors(mine, history, torch.from_numpy(present))
-        vectors = self.model.item_vectors(items)
-        log_q = torch.from_numpy(np.log(self.frequency.probability(positives)).astype(np.float32))
-        mean = self.model.loss(
-            users,
-            vectors[: len(batch)],
-            torch.from_numpy(positives),
-            log_q,
-            torch.ones(len(batch)),
-            Passed(vectors[len(batch) :].view(*passed.shape, -1), torch.from_numpy(passed)) if self._hard else None,
-        )
-        self.optimizer.zero()
-        mean.backward()
-        gradient = np.zeros(values.shape, np.float32) if values.grad is None else values.grad.numpy() * len(batch)
-        if not (np.isfinite(gradient).all() and torch.isfinite(self.optimizer.gradient).all()):
+        mine, history, items = (fields_of(values, *part, values.shape[1]) for part in parts)
+        log_q = np.log(self.frequency.probability(positives)).astype(np.float32)
+        of_parts = self._learning.gradients(TowerBatch(mine, history, present, items, positives, log_q, passed))
+        gradient = np.zeros(values.shape, np.float32)
+        for g, (places, of_fields) in zip(of_parts, parts, strict=True):
+            flat = places.reshape(-1, places.shape[-1])
+            of_rows = g.reshape(len(flat), len(of_fields) - 1, values.shape[1])
+            gather.take_fields_back(of_rows, flat, of_fields, gradient)
+        gradient *= len(batch)  # a row learns of the sum, the weights of the mean
+        norm = self.optimizer.norm()
+        if not (math.isfinite(norm) and np.isfinite(gradient).all()):
             return False
-        self.optimizer.step()
+        self.optimizer.step(norm=norm)
         self._table.apply_gradients(block.slots, block.keys, gradient, now_ms)
         return True
 

@@ -10,11 +10,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from recsys.features.schema import Schema
 from recsys.keys import joined, key_of, split
 from recsys.types import Bool, Int64
 
@@ -23,13 +24,6 @@ SHOWN = 20
 USER_BYTES = 1300
 """One user with a full history of 50 items and `SHOWN` shown ones."""
 _NO_REQUEST = key_of("")
-
-
-class Past(NamedTuple):
-    """One event of a user's history."""
-
-    item: int
-    type: str
 
 
 def _int64s(values: Iterable[int] = ()) -> array[int]:
@@ -55,9 +49,12 @@ class TowerUser:
 class TowerUsers:
     """Users by key; beyond `limit` those least recently active leave. Not thread-safe."""
 
-    def __init__(self, types: Iterable[str], limit: int) -> None:
-        self.types, self._limit = sorted(types), limit
+    def __init__(self, schema: Schema, types: Iterable[str], limit: int) -> None:
+        self.types, self._limit, self._length = sorted(types), limit, schema.history_len
         self._number = {name: number for number, name in enumerate(self.types)}
+        sequences = () if schema.sequences == ((),) else schema.sequences
+        self._sequences = np.array([[name in kinds for kinds in sequences] for name in self.types], np.bool_)
+        """[types, S]: which events are of which sequence; without sequences all are of one."""
         self._users: OrderedDict[int, TowerUser] = OrderedDict()
 
     def __len__(self) -> int:
@@ -83,15 +80,20 @@ class TowerUsers:
         """Drop what is kept of a user."""
         self._users.pop(key, None)
 
-    def history(self, user: TowerUser) -> list[Past]:
-        """The user's events, oldest first."""
-        return [Past(item, self.types[number]) for item, number in zip(user.items, user.types, strict=True)]
+    def recent(self, user: TowerUser) -> Int64:
+        """Items of the newest events of each sequence, newest first: those that `features.build.newest` takes."""
+        items = np.array(user.items, np.int64)[::-1]
+        if not self._sequences.shape[1]:
+            return items[: self._length]
+        of_sequences = self._sequences[np.frombuffer(bytes(user.types), np.uint8)[::-1]]
+        kept: Bool = of_sequences & (of_sequences.cumsum(0) <= self._length)
+        return items[kept.any(1)]
 
-    def happened(self, user: TowerUser, item: int, kind: str, length: int) -> None:
-        """One more event of the history, of which the newest `length` are kept."""
+    def happened(self, user: TowerUser, item: int, kind: str) -> None:
+        """One more event of the history, of which the newest are kept."""
         user.items.append(item)
         user.types.append(self._number[kind])
-        del user.items[:-length], user.types[:-length]
+        del user.items[: -self._length], user.types[: -self._length]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, as arrays."""

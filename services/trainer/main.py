@@ -38,6 +38,8 @@ WINDOW = 5000
 
 SAY_EVERY_S = 60.0
 """What stays wrong is said this often."""
+READINGS_S = 10.0
+"""Of gates and experts, which takes a whole forward pass: half costs twice as much, double hides a dead expert for longer."""
 BREAKER_OPEN = "breaker open: feedback looks broken; learning waits for `recsys trainer resume --learn | --skip`"
 TURN = "learning"
 CATCHING_UP = "learning what was accepted before it started"
@@ -117,8 +119,6 @@ def gauges(runner: Runner, published: list[int]) -> None:
     """Set what is measured now and then; `published` holds (rows, tombstones) already counted."""
     for task in runner.trainer.schema.tasks:
         metrics.SKIPPED_BATCHES.labels(task)  # 0 from the start: an alert on its rate needs the series
-    for reading in runner.trainer.learner.readings():
-        show_reading(reading)
     if runner.trainer.bandit:
         metrics.BANDIT_CLUSTERS.set(len(runner.trainer.bandit.clusters))
     show_fullness(runner.trainer)
@@ -138,7 +138,7 @@ def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
     """Learn until SIGTERM. Raises Fenced when a newer trainer took over; what else it raises leaves the state on disk as before
     the step it came from."""
     os.nice(10)
-    torch.set_num_threads(config.trainer.threads)
+    torch.set_num_threads(1)  # of all sums in one order a replay is bit-equal
     with contextlib.ExitStack() as held:
         held.callback(FolderLock(config.data_dir, "trainer").release)
         reason: list[Callable[[], str]] = [lambda: "restoring"]
@@ -185,6 +185,7 @@ class Loop:
         self._published = [0, 0]
         self._tables = TableGauges()
         self._shown_s, self._ahead_s = 0.0, -SAY_EVERY_S
+        self._readings_s = -READINGS_S
         self._open_s = -SAY_EVERY_S
         self._log = log
         self._troubles = Troubles()
@@ -278,6 +279,10 @@ class Loop:
             self._shown_s = time.monotonic()
             self._progressive.show()
             gauges(self._runner, self._published)
+            if self._shown_s - self._readings_s > READINGS_S and (found := self._runner.trainer.learner.readings()):
+                self._readings_s = self._shown_s
+                for reading in found:
+                    show_reading(reading)
             self._tables.show(self._runner.trainer.tables)
 
     def _close(self) -> None:

@@ -3,10 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recsys.model.layers import seeded
+from recsys.model.learning_towers import TowerBatch, TowersLearning
 from recsys.model.ranker import from_bytes, to_bytes
-from recsys.model.two_tower import TwoTower, TwoTowerSpec
+from recsys.model.two_tower import Passed, TwoTower, TwoTowerSpec
+from recsys.training.dense import DenseOptimizer
 
 SPEC = TwoTowerSpec(num_shared=1, num_item=3, num_history=2, dim=4, tower_dim=5, temperature=0.2)
 
@@ -160,3 +164,39 @@ def test_two_interests_hold_two_tastes_where_one_holds_the_middle() -> None:
 
     one, two = found(1), found(2)
     assert two > one + 0.05, f"{two} against {one}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 3]),
+    st.integers(0, 3),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_gradients_in_numpy_are_those_of_autograd(
+    seed: int, interests: int, hard: int, size: int, dropout: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    spec = replace(SPEC, interests=interests, id_dropout=dropout, hidden=(6,) if seed % 2 else ())
+    towers, other = TwoTower(spec, seed=3).train(), TwoTower(spec, seed=3)
+    DenseOptimizer(other, "adam", 0.1)
+    length, items = int(rng.integers(1, 5)), size * (1 + hard)
+    shapes = (size, spec.num_shared * 4), (size, length, spec.num_history * 4), (items, spec.num_item * 4)
+    shared, history, item = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    present, passed = rng.random((size, length)) < 0.7, rng.random((size, hard)) < 0.7
+    keys, log_q = rng.integers(0, 4, size), -rng.random(size).astype(np.float32)
+    inputs = [torch.from_numpy(a.copy()).requires_grad_() for a in (shared, history, item)]
+    users = towers.user_vectors(
+        inputs[0].view(size, -1, 4), inputs[1].view(size, length, -1, 4), torch.from_numpy(present)
+    )
+    vectors = towers.item_vectors(inputs[2].view(items, -1, 4))
+    shown = Passed(vectors[size:].view(size, hard, -1), torch.from_numpy(passed)) if hard else None
+    of_keys, of_q = torch.from_numpy(keys), torch.from_numpy(log_q)
+    towers.loss(users, vectors[:size], of_keys, of_q, torch.ones(size), shown).backward()
+    found = TowersLearning(other).gradients(TowerBatch(shared, history, present, item, keys, log_q, passed))
+    for mine, theirs in zip(found, inputs, strict=True):
+        np.testing.assert_allclose(mine, theirs.grad, rtol=1e-4, atol=1e-6)
+    for (name, mine), theirs in zip(other.named_parameters(), towers.parameters(), strict=True):
+        np.testing.assert_allclose(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert int(towers.steps) == int(other.steps)

@@ -8,9 +8,12 @@ import numpy as np
 import orjson
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recsys.config import parse
 from recsys.events import messages
+from recsys.features.build import newest
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
@@ -20,10 +23,12 @@ from recsys.model.two_tower import Passed, TwoTower, TwoTowerSpec
 from recsys.table.tables import Tables
 from recsys.training.old_towers import first_upserts
 from recsys.training.tower_learner import BATCH, TowerLearner
-from recsys.types import Feedback, Impression, Item, Record, ShownItem
+from recsys.training.tower_users import TowerUsers
+from recsys.types import Feedback, HistoryEvent, Impression, Item, Record, ShownItem
 
 ITEMS = 12
 NUMBERS = itertools.count()
+KINDS = ("click", "like", "share")
 
 
 def learner(**model: Any) -> TowerLearner:
@@ -57,7 +62,8 @@ def items(model: TowerLearner) -> list[list[str]]:
 
 
 def history(model: TowerLearner, user: str) -> list[tuple[int, str]]:
-    return [(past.item, past.type) for past in model._users.history(model._users.of(key_of(user)))]
+    known = model._users.of(key_of(user))
+    return [(item, model._users.types[number]) for item, number in zip(known.items, known.types, strict=True)]
 
 
 def test_a_user_without_past_is_a_positive_only_with_context() -> None:
@@ -249,3 +255,18 @@ def test_frequencies_of_items_that_are_gone_are_forgotten(monkeypatch: pytest.Mo
     assert model.steps == 40
     known, alive = set(model.frequency.keys().tolist()), {key_of(f"i{n}") for n in range(0, 39 * BATCH, 32)}
     assert alive <= known, "an item that is there keeps its own"
+
+
+@given(
+    st.lists(st.sampled_from(KINDS), max_size=30),
+    st.sampled_from([(), ("click",), ("like", "click")]),
+)
+def test_towers_learn_from_the_events_that_are_served(kinds: list[str], second: tuple[str, ...]) -> None:
+    sequences = {"all": [*KINDS], "some": list(second)} if second else {}
+    schema = Schema.of(parse({"features": {"history_len": 4, "history_types": [*KINDS], "sequences": sequences}}))
+    users = TowerUsers(schema, KINDS, 10)
+    user = users.of(1)
+    events = [HistoryEvent(time_ms=n, event_id="", item_id=str(n), type=kind) for n, kind in enumerate(kinds)][-4:]
+    for number, kind in enumerate(kinds):
+        users.happened(user, number, kind)
+    assert users.recent(user).tolist() == [int(event.item_id) for event in newest(schema, events)[0]]
