@@ -1,7 +1,7 @@
 """What a replay costs: CPU of a click that is answered and learned, and of an event that is counted alone; default configuration.
 
-A made-up log of clicks is replayed twice, with every position answered and with none, and a short one takes off what any replay costs
-at its start. Each replay is a process of its own, whose CPU is counted; those that are compared take turns. Example:
+A made-up log of clicks is replayed twice, with every position answered and with none, in a process of its own each; those that are
+compared take turns. What CPU the process used is counted from the end of the first tenth on: until then kernels are loaded. Example:
 
     python -m load_tests.replay --clicks 2000 --json
 """
@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
 
 from load_tests.common import Report, run, say
-from recsys.events.event_files import write_events
+from recsys.config import parse
+from recsys.evaluation.replay import Replay
+from recsys.evaluation.replayed_loop import Options
+from recsys.events.event_files import merged, write_events
 from recsys.testing.world import World
 from recsys.types import Feedback
 
@@ -32,24 +36,19 @@ START_MS, EACH_MS, USERS, ITEMS = 1_767_225_600_000, 2000, 500, 10_000
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--clicks", type=int, default=6000, help="of the long log")
+    parser.add_argument("--clicks", type=int, default=6000, help="of the log")
     parser.add_argument("--rounds", type=int, default=3)
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
-    short = options.clicks // 10
     with tempfile.TemporaryDirectory() as folder:
-        logs = {clicks: write(Path(folder) / str(clicks), clicks, options.seed) for clicks in (short, options.clicks)}
-        seconds: dict[tuple[int, float], list[float]] = {(n, share): [] for n in logs for share in (LEAST, 1.0)}
+        log = write(Path(folder) / "log", options.clicks, options.seed)
+        found: dict[float, list[float]] = {share: [] for share in (LEAST, 1.0)}
         for number in range(options.rounds):
-            for (clicks, share), found in seconds.items():
-                found.append(replayed_s(logs[clicks], share))
-            say(f"round {number + 1}: { ({key: round(found[-1], 2) for key, found in seconds.items()}) }")
-    between = options.clicks - short
-    counted, answered = (
-        1000 * (median(seconds[options.clicks, share]) - median(seconds[short, share])) / between
-        for share in (LEAST, 1.0)
-    )
+            for share, each in found.items():
+                each.append(click_ms(log, share))
+            say(f"round {number + 1}: { ({share: round(each[-1], 4) for share, each in found.items()}) }")
+    counted, answered = median(found[LEAST]), median(found[1.0])
     report.add("replay_event_cpu", counted, "ms")
     report.add("replay_position_cpu", answered - counted, "ms")
 
@@ -76,14 +75,29 @@ def write(folder: Path, clicks: int, seed: int) -> Path:
     return folder
 
 
-def replayed_s(log: Path, share: float) -> float:
-    """CPU seconds of one replay that answers this share of the positions."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = ["replay", "--events", str(log), "--sample", str(share), "--threads", "1", "--json"]
-    command = [sys.executable, "-m", "services.cli.main", *words]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def click_ms(log: Path, share: float) -> float:
+    """CPU of a click of a replay that answers this share of the positions."""
+    command = [sys.executable, "-c", "from load_tests.replay import child; child()", str(log), str(share)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    return float(done.stdout.split()[-1])
+
+
+def child() -> None:
+    """Replay a log; print what CPU its clicks used, after the first tenth."""
+    log, share = sys.argv[1:]
+    torch.set_num_threads(1)
+    events = list(merged(log))
+    clicks = sum(kind == "feedback" for _, kind, _ in events)
+    first = len(events) - clicks + clicks // 10
+    with tempfile.TemporaryDirectory() as folder:
+        replay = Replay(parse({}), Options(sample=float(share)), Path(folder))
+        for event in events[:first]:
+            replay.step(*event)
+        before = time.process_time()
+        for event in events[first:]:
+            replay.step(*event)
+        replay.finish()
+        print(1000 * (time.process_time() - before) / (len(events) - first))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,12 @@ import numpy.typing as npt
 from recsys.types import Int64, UInt8
 
 _HASH_KEY = b"recsys/keys/v1"
+KEPT = 2**16
+"""Ids whose keys are remembered, 15 MB: an event names its user and item several times over, a request fifty items of a history."""
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
+@lru_cache(KEPT)
 def key_of(public_id: str) -> int:
     """The key of a public id: a canonical decimal int64 is its own key, any other string a keyed 64-bit hash (BLAKE2b).
 

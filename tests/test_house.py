@@ -35,6 +35,7 @@ DRIVERS = {
         "load_tests/fbgemm.py",
         "load_tests/models.py",
         "load_tests/plain_model.py",
+        "load_tests/replay.py",
         "load_tests/table.py",
         "load_tests/table_gpu.py",
         # These set the number of threads before anything else runs.

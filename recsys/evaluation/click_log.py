@@ -11,7 +11,7 @@ import numpy as np
 
 from recsys.errors import BadInput
 from recsys.evaluation.measures import NextItem
-from recsys.evaluation.replayed_loop import Loop, event_of
+from recsys.evaluation.replayed_loop import History, Loop, event_of
 from recsys.features.build import encode
 from recsys.keys import key_of, mix
 from recsys.ranking.request import Request
@@ -44,19 +44,23 @@ class ClickLog:
         """Answer first if this is a session's next click; then history, counters, joiner."""
         loop, event = self._loop, event_of(feedback, now_ms)
         loop.advance(now_ms)
+        history = loop.store.get(feedback.user_id).history
         counted = learned = feedback
         if feedback.request_id is None and feedback.type in self._types:
-            counted, learned = self._answer_before(feedback, event, now_ms)
+            if self._wanted(feedback, now_ms) and self._goes_on(event, history):
+                counted, learned = self._answer_before(feedback, now_ms)
             self._remember_context(feedback)
-        loop.feedback(counted, learned, event, now_ms)
+        loop.feedback(counted, learned, event, history)
 
-    def _answer_before(self, feedback: Feedback, event: HistoryEvent, now_ms: int) -> tuple[Feedback, Feedback]:
+    def _wanted(self, feedback: Feedback, now_ms: int) -> bool:
+        """Whether an answer would be used, and is in the sample."""
+        options = self._loop.options
+        used = self._learns or now_ms >= options.report_from_ms
+        return used and self._loop.chosen(feedback.session_id, feedback.user_id)
+
+    def _answer_before(self, feedback: Feedback, now_ms: int) -> tuple[Feedback, Feedback]:
         """Show a list before the click: the click as counted belongs to it if its item was shown, as learned if it was a candidate."""
         loop, options = self._loop, self._loop.options
-        reported = now_ms >= options.report_from_ms
-        wanted = (self._learns or reported) and loop.chosen(feedback.session_id, feedback.user_id)
-        if not wanted or not self._goes_on(event, feedback.user_id):
-            return feedback, feedback
         self._requests += 1
         request = Request(
             request_id=f"replay-{self._requests}",
@@ -68,7 +72,7 @@ class ClickLog:
         ranked = loop.pipeline.rank(request, now_ms)
         impression = loop.pipeline.show(ranked).impression
         shown = [item.item_id for item in impression.items]
-        if reported:
+        if now_ms >= options.report_from_ms:
             found = loop.sources.catalogue.keys[ranked.gathered.candidates.rows, 0] == key_of(feedback.item_id)
             self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id), found)
         loop.shown(impression, now_ms)
@@ -78,9 +82,8 @@ class ClickLog:
         opened = self._learns and self._open_pool(ranked, impression, feedback.item_id, now_ms)
         return joined if feedback.item_id in shown else feedback, joined if opened else feedback
 
-    def _goes_on(self, event: HistoryEvent, user_id: str) -> bool:
+    def _goes_on(self, event: HistoryEvent, history: History) -> bool:
         """Whether it is not its session's first."""
-        history = self._loop.store.get(user_id).history
         if self._loop.sources.events.sessions.rows(history, event):
             return True
         return event.session_id is not None and any(past.session_id == event.session_id for past in history)

@@ -63,7 +63,8 @@ class ImpressionLog:
     def feedback(self, feedback: Feedback, now_ms: int) -> None:
         """What happened to an impression's item, or elsewhere."""
         self._loop.advance(now_ms)
-        self._loop.feedback(feedback, feedback, event_of(feedback, now_ms), now_ms)
+        history = self._loop.store.get(feedback.user_id).history
+        self._loop.feedback(feedback, feedback, event_of(feedback, now_ms), history)
 
     def _score_waiting(self) -> None:
         """Score every waiting impression: no parameter has changed since it was shown."""

@@ -25,6 +25,7 @@ from recsys.types import Feedback, HistoryEvent, Impression, Item, UserUpdate
 
 Event = tuple[int, str, Item | Impression | Feedback]
 """Event time, topic and message."""
+History = tuple[HistoryEvent, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +124,9 @@ class Loop:
             self._delayed.shown(impression, now_ms)
         self.timeline.when_visible(now_ms, lambda: self.sources.events.impression(impression, now_ms))
 
-    def feedback(self, counted: Feedback, learned: Feedback, event: HistoryEvent, now_ms: int) -> None:
-        """Feedback, as counted and as learned, into history, counters and joiner."""
-        events, history = self.sources.events, self.store.get(counted.user_id).history
+    def feedback(self, counted: Feedback, learned: Feedback, event: HistoryEvent, history: History) -> None:
+        """Feedback, as counted and as learned, into history, counters and joiner; `event`: the same in its user's history, after these."""
+        events, now_ms = self.sources.events, event.time_ms
         if update := self._meaning.update(counted, event, now_ms):
             self._user(update, now_ms)
         if self._delayed is not None:
