@@ -5,18 +5,14 @@ Legend: R requests, M items in all, U unique (slot, key) pairs, d embedding widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from recsys.features.schema import Schema
-from recsys.model import eager, fused, gather
-from recsys.model.plan import Index, Plan
+from recsys.model import eager, fused
+from recsys.model.plan import Plan
 from recsys.model.ranker import RankerInputs
-from recsys.types import Float32
-
-Fields = Sequence[tuple[str, int]]
+from recsys.model.row_fields import starts
 
 
 def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor, dim: int) -> RankerInputs:
@@ -48,29 +44,3 @@ def wide_sums(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor
     every, tasks = np.arange(len(plan.item)), len(schema.tasks)
     sums = eager.sum_columns(deep, dim, tasks, [(plan.item, every), (plan.shared, plan.request)])
     return sums + eager.sum_columns(wide, 0, tasks, [(plan.crosses, every)]) if plan.crosses.shape[1] else sums
-
-
-def fields_of(rows: Float32, index: Index, fields: Index, dim: int) -> Float32:
-    """Fields of looked-up rows, side by side: index [..., C] -> [..., F d]."""
-    flat = index.reshape(-1, index.shape[-1])
-    out = np.empty((len(flat), len(fields) - 1, dim), np.float32)
-    gather.take_fields(rows, flat, fields, out)
-    return out.reshape(*index.shape[:-1], -1)
-
-
-def summed(plan: Plan, deep: Float32, wide: Float32, dim: int) -> Float32:
-    """`wide_sums` [M, T] in compiled calls."""
-    every, tasks = np.arange(len(plan.item)), wide.shape[1]
-    sums = np.zeros((len(every), tasks), np.float32)
-    gather.sum_columns(deep, dim, plan.item, every, sums)
-    gather.sum_columns(deep, dim, plan.shared, plan.request, sums)
-    if plan.crosses.shape[1]:
-        crosses = np.zeros_like(sums)
-        gather.sum_columns(wide, 0, plan.crosses, every, crosses)
-        sums += crosses
-    return sums
-
-
-def starts(fields: Fields) -> Index:
-    """Where each field's columns begin, and where the last ones end [F + 1]."""
-    return np.cumsum([0, *(width for _, width in fields)])

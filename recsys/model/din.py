@@ -7,18 +7,16 @@ P (candidate, present history entry) pairs, B buckets of time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 
 from recsys.model import eager
 from recsys.model.layers import Dice, uniform
+from recsys.model.specs import Activation
 
 _CANDIDATES = 64
 """Candidates served at once: with 50 entries and 32 units 400 kB, which a core's cache holds; double spills, half only adds calls."""
-
-Activation = Literal["dice", "prelu"]
 
 
 def _activation(name: Activation, width: int) -> nn.Module:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from recsys.model import eager, fused
 from recsys.model.layers import GroupedLinear, StreamingNorm, uniform
+from recsys.model.specs import hierarchy, reached
 
 DEAD = 1e-3
 """A unit whose absolute output stays below this in a whole batch is dead: Swish's tail never reaches 0."""
@@ -100,12 +100,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self._groups, experts = 1 + max(max(r) for r in reach), spec.experts
-        if "hierarchy" in spec.without:
-            reach = [[*(g for g in range(self._groups) if g != r[-1]), r[-1]] for r in reach]
-        self.reach = np.full((len(reach), experts * max(map(len, reach))), -1)
-        for output, r in enumerate(reach):
-            chosen = [group * experts + k for group in r for k in range(experts)]
-            self.reach[output, -len(chosen) :] = chosen
+        self.reach = reached(reach, experts, spec.without)
         self.own = 0 if "self_gate" in spec.without else experts
         self.feature_gate = (
             None
@@ -135,17 +130,12 @@ class Home(nn.Module):
 
     def __init__(self, spec: HomeSpec, generator: torch.Generator) -> None:
         super().__init__()
-        names = list(dict.fromkeys(spec.groups))
-        category = [1 + names.index(group) for group in spec.groups]
-        groups, width = 1 + len(names), spec.expert_hidden[-1]
-        categories = list(range(1, groups))
-        self._names = ("shared", *names)
-        self.register_buffer("inputs", torch.tensor([0, *categories, *category]), persistent=False)
-        self.register_buffer("category", torch.tensor(category), persistent=False)
-        reach = [[*categories, 0], *([0, c] for c in categories)]
-        self.meta = Level(spec, spec.width, reach, spec.width, generator)
-        reach = [[0, c, groups + task] for task, c in enumerate(category)]
-        self.task = Level(spec, width, reach, 2 * width, generator)
+        parts, width = hierarchy(spec.groups), spec.expert_hidden[-1]
+        self._names = parts.names
+        self.register_buffer("inputs", torch.tensor(parts.inputs), persistent=False)
+        self.register_buffer("category", torch.tensor(parts.category), persistent=False)
+        self.meta = Level(spec, spec.width, parts.meta, spec.width, generator)
+        self.task = Level(spec, width, parts.task, 2 * width, generator)
         widths = [width, *spec.tower_hidden, 1]
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.towers = nn.ModuleList([GroupedLinear(len(spec.groups), i, o, generator) for i, o in pairs])

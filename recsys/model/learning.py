@@ -14,11 +14,12 @@ import numpy as np
 from recsys.features.schema import Schema
 from recsys.model import gather
 from recsys.model import learn_kernels as learn
-from recsys.model.assemble import fields_of, starts, summed
 from recsys.model.learning_home import HomeLearning
 from recsys.model.learning_parts import AttentionLearning, Norm, Weight, empty, zeros
 from recsys.model.plan import Plan
-from recsys.model.ranker import NUMBER_LIMIT, Ranker
+from recsys.model.ranker import Ranker
+from recsys.model.row_fields import fields_of, starts, summed
+from recsys.model.specs import NUMBER_LIMIT
 from recsys.types import Float32
 
 Array = np.ndarray[Any, Any]

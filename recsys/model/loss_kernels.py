@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys.model.fused_kernels import kernel
-from recsys.model.ranker import CERTAIN
+from recsys.model.specs import CERTAIN
 
 Array = np.ndarray[Any, Any]
 _CERTAIN = CERTAIN

@@ -5,7 +5,6 @@ Legend: R requests, M items in all, S sequences, T history entries (newest first
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import safetensors
@@ -15,71 +14,13 @@ from torch import nn
 
 from recsys.errors import SchemaMismatch
 from recsys.model.correct import Calibrator, ErrorMemory
-from recsys.model.din import Activation, MeanPool, TargetAttention
+from recsys.model.din import MeanPool, TargetAttention
 from recsys.model.home import Home, HomeSpec, Reading
 from recsys.model.layers import StreamingNorm, seeded, uniform
-
-NUMBER_LIMIT = 5.0
-"""Normalised numbers are clipped to ± this many standard deviations: one odd counter must not drown the rest."""
-
-CERTAIN = 1e-6
-"""A chained probability stays below 1 by this much: its complement is computed from its logarithm, as float32 allows."""
+from recsys.model.specs import CERTAIN, NUMBER_LIMIT, RankerSpec, priors
 
 _EXAMPLES = 256
 """Examples that pass the head at once when serving: half adds calls, double makes the allocator fetch fresh pages each time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankerSpec:
-    """Sizes and starting values of a ranker; `groups` names the category of each task."""
-
-    num_shared: int
-    num_item: int
-    num_history: int
-    """Fields of a history entry; they correspond to the first fields of the item."""
-    history_len: int
-    """Entries of one sequence"""
-    dim: int
-    num_numbers: int
-    tasks: tuple[str, ...]
-    groups: tuple[str, ...]
-    number_prior: tuple[float, ...]
-    """Starting wide weight of each number, the same for all tasks."""
-    task_prior: tuple[float, ...]
-    """Starting probability of each task."""
-    odd_numbers: tuple[int, ...] = ()
-    """Numbers from outside, which may be anything: one value of theirs moves running statistics no further than `NUMBER_LIMIT`."""
-    after: tuple[int, ...] = ()
-    """The earlier task that each is chained on, -1: none; empty: none at all."""
-    attention: tuple[int, ...] = (32, 16)
-    activation: Activation = "dice"
-    softmax: bool = False
-    sequences: int = 1
-    """Sequences that the history is read as, each with an attention of its own."""
-    gaps: int = 0
-    """Buckets of the time since a history entry that the attention knows; 0: none."""
-    input_width: int = 0
-    """Width to which HoME's input is compressed by one linear map; 0: it is not."""
-    experts: int = 2
-    expert_hidden: tuple[int, ...] = (64, 32)
-    tower_hidden: tuple[int, ...] = (16,)
-    feature_gate_rank: int = 16
-    home_without: tuple[str, ...] = ()
-    calibrate: bool = False
-    error_memory: float = 0.0
-    """Strength of the error memory; 0: none."""
-
-    def __post_init__(self) -> None:
-        for name, size, expected in (
-            ("groups", len(self.groups), len(self.tasks)),
-            ("task_prior", len(self.task_prior), len(self.tasks)),
-            ("number_prior", len(self.number_prior), self.num_numbers),
-            ("after", len(self.after or self.tasks), len(self.tasks)),
-        ):
-            if size != expected:
-                raise ValueError(f"{name} has {size} values, expected {expected}")
-        if not 1 <= self.num_history <= self.num_item:
-            raise ValueError(f"num_history = {self.num_history} must be between 1 and num_item = {self.num_item}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +88,7 @@ class Ranker(nn.Module):
         self.calibrator = Calibrator(tasks) if spec.calibrate else None
         keys = tasks * spec.expert_hidden[-1]
         self.memory = ErrorMemory(keys, tasks, seed=seed, strength=spec.error_memory) if spec.error_memory else None
-        self.bias = nn.Parameter(torch.tensor([_logit(prior) for prior in _conditional(spec)]))
+        self.bias = nn.Parameter(torch.tensor(priors(spec)))
         self.number_weights = nn.Parameter(torch.tensor(spec.number_prior).unsqueeze(1).repeat(1, len(spec.tasks)))
 
     def forward(self, inputs: RankerInputs) -> torch.Tensor:
@@ -230,18 +171,6 @@ def memory_keys(hidden: torch.Tensor) -> torch.Tensor:
     """Keys of the error memory: [tasks, M, Z] -> [M, tasks Z], centred, so that signs of projections tell them apart."""
     keys = hidden.transpose(0, 1).flatten(1)
     return keys - keys.mean(1, keepdim=True)
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))
-
-
-def _conditional(spec: RankerSpec) -> list[float]:
-    """Each task's starting share of the task that it is chained on."""
-    parents = spec.after or (-1,) * len(spec.tasks)
-    return [
-        p if parent < 0 else p / spec.task_prior[parent] for p, parent in zip(spec.task_prior, parents, strict=True)
-    ]
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

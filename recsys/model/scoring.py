@@ -21,13 +21,14 @@ from recsys.config import Config
 from recsys.features.schema import Schema
 from recsys.model import eager, gather, networks
 from recsys.model import score_kernels as kernels
-from recsys.model.assemble import fields_of, starts, summed
 from recsys.model.din import MeanPool, TargetAttention
 from recsys.model.fused import array
 from recsys.model.home import Home, Level
 from recsys.model.layers import Dice, GroupedLinear, StreamingNorm
 from recsys.model.plan import Index, Plan
-from recsys.model.ranker import CERTAIN, NUMBER_LIMIT, Ranker, RankerSpec, memory_keys
+from recsys.model.ranker import Ranker, memory_keys
+from recsys.model.row_fields import fields_of, starts, summed
+from recsys.model.specs import CERTAIN, NUMBER_LIMIT, RankerSpec
 from recsys.types import Float32
 
 Array = np.ndarray[Any, Any]

@@ -11,28 +11,7 @@ import torch
 from torch import nn
 
 from recsys.model.layers import MLP, seeded, uniform
-
-ATTENTION = 16
-"""Width of the attention that tells interests apart; half tells fewer kinds of entries apart, double costs twice."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TwoTowerSpec:
-    """Sizes of the towers; the first item field is its id, the first `num_history` describe a history entry, too."""
-
-    num_shared: int
-    num_item: int
-    num_history: int
-    dim: int
-    tower_dim: int
-    temperature: float = 0.1
-    hidden: tuple[int, ...] = (64,)
-    id_dropout: float = 0.2
-    """Share of training items shown without their id, so that metadata alone places a new item."""
-    recency_decay: float = 0.9
-    """Weight of each history entry relative to the next newer one: half of the mean lies in the newest 7."""
-    interests: int = 1
-    """Vectors of a user; several attend to the history each in its own way."""
+from recsys.model.specs import ATTENTION, TwoTowerSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from recsys.config import Config
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
 from recsys.model import scoring, tower_scoring
-from recsys.model.assemble import starts
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block, plan, unique_rows
+from recsys.model.row_fields import starts
 from recsys.model.two_tower import TwoTower
 from recsys.parameters.base import Parameters, ParameterState
 from recsys.parameters.dense_weights import DenseWeights, NetworkSource

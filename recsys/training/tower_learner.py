@@ -17,10 +17,10 @@ from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.model import gather, networks
-from recsys.model.assemble import fields_of, starts
 from recsys.model.frequency import Frequency
 from recsys.model.learning_towers import TowerBatch, TowersLearning
 from recsys.model.plan import Block, unique_rows
+from recsys.model.row_fields import fields_of, starts
 from recsys.table.tables import Tables
 from recsys.training import old_towers
 from recsys.training.dense import DenseOptimizer

@@ -10,7 +10,8 @@ import torch
 
 from recsys.errors import SchemaMismatch
 from recsys.model.layers import seeded
-from recsys.model.ranker import Ranker, RankerInputs, RankerSpec, from_bytes, losses, to_bytes
+from recsys.model.ranker import Ranker, RankerInputs, from_bytes, losses, to_bytes
+from recsys.model.specs import RankerSpec
 from tests.unit.test_model_din import form
 
 SPEC = RankerSpec(

@@ -18,8 +18,9 @@ from recsys.model.assemble import ranker_inputs, wide_sums
 from recsys.model.plan import Plan, plan
 from recsys.model.ranker import Ranker
 from recsys.model.scoring import Scoring, warm_up
+from recsys.model.specs import TwoTowerSpec
 from recsys.model.tower_scoring import user_vectors
-from recsys.model.two_tower import TwoTower, TwoTowerSpec
+from recsys.model.two_tower import TwoTower
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("default", "kuairand", "globo", "globo_bandit", "movielens")

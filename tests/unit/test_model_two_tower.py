@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from recsys.model.layers import seeded
 from recsys.model.learning_towers import TowerBatch, TowersLearning
 from recsys.model.ranker import from_bytes, to_bytes
-from recsys.model.two_tower import Passed, TwoTower, TwoTowerSpec
+from recsys.model.specs import TwoTowerSpec
+from recsys.model.two_tower import Passed, TwoTower
 from recsys.training.dense import DenseOptimizer
 
 SPEC = TwoTowerSpec(num_shared=1, num_item=3, num_history=2, dim=4, tower_dim=5, temperature=0.2)

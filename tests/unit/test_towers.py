@@ -19,7 +19,8 @@ from recsys.features.schema import Schema
 from recsys.keys import key_of
 from recsys.model.layers import seeded
 from recsys.model.layouts import layouts
-from recsys.model.two_tower import Passed, TwoTower, TwoTowerSpec
+from recsys.model.specs import TwoTowerSpec
+from recsys.model.two_tower import Passed, TwoTower
 from recsys.table.tables import Tables
 from recsys.training.old_towers import first_upserts
 from recsys.training.tower_learner import BATCH, TowerLearner
