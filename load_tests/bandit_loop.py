@@ -85,7 +85,10 @@ def _bandit(config: Config) -> tuple[Bandit, Any, Any]:
     )
     store = ParameterStore(layouts(config, schema), schema.hash)
     own = OwnNetworks(
-        schema, networks.ranker(config, schema).eval(), networks.two_tower(config, schema).eval(), lambda: published
+        config,
+        networks.arrays(networks.ranker(config, schema)),
+        networks.arrays(networks.two_tower(config, schema)),
+        lambda: published,
     )
     scorer = Scorer(config, schema, store, own)
     bandit = Bandit(config, catalogue, scorer)

@@ -28,12 +28,13 @@ from recsys.config import Config
 from recsys.features.build import Features, UserFeatures, item_features, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import fused, networks, scoring
+from recsys.model import fused, scoring
 from recsys.model.assemble import ranker_inputs
 from recsys.model.din import TargetAttention
 from recsys.model.layers import seeded
 from recsys.model.layouts import layouts
 from recsys.model.plan import plan
+from recsys.model.torch_scoring import TorchScoring
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.ranking.two_stages import TwoStages
@@ -183,23 +184,23 @@ def one_request(report: Report, rng: np.random.Generator, rounds: int) -> None:
     features = some_features(schema, rng, CANDIDATES, HISTORY, lambda _, shape: rng.integers(0, IDS, shape))
     scorer, stages, most = (
         Scorer(settings, schema, store),
-        TwoStages(settings, schema),
+        TwoStages(settings),
         settings.ranking.full_candidates,
     )
     lay = plan(schema, [features])
     deep, wide = scorer._rows.lookup([lay.deep, lay.wide]).values
-    model = networks.ranker(settings, schema).eval()
+    by_torch = TorchScoring(settings, schema, None)
 
     def forward() -> None:
-        stages.score(scorer.networks.current, lay, (deep, wide), most)
+        stages.score(scorer.networks.current.scores, lay, (deep, wide), most)
 
     with torch.inference_mode():
         every = ranker_inputs(schema, lay, torch.from_numpy(deep), torch.from_numpy(wide), DIM)
         cpu(report, "score_500", forward, rounds)
         with FlopCounterMode(display=False) as flops:
-            stages.score_by_torch(model, lay, (deep, wide), most)  # nobody counts what the kernels do
+            stages.score(by_torch, lay, (deep, wide), most)  # nobody counts what the kernels do
         report.add("score_500_gflop", flops.get_total_flops() / 1e9)
-        cpu(report, "score_500_all_by_network", lambda: model(every), rounds)
+        cpu(report, "score_500_all_by_network", lambda: by_torch.ranker(every), rounds)
         cpu(report, "score_500_with_rows", lambda: scorer.rank(features, most), rounds)
         cpu(report, "plan_500", lambda: plan(schema, [features]), rounds)
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from load_tests.common import ROOT, Report, run, say
 from recsys import config
+from recsys.clock import iso_ms
 from recsys.evaluation.bootstrap import Resamples, interval
 from recsys.evaluation.click_log import ClickLog
 from recsys.evaluation.measures import NextItem
@@ -27,7 +28,6 @@ from recsys.evaluation.replayed_loop import Options
 from recsys.events import event_files
 from recsys.types import Bool, Feedback
 from services.cli.convert_command import convert_movielens
-from services.cli.replay_command import iso_ms
 
 START, END = "2000-10-31T00:00:00Z", "2003-03-01T00:00:00Z"
 DEV = ("2000-09-01T00:00:00Z", START)

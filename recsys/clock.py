@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import UTC, datetime
 from typing import Protocol
+
+from recsys.errors import BadInput
 
 MAX_LEAD_MS = 60_000
 """Log time may lead its reader's wall clock by this much: half takes more of honest clocks for wrong ones, double lets a wrong
@@ -14,6 +17,20 @@ one hold windows open for longer."""
 def bounded_ms(time_ms: int, wall_ms: int) -> int:
     """A log time that leads the wall clock by at most `MAX_LEAD_MS`, and is not before 1970."""
     return max(0, min(time_ms, wall_ms + MAX_LEAD_MS))
+
+
+def iso_ms(text: str | None, field: str) -> int:
+    """An ISO time to milliseconds; 0 for none. Without a zone it is UTC."""
+    if text is None:
+        return 0
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        raise BadInput(
+            f"{field} {text!r} is not an ISO time: write it like 2017-10-03T03:00:00Z", field=field
+        ) from None
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return round(when.timestamp() * 1000)
 
 
 class Clock(Protocol):

@@ -265,10 +265,11 @@ DEAD_UNITS = _gauge(
 )
 COMPILE_SECONDS = _gauge(
     "recsys_compile_seconds",
-    "Time to compile the fused operations at start, or to read them from the cache; 0 while they run op by op.",
+    "Time to compile the networks' operations at start, or to read them from the cache; 0 while they run op by op.",
 )
 SCORING_COMPILED = _gauge(
-    "recsys_scoring_compiled", "1 once requests are scored in compiled calls, 0 while torch scores them."
+    "recsys_scoring_compiled",
+    "1 once requests are scored in compiled calls, 0 while NumPy does it, or torch: docs/models.md.",
 )
 JOURNAL_STEPS = _counter("recsys_journal_steps_total", "Steps written to the journal and run.")
 TIME_AHEAD = _counter(

@@ -28,9 +28,14 @@ DRIVERS = {
     "redis": ("recsys/state/redis.py", "recsys/testing/servers.py"),
     "faiss": ("recsys/retrieval/item_index.py", "load_tests/retrieval.py"),
     "torch": (
-        "recsys/model/",
+        # The networks as they learn, and the scoring of one that the kernels do not know.
+        *(
+            f"recsys/model/{name}.py"
+            for name in ("ranker", "home", "din", "two_tower", "layers", "correct", "networks")
+        ),
+        *(f"recsys/model/{name}.py" for name in ("assemble", "axes", "eager", "fused", "torch_scoring")),
+        *(f"recsys/model/{name}.py" for name in ("learning_home", "learning_parts")),
         "recsys/training/",
-        "recsys/ranking/two_stages.py",
         "recsys/table/cuda",
         "load_tests/fbgemm.py",
         "load_tests/models.py",
@@ -40,8 +45,6 @@ DRIVERS = {
         "load_tests/table_gpu.py",
         # These set the number of threads before anything else runs.
         "services/trainer/main.py",
-        "services/ranking/builder.py",
-        "services/ranking/main.py",
         "services/cli/replay_command.py",
     ),
 }

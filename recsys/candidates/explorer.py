@@ -24,7 +24,7 @@ from recsys.decay import ForwardDecay
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.model.plan import Block
-from recsys.model.two_tower import TwoTower
+from recsys.model.tower_scoring import Towers
 from recsys.retrieval.searcher import Searcher
 from recsys.retrieval.select import NO_ROWS, may_show
 from recsys.types import Bool, Float32, Int32, Int64
@@ -63,7 +63,7 @@ class Bandit:
         self._published: Published | None = None
         self.recent = RecentUsers(RECENT)
 
-    def prepare(self, name: str, searcher: Searcher, towers: TwoTower, changed: Sequence[int] = ()) -> None:
+    def prepare(self, name: str, searcher: Searcher, towers: Towers, changed: Sequence[int] = ()) -> None:
         """Find the clusters' places and items in a generation that is about to be used; the one before stays for requests under way.
 
         `changed`: rows that are new in it.
@@ -88,7 +88,7 @@ class Bandit:
         for space in list(self._spaces.values()):
             space.forget_rows(rows)
 
-    def _own_centroids(self, towers: TwoTower) -> dict[int, Float32]:
+    def _own_centroids(self, towers: Towers) -> dict[int, Float32]:
         """Each cluster's mean of its users of late, as these towers see them."""
         recent = list(self.recent)
         sums: dict[int, Float32] = {}
@@ -101,13 +101,13 @@ class Bandit:
         norms = {cluster: float(np.linalg.norm(vector)) for cluster, vector in sums.items()}
         return {cluster: vector / np.float32(norms[cluster]) for cluster, vector in sums.items() if norms[cluster] > 0}
 
-    def arrived(self, name: str, rows: Sequence[int], towers: TwoTower) -> None:
+    def arrived(self, name: str, rows: Sequence[int], towers: Towers) -> None:
         """Items are new, or changed: they get their edges with the next `refresh`."""
         if rows and name in self._spaces:
             self._arrive(self._spaces[name], np.array(rows, np.int32)[-self._newest :], towers)
             self._published = None
 
-    def _arrive(self, space: Space, rows: Int32, towers: TwoTower) -> None:
+    def _arrive(self, space: Space, rows: Int32, towers: Towers) -> None:
         if not len(rows):
             return
         vectors = self._model.item_vectors(self._catalogue.keys[rows], self._catalogue.mask[rows], towers)

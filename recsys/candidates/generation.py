@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from recsys.config import Config
 from recsys.features.build import UserFeatures
 from recsys.features.catalogue import Catalogue
 from recsys.features.item_columns import set_rows
-from recsys.model.two_tower import TwoTower
+from recsys.model.tower_scoring import Towers
 from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.types import Bool, Float32, Int32, Int64
@@ -31,7 +30,7 @@ LOADING_S = 5.0
 TOUCHED_S = 10.0
 """Items that were acted upon are placed anew this often: half doubles the look-ups, double lets them lie where they were for longer."""
 
-ItemVectors = Callable[[Int64, Bool, TwoTower], Float32]
+ItemVectors = Callable[[Int64, Bool, Towers], Float32]
 """Item columns [n, I] and their mask to vectors [n, tower_dim]."""
 
 
@@ -40,7 +39,7 @@ class Job:
     """What a generation is built from: towers that no longer change, and the columns of the items alive."""
 
     name: str
-    towers: TwoTower
+    towers: Towers
     rows: Int32
     keys: Int64
     mask: Bool
@@ -73,7 +72,7 @@ class Generation:
     """What users and items are compared in: one version of the towers, and the items' vectors by it."""
 
     name: str
-    towers: TwoTower
+    towers: Towers
     searcher: Searcher
     built_s: float
     num_items: int
@@ -91,7 +90,7 @@ class Placer:
         """Those whose items are not deleted, in order."""
         return [row for row in sorted(rows) if self._catalogue.alive[row]]
 
-    def put(self, searcher: Searcher, rows: Iterable[int], towers: TwoTower) -> None:
+    def put(self, searcher: Searcher, rows: Iterable[int], towers: Towers) -> None:
         """Into the exact buffer, those that are deleted or have no direction left out."""
         living = self.living(rows)
         for start in range(0, len(living), CHUNK):
@@ -186,7 +185,7 @@ class Generations:
             keys, mask = self._catalogue.keys[every], self._catalogue.mask[every]
         return Job(
             name=f"{self._prefix}{self._count}",
-            towers=copy.deepcopy(self._model.towers).eval(),
+            towers=self._model.towers.copied(),
             rows=rows,
             keys=keys,
             mask=mask,

@@ -8,7 +8,7 @@ from typing import Protocol
 from recsys.bandit.graph import Published
 from recsys.features.build import UserFeatures
 from recsys.model.plan import Block
-from recsys.model.two_tower import TwoTower
+from recsys.model.tower_scoring import Towers
 from recsys.types import Bool, Float32, Int64
 
 
@@ -21,7 +21,7 @@ class Vectors(Protocol):
         ...
 
     @property
-    def towers(self) -> TwoTower:
+    def towers(self) -> Towers:
         """The towers in use."""
         ...
 
@@ -34,14 +34,14 @@ class Vectors(Protocol):
         """The values of a block's rows [U, D]."""
         ...
 
-    def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
+    def user_vector(self, user: UserFeatures, towers: Towers) -> Float32 | None:
         """The user's vector [tower_dim] (of several interests [K, tower_dim]); None before anything is known of them."""
         ...
 
-    def user_vectors(self, users: Sequence[UserFeatures], towers: TwoTower) -> Float32:
+    def user_vectors(self, users: Sequence[UserFeatures], towers: Towers) -> Float32:
         """Vectors [n, tower_dim] (or [n, K, tower_dim]) of users of whom something is known."""
         ...
 
-    def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
+    def item_vectors(self, keys: Int64, mask: Bool, towers: Towers) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]."""
         ...

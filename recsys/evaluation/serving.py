@@ -10,7 +10,7 @@ from recsys.candidates.generation import Generations
 from recsys.config import Config
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import fused, networks, scoring
+from recsys.model import networks, scoring, specs, weights
 from recsys.model.layouts import layouts
 from recsys.parameters.deltas import Delta, Version
 from recsys.parameters.in_process import OwnNetworks, OwnRows
@@ -34,8 +34,7 @@ class ServingCopy:
         live: bool,
         each_step: bool,
     ) -> None:
-        fused.warm_up()  # so that no score depends on when compiling was done
-        scoring.warm_up()
+        scoring.warm_up()  # so that no score depends on when compiling was done
         self._trainer, self._live, self._each_step = trainer, live, each_step
         self._store = ParameterStore(layouts(config, schema), schema.hash, config.table.implementation)
         self._later: deque[tuple[int, Delta]] = deque()
@@ -104,7 +103,9 @@ class ServingCopy:
 
 
 def _networks_of(trainer: Trainer) -> OwnNetworks:
-    towers = trainer.towers.model if trainer.towers else networks.two_tower(trainer.config, trainer.schema).eval()
+    spec = specs.two_tower(trainer.config, trainer.schema)
+    untrained = weights.of_towers(spec, seed=trainer.config.seed)
+    towers = networks.arrays(trainer.towers.model) if trainer.towers else untrained
     learner = trainer.bandit
     told = (lambda: Published.of(learner.published())) if learner else None
-    return OwnNetworks(trainer.schema, trainer.learner.model, towers, told)
+    return OwnNetworks(trainer.config, networks.arrays(trainer.learner.model), towers, told)

@@ -17,6 +17,11 @@ from recsys.model.row_fields import starts
 
 def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Tensor, dim: int) -> RankerInputs:
     """The ranker's tensors from looked-up rows: deep [U, d + tasks …], wide [U', tasks]. Gradients flow back to both."""
+    return deep_inputs(schema, plan, deep, wide_sums(schema, plan, deep, wide, dim), dim)
+
+
+def deep_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, sums: torch.Tensor, dim: int) -> RankerInputs:
+    """The same with the sums of wide weights given [M, tasks]."""
     fields = schema.item_fields
     shared, history, item = fused.take_fields(
         deep,
@@ -34,7 +39,7 @@ def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Te
         history_gaps=torch.from_numpy(plan.history_gaps.astype(np.int64)),
         item=item,
         numbers=torch.from_numpy(np.ascontiguousarray(plan.numbers)),
-        wide=wide_sums(schema, plan, deep, wide, dim),
+        wide=sums,
         request=torch.from_numpy(plan.request),
     )
 

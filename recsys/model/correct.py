@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from recsys.model.layers import seeded
+from recsys.model.specs import MEMORY, MEMORY_SHRINK
 
 HALF_LIFE = 20_000.0
 """Examples that halve the weight of what came before: half follows a drift twice as fast, and is noisier by 1.4."""
@@ -71,9 +72,9 @@ class ErrorMemory(nn.Module):
         *,
         seed: int,
         strength: float,
-        shape: tuple[int, int] = (8, 8),
+        shape: tuple[int, int] = MEMORY,
         own: bool = False,
-        shrink: float = 100.0,
+        shrink: float = MEMORY_SHRINK,
     ) -> None:
         super().__init__()
         self._strength, self._own, self._shrink, self._shape = strength, own, shrink, shape

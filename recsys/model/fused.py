@@ -178,4 +178,4 @@ def _run_each_kernel() -> None:
     ]
     torch.autograd.backward([output.sum() for output in outputs])
     fused_kernels.moments(np.ones((1, 1, 1), np.float32), np.ones((2, 1, 1)))
-    gather.unique(*(np.ones(1, t) for t in (np.int32, np.int64, np.bool_)), np.full(2, -1), *np.zeros((2, 1), np.intp))
+    gather.warm_up()

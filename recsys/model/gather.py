@@ -5,6 +5,7 @@ Legend: U unique rows of width W, N places with C columns, F fields of d values,
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from recsys.model.fused_kernels import kernel
 
 Array = np.ndarray[Any, Any]
+compiled = threading.Event()
+"""Set once what requests call of this can be called without waiting for a compiler."""
 
 
 @kernel
@@ -103,3 +106,12 @@ def sum_columns_back(g: Array, start: int, index: Array, owner: Array, grows: Ar
             if row < len(grows):
                 for t in range(width):
                     grows[row, start + t] += g[place, t]
+
+
+def warm_up() -> None:
+    """Compile what requests call, or read it from the on-disk cache."""
+    one, index = np.ones((1, 1), np.float32), np.zeros((1, 1), np.intp)
+    unique(*(np.ones(1, t) for t in (np.int32, np.int64, np.bool_)), np.full(2, -1), *np.zeros((2, 1), np.intp))
+    sum_columns(one, 0, index, index[0], np.zeros((1, 1), np.float32))
+    take_fields(one, index, np.arange(2), one[None].copy())
+    compiled.set()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from recsys.model import fused, fused_kernels
+from recsys.model.specs import DICE_EPSILON, NORM_EPSILON
 
 MOMENTUM = 0.01
 """Share of a batch in running statistics once they are warm: half follows a drift half as fast, double is noisier."""
@@ -83,7 +84,7 @@ class StreamingNorm(nn.Module):
         *shape: int,
         affine: bool = False,
         momentum: float = MOMENTUM,
-        epsilon: float = 1e-5,
+        epsilon: float = NORM_EPSILON,
         reach: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class Dice(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = StreamingNorm(width, epsilon=1e-8)
+        self.norm = StreamingNorm(width, epsilon=DICE_EPSILON)
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

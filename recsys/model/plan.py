@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from recsys.features.build import Features
 from recsys.features.schema import Schema
-from recsys.model import fused_kernels, gather
+from recsys.model import gather
 from recsys.types import Bool, Int32, Int64, UInt8
 
 Index = npt.NDArray[np.intp]
@@ -69,7 +69,7 @@ def unique_rows(parts: Sequence[tuple[Int32, Int64, Bool]], layout: str) -> tupl
         start += size
     keys = np.concatenate([keys.ravel() for _, keys, _ in parts])
     mask = np.concatenate([mask.ravel() for _, _, mask in parts])
-    first, places = (_unique if fused_kernels.compiled.is_set() else _unique_slowly)(slots, keys, mask)
+    first, places = (_unique if gather.compiled.is_set() else _unique_slowly)(slots, keys, mask)
     blocks, start = [], 0
     for (_, each, _), size in zip(parts, sizes, strict=True):
         blocks.append(places[start : start + size].reshape(each.shape))

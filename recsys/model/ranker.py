@@ -97,15 +97,22 @@ class Ranker(nn.Module):
 
     def scores(self, inputs: RankerInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [M, tasks], and what HoME's towers saw [tasks, M, Z]."""
-        wide = self.wide_logits(inputs.numbers, inputs.wide)
+        logits, hidden = self.network(inputs)
+        return self.wide_logits(inputs.numbers, inputs.wide) + logits, hidden
+
+    def network(self, inputs: RankerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network adds to the wide logits [M, tasks], and what HoME's towers saw [tasks, M, Z]."""
         deep = self._deep(inputs)
         step = len(deep) if self.training else _EXAMPLES  # batch statistics need all at once
         hidden = torch.cat([self.home.hidden(part) for part in deep.split(max(step, 1))], 1)
-        return wide + self.home.logits(hidden), hidden
+        return self.home.logits(hidden), hidden
 
     def predict(self, inputs: RankerInputs) -> torch.Tensor:
         """Probabilities [M, tasks] to serve: corrected, where a corrector is configured."""
-        logits, hidden = self.scores(inputs)
+        return self.corrected(*self.scores(inputs))
+
+    def corrected(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Probabilities [M, tasks] of `scores`."""
         log_odds = self.log_odds(logits)
         p = torch.sigmoid(log_odds if self.calibrator is None else self.calibrator(log_odds))
         return p if self.memory is None else self.memory(memory_keys(hidden), p)

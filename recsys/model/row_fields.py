@@ -1,4 +1,4 @@
-"""From looked-up rows to fields and sums, in compiled calls.
+"""From looked-up rows to fields and sums. `by`: compiled calls (`gather.py`), or NumPy's (`plain.py`) while those wait for the compiler.
 
 Legend: M items in all, U unique (slot, key) pairs, d embedding width.
 """
@@ -6,6 +6,7 @@ Legend: M items in all, U unique (slot, key) pairs, d embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,23 +17,23 @@ from recsys.types import Float32
 Fields = Sequence[tuple[str, int]]
 
 
-def fields_of(rows: Float32, index: Index, fields: Index, dim: int) -> Float32:
+def fields_of(rows: Float32, index: Index, fields: Index, dim: int, by: Any = gather) -> Float32:
     """Fields of looked-up rows, side by side: index [..., C] -> [..., F d]."""
     flat = index.reshape(-1, index.shape[-1])
     out = np.empty((len(flat), len(fields) - 1, dim), np.float32)
-    gather.take_fields(rows, flat, fields, out)
+    by.take_fields(rows, flat, fields, out)
     return out.reshape(*index.shape[:-1], -1)
 
 
-def summed(plan: Plan, deep: Float32, wide: Float32, dim: int) -> Float32:
-    """`wide_sums` [M, T] in compiled calls."""
+def summed(plan: Plan, deep: Float32, wide: Float32, dim: int, by: Any = gather) -> Float32:
+    """Each item's sum of the wide weights of all its keys [M, T]."""
     every, tasks = np.arange(len(plan.item)), wide.shape[1]
     sums = np.zeros((len(every), tasks), np.float32)
-    gather.sum_columns(deep, dim, plan.item, every, sums)
-    gather.sum_columns(deep, dim, plan.shared, plan.request, sums)
+    by.sum_columns(deep, dim, plan.item, every, sums)
+    by.sum_columns(deep, dim, plan.shared, plan.request, sums)
     if plan.crosses.shape[1]:
         crosses = np.zeros_like(sums)
-        gather.sum_columns(wide, 0, plan.crosses, every, crosses)
+        by.sum_columns(wide, 0, plan.crosses, every, crosses)
         sums += crosses
     return sums
 

@@ -24,6 +24,12 @@ Activation = Literal["dice", "prelu"]
 
 ATTENTION = 16
 """Width of the attention that tells interests apart; half tells fewer kinds of entries apart, double costs twice."""
+NORM_EPSILON, DICE_EPSILON = 1e-5, 1e-8
+"""Added to running variances: of what is normalised, and by Dice."""
+MEMORY = 8, 8
+"""Arrays of the error memory, and the signs that address a bucket of each."""
+MEMORY_SHRINK = 100.0
+"""So many examples count as much as what the network says: half follows chance, double comes late."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from safetensors import SafetensorError
-from safetensors.torch import load
 
 from recsys.bandit.graph import Published
 from recsys.config import Config
 from recsys.errors import SchemaMismatch
 from recsys.features.schema import Schema
-from recsys.model import networks, scoring
-from recsys.model.ranker import Ranker
-from recsys.model.scoring import Scoring
-from recsys.model.two_tower import TwoTower
+from recsys.model import scoring, specs, weights
+from recsys.model.scoring import Scores
+from recsys.model.tower_scoring import Towers
+from recsys.model.weights import part
 from recsys.parameters.row_source import RowSource
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Networks:
     """Ranker, towers and the bandit's clusters of one version of the dense weights."""
 
-    ranker: Ranker
-    scoring: Scoring | None
-    """The ranker's weights for the kernels; None: it has a part that they do not know."""
-    towers: TwoTower
+    scores: Scores
+    """By the ranker's weights"""
+    towers: Towers
     clusters: Published | None = None
     """What the trainer last told of them; None: nothing yet."""
     version: int
@@ -55,7 +50,7 @@ class DenseWeights:
 
     def __init__(self, config: Config, schema: Schema, rows: RowSource) -> None:
         self._config, self._schema, self._rows = config, schema, rows
-        self.current = self._build(None, 0)
+        self.current = self._untrained()
         self._refreshing = threading.Lock()
 
     def refresh(self) -> bool:
@@ -73,24 +68,23 @@ class DenseWeights:
         """Use these weights from now on. Raises SchemaMismatch where they are another network's."""
         self.current = self._build(payload, version)
 
-    def _build(self, payload: bytes | None, version: int) -> Networks:
-        ranker, towers = networks.ranker(self._config, self._schema), networks.two_tower(self._config, self._schema)
-        clusters: Published | None = None
-        if payload is not None:
-            try:
-                state = load(payload)
-                ranker.load_state_dict(_part(state, "ranker.model."))
-                if self._config.training.two_tower:
-                    towers.load_state_dict(_part(state, "towers.model."))
-                if told := {name: value.numpy() for name, value in _part(state, "clusters.").items()}:
-                    clusters = Published.of(told)
-            except (RuntimeError, SafetensorError) as error:
-                raise SchemaMismatch(
-                    f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
-                ) from None
-        packed = scoring.packed(self._schema, ranker)
-        return Networks(ranker=ranker.eval(), scoring=packed, towers=towers.eval(), clusters=clusters, version=version)
+    def _untrained(self) -> Networks:
+        spec = specs.two_tower(self._config, self._schema)
+        towers = Towers(spec, weights.of_towers(spec, seed=self._config.seed))
+        return Networks(scores=scoring.scores_of(self._config, self._schema, None), towers=towers, version=0)
 
-
-def _part(state: Mapping[str, _T], prefix: str) -> dict[str, _T]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    def _build(self, payload: bytes, version: int) -> Networks:
+        towers = self.current.towers
+        try:
+            given = weights.read(payload)
+            ranker = scoring.checked(self._config, self._schema, part(given, "ranker.model."))
+            scores = scoring.scores_of(self._config, self._schema, ranker)
+            if self._config.training.two_tower:
+                towers = Towers(towers.spec, weights.fitted(part(given, "towers.model."), towers.weights))
+            told = part(given, "clusters.")
+            clusters = Published.of(told) if told else None
+        except (SafetensorError, SchemaMismatch) as error:
+            raise SchemaMismatch(
+                f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
+            ) from None
+        return Networks(scores=scores, towers=towers, clusters=clusters, version=version)

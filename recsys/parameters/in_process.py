@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from recsys.bandit.graph import Published
+from recsys.config import Config
 from recsys.features.schema import Schema
-from recsys.model import scoring
+from recsys.model import scoring, specs
 from recsys.model.plan import Block
-from recsys.model.ranker import Ranker
-from recsys.model.two_tower import TwoTower
+from recsys.model.tower_scoring import Towers
+from recsys.model.weights import Weights
 from recsys.parameters.base import ParameterState, Reply
 from recsys.parameters.dense_weights import Networks
 from recsys.table.tables import Tables
@@ -30,19 +31,20 @@ class OwnRows:
 
 
 class OwnNetworks:
-    """A learner's networks themselves. `refresh` after each step: the kernels' copy of the weights is of the last one."""
+    """A learner's weights themselves (`networks.arrays`). `refresh` after each step: the kernels' copy of them is of the last one."""
 
     def __init__(
-        self, schema: Schema, ranker: Ranker, towers: TwoTower, clusters: Callable[[], Published] | None = None
+        self, config: Config, ranker: Weights, towers: Weights, clusters: Callable[[], Published] | None = None
     ) -> None:
         """`clusters`: asked at each refresh for what is told of the bandit's."""
-        self._schema, self._ranker, self._towers, self._clusters = schema, ranker, towers, clusters
+        self._config, self._schema = config, Schema.of(config)
+        self._ranker, self._clusters = ranker, clusters
+        self._towers = Towers(specs.two_tower(config, self._schema), towers)
         self.refresh()
 
     def refresh(self) -> bool:
         self.current = Networks(
-            ranker=self._ranker,
-            scoring=scoring.packed(self._schema, self._ranker),
+            scores=scoring.scores_of(self._config, self._schema, self._ranker),
             towers=self._towers,
             clusters=self._clusters() if self._clusters else None,
             version=1,

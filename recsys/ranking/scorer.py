@@ -12,11 +12,11 @@ from recsys.bandit.graph import Published
 from recsys.config import Config
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import scoring, tower_scoring
+from recsys.model import scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block, plan, unique_rows
 from recsys.model.row_fields import starts
-from recsys.model.two_tower import TwoTower
+from recsys.model.tower_scoring import Towers
 from recsys.parameters.base import Parameters, ParameterState
 from recsys.parameters.dense_weights import DenseWeights, NetworkSource
 from recsys.parameters.row_source import RowSource
@@ -47,7 +47,7 @@ class Scorer:
         self._config, self._schema = config, schema
         self._rows = RowSource(layouts(config, schema), parameters)
         self.networks: NetworkSource = networks or DenseWeights(config, schema, self._rows)
-        self._stages = TwoStages(config, schema)
+        self._stages = TwoStages(config)
         self.value = self._stages.value
 
     @property
@@ -56,16 +56,18 @@ class Scorer:
         return self.networks.current.version
 
     def predict(self, batch: Sequence[Features]) -> list[Float32]:
-        """Probabilities [K, T] of each request's items, from one forward pass."""
-        lay = plan(self._schema, batch)
-        rows = self._rows.lookup([lay.deep, lay.wide]).values
-        return self._stages.whole(self.networks.current, lay, rows, batch)
+        """Probabilities [K, T] of each request's items, all by the whole network of one version."""
+        lay, scores = plan(self._schema, batch), self.networks.current.scores
+        deep, wide = self._rows.lookup([lay.deep, lay.wide]).values
+        probabilities = scores.predict(lay, deep, scores.light(lay, deep, wide))
+        counts = np.cumsum([len(features.item_keys) for features in batch])[:-1]
+        return list(np.split(probabilities, counts))
 
     def rank(self, features: Features, most: int, always: Int64 = NONE) -> Scored:
         """The whole network's probabilities of the `most` items that the wide part values most, `always` among them."""
         lay, networks = plan(self._schema, [features]), self.networks.current
         found = self._rows.lookup([lay.deep, lay.wide])
-        kept, predictions = self._stages.score(networks, lay, found.values, most, always)
+        kept, predictions = self._stages.score(networks.scores, lay, found.values, most, always)
         return Scored(
             kept=kept,
             predictions=predictions,
@@ -75,7 +77,7 @@ class Scorer:
         )
 
     @property
-    def towers(self) -> TwoTower:
+    def towers(self) -> Towers:
         """The towers in use."""
         return self.networks.current.towers
 
@@ -88,12 +90,12 @@ class Scorer:
         """The values of a block's rows [U, D]; the last known ones when parameter is away."""
         return self._rows.lookup([block]).values[0]
 
-    def user_vector(self, user: UserFeatures, towers: TwoTower) -> Float32 | None:
+    def user_vector(self, user: UserFeatures, towers: Towers) -> Float32 | None:
         """The user's vector [tower_dim] (of several interests [K, tower_dim]); None before anything is known of them."""
         known = len(user.history_keys) or user.shared_mask[1:].any()
         return self.user_vectors([user], towers)[0] if known else None
 
-    def user_vectors(self, users: Sequence[UserFeatures], towers: TwoTower) -> Float32:
+    def user_vectors(self, users: Sequence[UserFeatures], towers: Towers) -> Float32:
         """Vectors [n, tower_dim] (or [n, K, tower_dim]) of users of whom something is known."""
         longest = max(1, *(len(user.history_keys) for user in users))
         past_keys = np.zeros((len(users), longest, len(self._schema.history_slots)), np.int64)
@@ -109,15 +111,15 @@ class Scorer:
         fields = starts(self._schema.item_fields[: self._schema.num_history_fields])
         seen = scoring.take(rows, shared, np.arange(shared.shape[1] + 1), dim)
         history = scoring.take(rows, past, fields, dim)
-        return tower_scoring.user_vectors(towers, seen, history, past_mask[..., 0])
+        return towers.user_vectors(seen, history, past_mask[..., 0])
 
-    def item_vectors(self, keys: Int64, mask: Bool, towers: TwoTower, *, required: bool = False) -> Float32:
+    def item_vectors(self, keys: Int64, mask: Bool, towers: Towers, *, required: bool = False) -> Float32:
         """Item tower over item columns [n, I]: vectors [n, tower_dim]. `required`: raises ParametersUnavailable rather than use last
         known rows."""
         block, (items,) = unique_rows([(self._schema.item_slots, keys, mask)], "tower")
         rows = (self._rows.require if required else self._rows.lookup)([block]).values[0]
         fields = scoring.take(rows, items, starts(self._schema.item_fields), self._config.model.dim)
-        return tower_scoring.item_vectors(towers, fields)
+        return towers.item_vectors(fields)
 
     @property
     def state(self) -> ParameterState:

@@ -81,9 +81,9 @@ class TrainedWorld:
             self._step()
         self._explorer = BanditLearner(config, tables)
         own = OwnNetworks(
-            schema,
-            networks.ranker(config, schema).eval(),
-            self._learner.model.eval(),
+            config,
+            networks.arrays(networks.ranker(config, schema)),
+            networks.arrays(self._learner.model),
             lambda: Published.of(self._explorer.published()),
         )
         self.scorer = Scorer(config, schema, OwnRows(tables), own)

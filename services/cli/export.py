@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from recsys import config
-from recsys.clock import SystemClock
+from recsys.clock import SystemClock, iso_ms
 from recsys.errors import BadInput, LogTruncated, LogUnavailable
 from recsys.events import event_files, messages
 from recsys.streams.base import EventLog
@@ -111,8 +111,6 @@ class Export:
 def _bound(text: str | None, name: str, default: float) -> float:
     if text is None:
         return default
-    from services.cli.replay_command import iso_ms  # brings torch, three seconds that most exports need not wait
-
     return iso_ms(text, name)
 
 

@@ -7,7 +7,6 @@ import contextlib
 import difflib
 import json
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys import config
+from recsys.clock import iso_ms
 from recsys.errors import BadInput
 from recsys.evaluation.impression_log import ImpressionLog
 from recsys.evaluation.replay import Replay
@@ -35,20 +35,6 @@ SCORED = pa.schema(
     ]
 )
 """A scored example: `user` is the user's key, `day` the day since the first impression. A task's rows come in time order."""
-
-
-def iso_ms(text: str | None, field: str) -> int:
-    """An ISO time to milliseconds; 0 for none. Without a zone it is UTC."""
-    if text is None:
-        return 0
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError:
-        raise BadInput(
-            f"{field} {text!r} is not an ISO time: write it like 2017-10-03T03:00:00Z", field=field
-        ) from None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return round(when.timestamp() * 1000)
 
 
 def options_of(arguments: argparse.Namespace, *, click_log: bool) -> Options:

@@ -16,8 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
-import torch
+import safetensors.numpy
 from safetensors import SafetensorError
 
 from recsys import metrics
@@ -25,9 +24,9 @@ from recsys.candidates.generation import Job, build_index
 from recsys.config import Config
 from recsys.errors import RecsysError, SnapshotCorrupt
 from recsys.features.schema import Schema
-from recsys.model import networks
+from recsys.model import specs
 from recsys.model.layouts import parameters_name
-from recsys.model.two_tower import TwoTower
+from recsys.model.tower_scoring import Towers
 from recsys.parameters.grpc_parameters import GrpcParameters
 from recsys.parameters.shared_rows import SharedParameters
 from recsys.ranking.scorer import Scorer
@@ -82,12 +81,12 @@ class Builder:
         folder.mkdir(parents=True)
         for name in _ARRAYS:
             np.save(folder / f"{name}.npy", getattr(job, name))
-        safetensors.torch.save_file(job.towers.state_dict(), folder / "towers.safetensors")
+        safetensors.numpy.save_file(dict(job.towers.weights), folder / "towers.safetensors")
         (folder / "config.json").write_text(self._config.model_dump_json(), encoding="utf-8")
         nothing = slice(0, 0)
         self._job = replace(job, rows=job.rows[nothing], keys=job.keys[nothing], mask=job.mask[nothing])
         self._until_s = time.monotonic() + LONGEST_S
-        # Low before its two seconds of imports. The pipe tells the process that its parent is gone.
+        # Low before its second of imports. The pipe tells the process that its parent is gone.
         self._process = subprocess.Popen(
             ["nice", "-n", str(NICE), sys.executable, "-m", "services.ranking.builder", str(folder), job.name],
             stdin=subprocess.PIPE,
@@ -147,23 +146,21 @@ def _end_with_parent() -> None:
 def main(folder: Path, name: str) -> None:
     """Build the index of one job's folder."""
     started_s = time.monotonic()
-    torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     config = Config.model_validate_json((folder / "config.json").read_bytes())
     schema = Schema.of(config)
     name_of_rows = parameters_name(config, schema)
     remote = GrpcParameters(config.parameter_address, name_of_rows, LOOKUP_S)
     scorer = Scorer(config, schema, SharedParameters(config.data_dir / "parameter", name_of_rows, remote))
-    towers = networks.two_tower(config, schema)
-    towers.load_state_dict(safetensors.torch.load_file(folder / "towers.safetensors"))
+    towers = Towers(specs.two_tower(config, schema), safetensors.numpy.load_file(folder / "towers.safetensors"))
     rows, keys, mask = (np.load(folder / f"{array}.npy", mmap_mode="r") for array in _ARRAYS)
 
-    def item_vectors(keys: Int64, mask: Bool, towers: TwoTower) -> Float32:
+    def item_vectors(keys: Int64, mask: Bool, towers: Towers) -> Float32:
         return scorer.item_vectors(np.asarray(keys), np.asarray(mask), towers, required=True)
 
     job = Job(
         name=name,
-        towers=towers.eval(),
+        towers=towers,
         rows=np.asarray(rows),
         keys=keys,
         mask=mask,

@@ -6,7 +6,6 @@ import asyncio
 import sys
 import threading
 
-import torch
 import uvicorn
 
 from recsys.clock import SystemClock
@@ -27,7 +26,6 @@ events/s were 30 and 117 ms instead of 19 and 34."""
 
 def run(config: Config, stop: Stop, *, accept_gap: bool = False) -> None:
     """Serve until SIGTERM. `accept_gap`: go on although the log lost records that positions point at."""
-    torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
     lock = FolderLock(config.data_dir, "ranking")
     sock = bind(config.ranking.host, config.ranking.port, "ranking.port")

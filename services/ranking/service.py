@@ -21,7 +21,7 @@ from recsys.errors import LogError, LogTruncated
 from recsys.events import messages
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.model import fused, scoring
+from recsys.model import scoring
 from recsys.model.layouts import parameters_name
 from recsys.parameters.base import Parameters
 from recsys.parameters.grpc_parameters import GrpcParameters
@@ -109,6 +109,8 @@ class RankingService:
 
     def start(self) -> None:
         """Read the catalogue, restore the counters, then follow everything in threads."""
+        if lacking := scoring.lacking(self.config):
+            logger.warning("requests are scored by torch, slower: the kernels have no %s", lacking)
         try:
             self._items.load(accept_gap=self._accept_gap)
             items = Rest(self.log.watch(("item",)), self._stop)
@@ -137,7 +139,7 @@ class RankingService:
         self._loops.run("dense", self._follow_dense, self._idle.pause(0.2, lambda: not self.scorer.dense_version))
         self._loops.run("generations", self._building.turn, self._idle.pause(0.1, lambda: self._building.busy))
         if not self._stop.wait(COMPILE_AFTER_S):
-            _compile()
+            _compile(by_kernels=not lacking)
 
     def restore(self) -> None:
         """What `start` reads, without its threads: whoever calls this calls `turn` and `save` from then on."""
@@ -254,10 +256,10 @@ class RankingService:
         self.log.close()
 
 
-def _compile() -> None:
+def _compile(*, by_kernels: bool) -> None:
     try:
-        fused.warm_up()
         scoring.warm_up()
+        metrics.SCORING_COMPILED.set(by_kernels)
     except OSError as error:  # the disk of the compiler's cache is full
         logger.error("operations run one by one, slower: what was compiled cannot be kept (%s)", error)
 

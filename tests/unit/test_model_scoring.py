@@ -1,25 +1,27 @@
-"""Scoring in compiled calls: what torch says of the same request, in every configuration."""
+"""Scoring in compiled calls, and in NumPy while they are compiled: what torch says of the same request, in every configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from recsys.config import Config, load, parse
 from recsys.features.build import Features, UserFeatures
 from recsys.features.schema import Schema
-from recsys.model import gather, networks, score_kernels
+from recsys.model import gather, networks, score_kernels, scoring
 from recsys.model.assemble import ranker_inputs, wide_sums
 from recsys.model.plan import Plan, plan
-from recsys.model.ranker import Ranker
-from recsys.model.scoring import Scoring, warm_up
+from recsys.model.ranker import Ranker, to_bytes
+from recsys.model.scoring import Scoring, scores_of, warm_up
 from recsys.model.specs import TwoTowerSpec
-from recsys.model.tower_scoring import user_vectors
+from recsys.model.tower_scoring import Towers
 from recsys.model.two_tower import TwoTower
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,23 +116,42 @@ def rows(lay: Plan, schema: Schema, dim: int, rng: np.random.Generator) -> tuple
     return 0.5 * deep, 0.5 * wide
 
 
+@contextlib.contextmanager
+def by_numpy() -> Iterator[None]:
+    """As before the kernels are compiled."""
+    scoring.compiled.clear()
+    try:
+        yield
+    finally:
+        scoring.compiled.set()
+
+
 def compare(config: Config, rng: np.random.Generator, items: int, history: int) -> None:
     schema = Schema.of(config)
     dim, ranker = config.model.dim, trained(networks.ranker(config, schema), rng)
     lay = plan(schema, [asked(schema, rng, items, history)])
     deep, wide = rows(lay, schema, dim, rng)
-    scoring, tensors = Scoring(schema, ranker), (torch.from_numpy(deep), torch.from_numpy(wide))
+    scores = scores_of(config, schema, networks.arrays(ranker))
+    assert isinstance(scores, Scoring)
+    tensors = torch.from_numpy(deep), torch.from_numpy(wide)
     with torch.inference_mode():
         sums = wide_sums(schema, lay, *tensors, dim)
         light = ranker.probabilities(ranker.wide_logits(torch.from_numpy(lay.numbers), sums)).numpy()
         expected = ranker.predict(ranker_inputs(schema, lay, *tensors, dim)).numpy()
-    logits = scoring.light(lay, deep, wide)
-    np.testing.assert_allclose(scoring.probabilities(logits), light, atol=1e-5)
     some = np.sort(rng.permutation(items)[: max(1, items // 2)])
-    for kept in (np.arange(items), some):
-        found = scoring.predict(lay.keep(kept), deep, logits[kept])
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected[kept], atol=1e-5)
+    for way in (contextlib.nullcontext(), by_numpy()):
+        with way:
+            logits = scores.light(lay, deep, wide)
+            np.testing.assert_allclose(scores.probabilities(logits), light, atol=1e-5)
+            for kept in (np.arange(items), some):
+                found = scores.predict(lay.keep(kept), deep, logits[kept])
+                assert found.dtype == np.float32
+                np.testing.assert_allclose(found, expected[kept], atol=1e-5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    warm_up()
 
 
 @pytest.mark.parametrize("seed", range(RANDOM))
@@ -141,6 +162,21 @@ def test_any_network_says_what_torch_says(seed: int) -> None:
         compare(config, rng, items, history)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_laid_out_together_are_scored_as_each_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    config = drawn(rng)
+    schema = Schema.of(config)
+    dim, ranker = config.model.dim, trained(networks.ranker(config, schema), rng)
+    lay = plan(schema, [asked(schema, rng, *shape) for shape in ((3, 4), (1, 0), (70, 9), (0, 2), (2, 1))])
+    deep, wide = rows(lay, schema, dim, rng)
+    scores = scores_of(config, schema, networks.arrays(ranker))
+    with torch.inference_mode():
+        inputs = ranker_inputs(schema, lay, torch.from_numpy(deep), torch.from_numpy(wide), dim)
+        expected = ranker.predict(inputs).numpy()
+    np.testing.assert_allclose(scores.predict(lay, deep, scores.light(lay, deep, wide)), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_networks_say_what_torch_says(name: str) -> None:
     config, rng = load(ROOT / "deploy" / "configs" / f"{name}.toml"), np.random.default_rng(0)
@@ -149,32 +185,48 @@ def test_shipped_networks_say_what_torch_says(name: str) -> None:
 
 
 def test_no_request_waits_for_a_compiler() -> None:
-    """Every configuration calls the kernels with the types that they were warmed up with."""
-    warm_up()
+    """Every configuration calls the kernels with the types that they were warmed up with, whether its weights are learned here or were
+    sent."""
     called = (score_kernels.attend, score_kernels.compose, score_kernels.head, gather.sum_columns, gather.take_fields)
     before = [list(kernel.signatures) for kernel in called]
     for seed in range(6):
         rng = np.random.default_rng(seed)
         compare(drawn(rng), rng, 70, 9)
+        config = drawn(np.random.default_rng(seed))
+        schema = Schema.of(config)
+        lay = plan(schema, [asked(schema, rng, 70, 9)])
+        deep, wide = rows(lay, schema, config.model.dim, rng)
+        sent = safetensors.numpy.load(to_bytes(networks.ranker(config, schema)))
+        scores = scores_of(config, schema, scoring.checked(config, schema, sent))
+        scores.predict(lay, deep, scores.light(lay, deep, wide))
     compare(load(ROOT / "deploy" / "configs" / "default.toml"), np.random.default_rng(0), 200, 0)
     assert [list(kernel.signatures) for kernel in called] == before and len(before[0]) == 1
 
 
 @pytest.mark.parametrize("interests", [1, 3])
-def test_vectors_of_users_are_those_of_torch(interests: int) -> None:
-    towers = TwoTower(
-        TwoTowerSpec(num_shared=2, num_item=4, num_history=3, dim=4, tower_dim=6, interests=interests), seed=1
-    )
-    towers.eval()
-    shared, history = torch.randn(5, 2, 4), torch.randn(5, 7, 3, 4)
+def test_vectors_of_users_and_items_are_those_of_torch(interests: int) -> None:
+    spec = TwoTowerSpec(num_shared=2, num_item=4, num_history=3, dim=4, tower_dim=6, interests=interests)
+    towers = TwoTower(spec, seed=1).eval()
+    shared, history, items = torch.randn(5, 2, 4), torch.randn(5, 7, 3, 4), torch.randn(9, 4, 4)
     present = torch.rand(5, 7) < torch.linspace(0, 1, 5)[:, None]  # from none to all of them
+    history = history * present[..., None, None]
     with torch.inference_mode():
-        expected = towers.user_vectors(shared, history * present[..., None, None], present).numpy()
-    found = user_vectors(
-        towers, shared.flatten(1).numpy(), (history * present[..., None, None]).flatten(2).numpy(), present.numpy()
-    )
+        users, expected = towers.user_vectors(shared, history, present).numpy(), towers.item_vectors(items).numpy()
+    ours = Towers(spec, networks.arrays(towers))
+    found = ours.user_vectors(shared.flatten(1).numpy(), history.flatten(2).numpy(), present.numpy())
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found, users, atol=1e-5)
+    np.testing.assert_allclose(ours.item_vectors(items.flatten(1).numpy()), expected, atol=1e-5)
+
+
+def test_what_a_trainer_learns_here_is_scored_as_it_is_now() -> None:
+    config, rng = parse({"model": {"dim": 4, "calibrate": True}}), np.random.default_rng(0)
+    schema = Schema.of(config)
+    ranker = networks.ranker(config, schema).eval()
+    learned = networks.arrays(ranker)
+    trained(ranker, rng)
+    for name, value in ranker.state_dict().items():
+        np.testing.assert_array_equal(learned[name], value.numpy())
 
 
 def test_a_history_that_is_too_long_is_refused_as_torch_refuses_it() -> None:
@@ -183,6 +235,6 @@ def test_a_history_that_is_too_long_is_refused_as_torch_refuses_it() -> None:
     lay = plan(schema, [asked(schema, rng, 3, 6)])
     lay.history_masks[:] = True
     deep, wide = rows(lay, schema, 4, rng)
-    scoring = Scoring(schema, networks.ranker(config, schema).eval())
+    scores = scores_of(config, schema, None)
     with pytest.raises(ValueError, match="history has 6 entries, the attention knows 5"):
-        scoring.predict(lay, deep, scoring.light(lay, deep, wide))
+        scores.predict(lay, deep, scores.light(lay, deep, wide))

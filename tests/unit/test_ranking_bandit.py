@@ -77,9 +77,9 @@ class World:
             half_life_s=None,
         )
         self.own = OwnNetworks(
-            self.schema,
-            networks.ranker(self.config, self.schema).eval(),
-            networks.two_tower(self.config, self.schema).eval(),
+            self.config,
+            networks.arrays(networks.ranker(self.config, self.schema)),
+            networks.arrays(networks.two_tower(self.config, self.schema)),
             lambda: self.published,
         )
         self.scorer = Scorer(self.config, self.schema, self.store, self.own)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
 
 from recsys.config import parse
 from recsys.errors import BadInput, ConfigError
@@ -221,7 +220,7 @@ def test_config_check_says_what_scores_requests(
     file.write_text("")
     asked = ["config", "check", "--config", str(file), "--json"]
     assert main(asked) == 0 and json.loads(capsys.readouterr().out)["scored_by"] == "compiled kernels"
-    monkeypatch.setattr("recsys.model.din._activation", lambda name, width: nn.ELU())
+    monkeypatch.setattr("recsys.model.packed.ACTIVATIONS", ())
     assert main(asked) == 0 and json.loads(capsys.readouterr().out)["scored_by"] == "torch"
 
 

@@ -13,6 +13,7 @@ from recsys.features.schema import Schema
 from recsys.model import scoring
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
+from recsys.model.torch_scoring import TorchScoring
 from recsys.parameters.base import Reply
 from recsys.parameters.deltas import Delta, RowDelta, Version
 from recsys.parameters.store import ParameterStore
@@ -64,16 +65,12 @@ def test_the_light_stage_keeps_the_best_by_the_wide_part_and_scores_them_alike()
 def test_a_network_that_the_kernels_do_not_know_is_scored_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     scoring.warm_up()
     expected = world()[1].recommend(Request(request_id="r", user_id="u", n=10), 1000)
-
-    def unknown(schema: Schema, ranker: object) -> None:
-        raise scoring.UnknownPart("activation ELU")
-
-    monkeypatch.setattr(scoring, "Scoring", unknown)
-    _, pipeline, _, _ = world()
+    monkeypatch.setattr("recsys.model.packed.ACTIVATIONS", ("prelu",))
+    _, pipeline, scorer, _ = world()
+    assert isinstance(scorer.networks.current.scores, TorchScoring)
     answer = pipeline.recommend(Request(request_id="r", user_id="u", n=10), 1000)
     assert [item.item_id for item in answer.items] == [item.item_id for item in expected.items]
     assert answer.items[0].score == pytest.approx(expected.items[0].score, rel=1e-5) and not answer.degraded
-    scoring.warm_up()  # the metric, for tests that come after
 
 
 @pytest.mark.parametrize("full", [1, 200])
