@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from recsys.candidates.base import Arrays, Asked, Counted, Listing, Parts, Reason, Source
 from recsys.capacity import entries
-from recsys.retrieval.covisits import PAIR_BYTES, CoVisits
+from recsys.retrieval.covisits import PAIR_BYTES, CoVisits, warm_up
 from recsys.types import Int32
 
 
@@ -17,6 +17,7 @@ class CovisitedSource(Source):
 
     def __init__(self, parts: Parts) -> None:
         self._config, self._catalogue = parts.config, parts.catalogue
+        warm_up()
         self.clear()
 
     def clear(self) -> None:
@@ -27,7 +28,7 @@ class CovisitedSource(Source):
             retrieval.covisit_neighbours,
             max_pairs=max(4 * retrieval.covisit_neighbours, entries(memory, "counters", 4 * PAIR_BYTES)),
         )
-        self.counts.is_dead = lambda row: not self._catalogue.alive[row]
+        self.counts.alive = lambda: self._catalogue.alive
 
     def candidates(self, asked: Asked, quota: int) -> Listing:
         allowed = self._catalogue.alive if asked.allowed is None else asked.allowed

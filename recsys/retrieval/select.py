@@ -107,6 +107,46 @@ def looked_up(rows: Int32, values: Float64, wanted: Int32) -> Float64:
     return out
 
 
+@compiled
+def _worse(rows: Any, values: Any, one: Any, other: Any) -> bool:
+    return bool(values[one] < values[other] or (values[one] == values[other] and rows[one] > rows[other]))
+
+
+@compiled
+def _swap(rows: Any, values: Any, one: Any, other: Any) -> None:
+    rows[one], rows[other] = rows[other], rows[one]
+    values[one], values[other] = values[other], values[one]
+
+
+@compiled
+def _sift(rows: Any, values: Any, at: Any, size: Any) -> None:
+    """Let the entry at `at` sink in the first `size`, a heap with the worst on top."""
+    while 2 * at + 1 < size:
+        least = 2 * at + 1
+        if least + 1 < size and _worse(rows, values, least + 1, least):
+            least += 1
+        if not _worse(rows, values, least, at):
+            return
+        _swap(rows, values, least, at)
+        at = least
+
+
+@compiled
+def best_first(rows: Any, values: Any, k: Any) -> int:
+    """Put the k largest values first, best first, ties by row, each with its row; how many these are. The rest is in no order."""
+    k = max(0, min(k, len(rows)))
+    for at in range(k // 2 - 1, -1, -1):
+        _sift(rows, values, at, k)
+    for entry in range(k, len(rows) if k else 0):
+        if _worse(rows, values, 0, entry):
+            _swap(rows, values, 0, entry)
+            _sift(rows, values, 0, k)
+    for size in range(k - 1, 0, -1):
+        _swap(rows, values, 0, size)
+        _sift(rows, values, 0, size)
+    return int(k)
+
+
 def best(rows: Int32 | Int64, values: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
     """Places of the k largest values, best first, ties by row; without sorting the rest."""
     if k < 1:

@@ -22,8 +22,7 @@ from recsys.features.schema import Schema
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.retrieval.covisits import CoVisits
-from recsys.retrieval.select import NO_ROWS, Float64, among, best, looked_up, tally
+from recsys.retrieval.select import NO_ROWS, among, best, looked_up, tally
 from recsys.retrieval.shared_attributes import Followed
 from recsys.state.memory_state import MemoryState
 from recsys.testing.world import World
@@ -207,31 +206,3 @@ def test_followed_is_the_plain_blend_bit_by_bit(seed: int, k: int, left_out: Int
     keys = [(int(rng.integers(2)), int(rng.integers(5)), 0.8 ** int(rng.integers(4))) for _ in range(6)]
     ours, plain = followed.query(keys, k, None, left_out), plain_followed(followed, keys, k, left_out)
     assert [one.tolist() for one in ours] == [one.tolist() for one in plain]
-
-
-def plain_covisits(covisits: CoVisits, history: list[int], rows: list[int]) -> Float64:
-    blend: dict[int, float] = {}
-    discount = 1.0
-    for row in history:
-        if (item := covisits._items.get(row)) is not None:
-            scale = discount * 2.0 ** (-item.clock / covisits._half_life_visits)
-            for target, total in item.sums.items():
-                blend[target] = blend.get(target, 0.0) + scale * total
-        discount *= covisits._history_discount
-    return np.array([blend.get(row, 0.0) for row in rows])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True), max_size=60), st.integers(1, 10))
-def test_covisits_read_beside_writes_are_the_plain_sums_bit_by_bit(steps: list[list[int]], k: int) -> None:
-    covisits, rows = CoVisits(3600.0, neighbours=3), list(range(10))
-    for number, (row, *before) in enumerate(steps):
-        covisits.add(row, before, 0)
-        if number % 7 == 6:
-            covisits.forget_rows(np.array([row], np.int32))
-        history = [row, *before]
-        plain = plain_covisits(covisits, history, rows)
-        scores = (plain * covisits._decay.decay(0)).astype(np.float32)
-        assert covisits.score(history, np.array(rows, np.int32), 0).tolist() == scores.tolist()
-        order = sorted((r for r in rows if plain[r] > 0), key=lambda r: (-plain[r], r))[:k]
-        assert covisits.candidates(history, k, 0)[0].tolist() == order

@@ -251,7 +251,10 @@ def test_readers_beside_the_writer_see_ordered_answers() -> None:
 def test_bounded_covisits_err_by_no_more_than_they_say(
     events: list[tuple[int, int, int]], neighbours: int, more_pairs: int
 ) -> None:
-    bounded = CoVisits(86_400.0, neighbours=neighbours, half_life_visits=20.0, max_pairs=4 * neighbours + more_pairs)
+    def empty() -> CoVisits:
+        return CoVisits(86_400.0, neighbours=neighbours, half_life_visits=20.0, max_pairs=4 * neighbours + more_pairs)
+
+    bounded = empty()
     exact = CoVisits(86_400.0, neighbours=100, half_life_visits=20.0)
     now_ms = START_MS
     every = np.arange(8, dtype=np.int32)
@@ -261,8 +264,7 @@ def test_bounded_covisits_err_by_no_more_than_they_say(
         exact.add(row, [before], now_ms)
         assert bounded.num_pairs <= 4 * neighbours + more_pairs
         if count == len(events) // 2:  # the statement holds over a restart
-            state, bounded = bounded.state(), CoVisits(86_400.0, neighbours=neighbours, half_life_visits=20.0)
-            bounded._max_pairs = 4 * neighbours + more_pairs
+            state, bounded = bounded.state(), empty()
             bounded.restore(state)
     for source in range(8):
         found, truth = (c.score([source], every, now_ms).astype(np.float64) for c in (bounded, exact))

@@ -80,10 +80,10 @@ def test_dead_neighbours_make_room_for_those_alive() -> None:
     for row in range(1, 19):
         for _ in range(5):
             covisits.add(row, [0], T0)
-    covisits.is_dead = lambda row: row < 19
+    alive = np.arange(100) >= 19
+    covisits.alive = lambda: alive
     for row in range(20, 28):
         covisits.add(row, [0], T0)
-    alive = np.arange(100) >= 19
     assert {*covisits.candidates([0], 5, T0, alive)[0].tolist()} <= {*range(20, 28)}
     assert {*covisits.candidates([0], 50, T0, alive)[0].tolist()} >= {*range(20, 27)}
 
