@@ -97,10 +97,11 @@ class Recent:
 
     def state(self) -> dict[str, Int64]:
         """Digests and their generations, as arrays; and before when ids were forgotten early."""
-        items = [(old.first_ms // self._step_ms, sorted(old.digests)) for old in self._generations]
+        numbers = np.array([old.first_ms // self._step_ms for old in self._generations], np.int64)
+        sets = [np.fromiter(old.digests, np.int64, len(old.digests)) for old in self._generations]
         return {
-            "generation": np.repeat(np.array([g for g, _ in items], np.int64), [len(d) for _, d in items]),
-            "digest": np.concatenate([np.zeros(0, np.int64), *(np.array(d, np.int64) for _, d in items)]),
+            "generation": np.repeat(numbers, [len(digests) for digests in sets]),
+            "digest": np.concatenate([np.zeros(0, np.int64), *map(np.sort, sets)]),
             "forgotten": np.array([self._forgotten_ms], np.int64),
         }
 
