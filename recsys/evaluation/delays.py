@@ -22,16 +22,13 @@ class Timeline:
     def __init__(self, delay_s: float, sync_interval_s: float) -> None:
         """Exactly `delay_s` old; as at the last multiple of `sync_interval_s` since the origin (0: at any time)."""
         self._delay_ms, self.sync_ms = int(delay_s * 1000), int(sync_interval_s * 1000)
+        self.is_old = bool(self._delay_ms or self.sync_ms)
+        """Whether anything is seen later than it happens."""
         self.origin_ms: int | None = None
         """Of the first event that counts as one."""
         self.until_ms = -(2**62)
         """What came by then may be known."""
         self._later: deque[tuple[int, Callable[[], object]]] = deque()
-
-    @property
-    def is_old(self) -> bool:
-        """Whether anything is seen later than it happens."""
-        return bool(self._delay_ms or self.sync_ms)
 
     @property
     def is_late(self) -> bool:

@@ -77,6 +77,8 @@ class Loop:
             config, self.schema, self.store, self.sources, copy.scorer, copy.generations, copy.bandit
         )
         self._meaning = Meaning(config)
+        self._unread = StepReport()
+        """Of what is taken, nobody reads what became of it."""
         self._untrained = 0
         self._step_examples = max(1, config.training.batch_size // 4)
         """Examples between two steps. A service steps whenever labels are final; a quarter of a batch took 8% more time than a
@@ -96,7 +98,7 @@ class Loop:
     def advance(self, now_ms: int) -> None:
         """Apply what has become visible to scoring by `now_ms`."""
         visible = self.timeline.visible_ms(now_ms)
-        if visible <= self.timeline.until_ms:
+        if visible <= self.timeline.until_ms or not self.timeline.is_old:
             return
         if self.timeline.sync_ms:
             if self._untrained:
@@ -134,14 +136,14 @@ class Loop:
             self._delayed.happened(counted, later, now_ms)
         self.timeline.when_visible(now_ms, lambda: events.feedback(counted, history, event, now_ms))
         if self.trainer:
-            self.trainer.feedback(learned, now_ms, StepReport())
+            self.trainer.feedback(learned, now_ms, self._unread)
             if self.config.ranking.scorer != "model":  # towers and bandit alone learn
                 self._learnable(1, now_ms)
 
     def open(self, impression: Impression, now_ms: int) -> None:
         """Let an impression's items, with their features, be learned once their labels are final."""
         assert self.trainer is not None
-        self.trainer.impression(impression, now_ms, StepReport())
+        self.trainer.impression(impression, now_ms, self._unread)
         self._learnable(len(impression.items), now_ms)
 
     def _learnable(self, examples: int, now_ms: int) -> None:

@@ -78,9 +78,10 @@ class TowerLearner:
         if message.type not in self._known or not self._seen.first(Kind.EVENT, message.event_id, now_ms):
             return True
         user, item = self._users.of(key_of(message.user_id)), key_of(message.item_id)
-        if message.type in self._types and self._catalogue.row_of(item) is not None:
-            user.shown = array("q", (shown for shown in user.shown if shown != item))
-            if (positive := self._positive(message, user, item)) is not None:
+        if message.type in self._types and (row := self._catalogue.row_of(item)) is not None:
+            if item in user.shown:
+                user.shown = array("q", (shown for shown in user.shown if shown != item))
+            if (positive := self._positive(message, user, row)) is not None:
                 self._positives.append(positive)
         if message.type in self._past:
             self._users.happened(user, item, message.type)
@@ -89,7 +90,7 @@ class TowerLearner:
         batch, self._positives = self._positives, []
         return self._learn(batch, now_ms)
 
-    def _positive(self, message: Feedback, user: TowerUser, item: int) -> Positive | None:
+    def _positive(self, message: Feedback, user: TowerUser, row: int) -> Positive | None:
         """None: nothing is known of the user, neither past nor context."""
         if not message.context and message.request_id is not None and key_of(message.request_id) == user.request:
             shared_keys, shared_mask = user.shared()
@@ -98,9 +99,10 @@ class TowerLearner:
         if not user.items and not shared_mask[1:].any():
             return None
         history_keys, history_mask = history_columns(self._schema, self._catalogue, self._users.recent(user))
-        wanted = np.array([item, *(user.shown[-self._hard :] if self._hard else ())], np.int64)
-        rows = self._catalogue.rows_of(wanted)
-        rows = rows[rows >= 0]
+        rows = np.array([row], np.int32)
+        if self._hard and user.shown:
+            passed = self._catalogue.rows_of(np.array(user.shown[-self._hard :]))
+            rows = np.append(rows, passed[passed >= 0])
         return Positive(
             shared_keys, shared_mask, history_keys, history_mask, self._catalogue.keys[rows], self._catalogue.mask[rows]
         )

@@ -264,9 +264,8 @@ class Trainer:
                 self.towers.forget(feedback.user_id)
             report.count("forget")
             return "forget"
-        if self.seen.too_late(
-            Kind.EVENT, feedback.time_ms, now_ms
-        ):  # a copy of it may have been learned: nobody remembers for so long
+        # A copy of what comes too late may have been learned: nobody remembers for so long.
+        if self.seen.too_late(Kind.EVENT, feedback.time_ms, now_ms):
             report.count("too_late")
             return "too_late"
         self.breaker.arrived(feedback.type, now_ms)
