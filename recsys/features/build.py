@@ -196,18 +196,13 @@ def item_features(
     numbers[:, :start] = signals.counters
     numbers[:, start] = np.log1p(signals.popularity)
     numbers[:, start + 1] = np.log1p(signals.covisit)
-    numbers[:, start + 2] = np.isin(item_keys[:, 0], user.history_keys[:, 0])
+    weights = affinity_decay ** np.arange(len(user.history_keys))
+    _resemblance(schema, user, (item_keys, item_mask), weights, numbers, start + 2)
     if schema.declared:
         first = schema.first_declared
         numbers[:, first : first + 2 * len(schema.declared)] = _declared(schema, catalogue, user, rows, now_ms)
     if signals.follows.shape[1]:
         numbers[:, -signals.follows.shape[1] :] = signals.follows
-    weights = affinity_decay ** np.arange(len(user.history_keys))
-    for column, (name, _) in enumerate(schema.item_fields[1 : schema.num_history_fields], start=start + 3):
-        where = catalogue.columns(name)
-        numbers[:, column] = _affinity(
-            user.history_keys[:, where], user.history_mask[:, where], weights, item_keys[:, where], item_mask[:, where]
-        )
     return Features(
         user=user,
         item_keys=item_keys,
@@ -230,17 +225,14 @@ def _declared(schema: Schema, catalogue: Catalogue, user: UserFeatures, rows: In
     return np.concatenate([everyone, own], 1).reshape(len(rows), -1)
 
 
-def _affinity(history: Int64, present: Bool, weights: Any, items: Int64, item_present: Bool) -> Float32:
-    """Recency-weighted share of the history whose values an item has [K], in [0, 1]."""
-    if not len(history) or not present.any():
-        return np.zeros(len(items), np.float32)
-    keys, inverse = np.unique(history[present], return_inverse=True)
-    per_key = np.bincount(inverse, np.broadcast_to(weights[:, None], history.shape)[present])
-    found = np.minimum(np.searchsorted(keys, items), len(keys) - 1)
-    hit = (keys[found] == items) & item_present
-    counts = np.maximum(item_present.sum(axis=1), 1)
-    share: Float32 = ((per_key[found] * hit).sum(axis=1) / counts / weights.sum()).astype(np.float32)
-    return share
+def _resemblance(
+    schema: Schema, user: UserFeatures, items: tuple[Int64, Bool], weights: Any, numbers: Float32, first: int
+) -> None:
+    """Whether an item is in the history, and its share of each history attribute's values, from the column `first` on."""
+    past = kept(user.history_keys, np.int64), kept(user.history_mask, np.bool_)
+    columns = [schema.item_columns[name] for name, _ in schema.item_fields[1 : schema.num_history_fields]]
+    fields = np.array([(where.start, where.stop) for where in columns], np.int64).reshape(-1, 2)
+    feature_kernels.affinities(past, weights, items, fields, first, numbers)
 
 
 def _crosses(schema: Schema, user: UserFeatures, item_keys: Int64, item_mask: Bool) -> tuple[Int64, Bool]:
@@ -254,11 +246,11 @@ def _crosses(schema: Schema, user: UserFeatures, item_keys: Int64, item_mask: Bo
 
 
 def warm_up(schema: Schema) -> None:
-    """Compile the kernel of crosses, or read it from the on-disk cache: no request waits for it."""
+    """Compile what `item_features` calls, or read it from the on-disk cache: no request waits for it."""
     none = user_features(schema, Catalogue(schema), "", (), {})
-    _crosses(
-        schema, none, np.zeros((0, len(schema.item_slots)), np.int64), np.zeros((0, len(schema.item_slots)), np.bool_)
-    )
+    items = np.zeros((0, len(schema.item_slots)), np.int64), np.zeros((0, len(schema.item_slots)), np.bool_)
+    _crosses(schema, none, *items)
+    _resemblance(schema, none, items, np.zeros(0), np.zeros((0, 1), np.float32), 0)
 
 
 def encode(features: Features) -> bytes:

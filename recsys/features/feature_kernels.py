@@ -95,6 +95,52 @@ def crosses(columns: Any, past_keys: Any, past_mask: Any, spec: Any, keys: Any, 
 
 
 @compiled
+def _place_of(keys: Any, used: Any, key: Any) -> Any:
+    """Where an open-addressed set (a power of two of places) has a key, or has room for it."""
+    last = np.uint64(len(keys) - 1)
+    place = mix(np.uint64(key)) & last
+    while used[place] and keys[place] != key:
+        place = (place + np.uint64(1)) & last
+    return place
+
+
+@compiled
+def affinities(past: Any, weights: Any, items: Any, fields: Any, first: Any, numbers: Any) -> None:
+    """What a history says of items, into `numbers` [K, …] from column `first` on: whether the item is in it, and for each field the share
+    of the history, by its entries' weights [T], whose values the item has (the mean over its values).
+
+    past: keys and mask [T, H] of entries; items: those of items [K, I]; fields [F, 2]: first column and the one after the last.
+    """
+    past_keys, past_mask = past
+    item_keys, item_mask = items
+    size = 64
+    while size < 2 * past_keys.size:
+        size *= 2
+    keys, used, sums = np.zeros(size, np.int64), np.zeros(size, np.bool_), np.zeros(size)
+    total = weights.sum()
+    for field in range(-1, len(fields)):
+        used[:] = False
+        start, end = (0, 1) if field < 0 else (fields[field, 0], fields[field, 1])
+        for entry in range(len(past_keys)):
+            for column in range(start, end):
+                if field < 0 or past_mask[entry, column]:  # an entry's own key is its id, whatever the mask says
+                    place = _place_of(keys, used, past_keys[entry, column])
+                    if not used[place]:
+                        used[place], keys[place], sums[place] = True, past_keys[entry, column], 0.0
+                    sums[place] += weights[entry]
+        for item in range(len(item_keys)):
+            share, count, found = 0.0, 0, False
+            for column in range(start, end):
+                if field < 0 or item_mask[item, column]:
+                    count += 1
+                    place = _place_of(keys, used, item_keys[item, column])
+                    if used[place]:
+                        share, found = share + sums[place], True
+            value = np.float32(found) if field < 0 else np.float32(share / count / total) if found else np.float32(0)
+            numbers[item, first + field + 1] = value
+
+
+@compiled
 def keys_of(columns: Any, spec: Any, counter: Any, item: Any, room: Any) -> int:
     """Write the keys of one item in one counter to room[0]; how many: 0 where a slot has no value."""
     now, num = 0, 1

@@ -11,7 +11,7 @@ from recsys.features.build import Features, Signals, decode, encode, item_featur
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import cross, key_of, mix
-from recsys.types import Bool, HistoryEvent, Int64, Item
+from recsys.types import Bool, Float32, HistoryEvent, Int64, Item
 
 
 def event(item_id: str, time_ms: int) -> HistoryEvent:
@@ -90,6 +90,48 @@ def test_a_cross_pairs_any_two_fields_of_which_one_is_the_items() -> None:
         assert keys[mask].tolist() == expected
         assert not keys[~mask].any()
     assert features.cross_mask[1].sum() == 1 + 1 + 4 + 1 + 1  # of one tag, not two
+
+
+def resembling(schema: Schema, features: Features, decay: float) -> dict[str, Float32]:
+    """What a history says of items, a field at a time in NumPy."""
+    user, items = features.user, features.item_keys
+    weights = decay ** np.arange(len(user.history_keys))
+    found = {"in_history": np.isin(items[:, 0], user.history_keys[:, 0]).astype(np.float32)}
+    for name in ("category", "tags"):
+        where = schema.item_columns[name]
+        present, theirs, has = user.history_mask[:, where], items[:, where], features.item_mask[:, where]
+        keys, inverse = np.unique(user.history_keys[:, where][present], return_inverse=True)
+        each = np.bincount(inverse, np.broadcast_to(weights[:, None], present.shape)[present])
+        share = np.zeros(len(items))
+        if len(keys):
+            at = np.minimum(np.searchsorted(keys, theirs), len(keys) - 1)
+            sums = (each[at] * ((keys[at] == theirs) & has)).sum(1)
+            share = sums / np.maximum(has.sum(1), 1) / weights.sum()
+        found[f"affinity.{name}"] = share.astype(np.float32)
+    return found
+
+
+@given(
+    st.lists(st.integers(0, 8), max_size=60),
+    st.lists(st.integers(0, 6), min_size=1, max_size=9),
+    st.sampled_from([1.0, 0.8, 0.1]),
+    st.integers(0, 2**32 - 1),
+)
+def test_what_a_history_says_of_items_is_that_of_numpy_bit_by_bit(
+    past: list[int], shown: list[int], decay: float, seed: int
+) -> None:
+    rng, schema = np.random.default_rng(seed), Schema.of(Config())
+    catalogue = Catalogue(schema)
+    for number in range(7):  # the other items of the history are not known
+        tags = [f"t{n}" for n in rng.permutation(6)[: rng.integers(5)]]
+        given = {"tags": tags, "category": f"c{number % 3}"}
+        catalogue.apply(
+            Item(item_id=f"i{number}", attributes={n: v for n, v in given.items() if v and rng.random() < 0.8})
+        )
+    user = user_features(schema, catalogue, "u", tuple(event(f"i{n}", time) for time, n in enumerate(past)), {})
+    features = item_features(schema, catalogue, user, np.array(shown, np.int32), signals(schema, len(shown)), decay)
+    for name, expected in resembling(schema, features, decay).items():
+        np.testing.assert_array_equal(features.numbers[:, schema.numbers.index(name)], expected, name)
 
 
 def crossed(schema: Schema, features: Features) -> tuple[Int64, Bool]:
