@@ -91,7 +91,8 @@ class Spies:
         if spy is None:
             raise SystemExit("py-spy is not installed: pip install py-spy")
         self._running, self._seconds = running, seconds
-        self._members = {p: kind for kind, found in running.family.members().items() for p in found}
+        # The services themselves: a builder may end before py-spy has looked.
+        self._members = {found[0]: kind for kind, found in running.family.members().items()}
         self._before = {process: threads_s(process) for process in self._members}
         self._whole = {process: whole_s(process) for process in self._members}
         self._files = {process: folder / f"{process.pid}.txt" for process in self._members}
