@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,8 @@ from recsys.model.scoring import Scores
 from recsys.model.tower_scoring import Towers
 from recsys.model.weights import part
 from recsys.parameters.row_source import RowSource
+
+logger = logging.getLogger("recsys")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class DenseWeights:
 
     def __init__(self, config: Config, schema: Schema, rows: RowSource) -> None:
         self._config, self._schema, self._rows = config, schema, rows
+        if lacking := scoring.lacking(config):
+            logger.warning("requests are scored by torch, slower: the kernels have no %s", lacking)
         self.current = self._untrained()
         self._refreshing = threading.Lock()
 

@@ -109,8 +109,6 @@ class RankingService:
 
     def start(self) -> None:
         """Read the catalogue, restore the counters, then follow everything in threads."""
-        if lacking := scoring.lacking(self.config):
-            logger.warning("requests are scored by torch, slower: the kernels have no %s", lacking)
         try:
             self._items.load(accept_gap=self._accept_gap)
             items = Rest(self.log.watch(("item",)), self._stop)
@@ -139,7 +137,7 @@ class RankingService:
         self._loops.run("dense", self._follow_dense, self._idle.pause(0.2, lambda: not self.scorer.dense_version))
         self._loops.run("generations", self._building.turn, self._idle.pause(0.1, lambda: self._building.busy))
         if not self._stop.wait(COMPILE_AFTER_S):
-            _compile(by_kernels=not lacking)
+            _compile(by_kernels=not scoring.lacking(self.config))
 
     def restore(self) -> None:
         """What `start` reads, without its threads: whoever calls this calls `turn` and `save` from then on."""

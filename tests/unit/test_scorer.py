@@ -62,12 +62,15 @@ def test_the_light_stage_keeps_the_best_by_the_wide_part_and_scores_them_alike()
     np.testing.assert_allclose(some.predictions, everything[some.kept], rtol=1e-6)
 
 
-def test_a_network_that_the_kernels_do_not_know_is_scored_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_the_kernels_do_not_know_is_scored_by_torch_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     scoring.warm_up()
     expected = world()[1].recommend(Request(request_id="r", user_id="u", n=10), 1000)
     monkeypatch.setattr("recsys.model.packed.ACTIVATIONS", ("prelu",))
     _, pipeline, scorer, _ = world()
     assert isinstance(scorer.networks.current.scores, TorchScoring)
+    assert "scored by torch, slower: the kernels have no activation 'dice'" in caplog.text
     answer = pipeline.recommend(Request(request_id="r", user_id="u", n=10), 1000)
     assert [item.item_id for item in answer.items] == [item.item_id for item in expected.items]
     assert answer.items[0].score == pytest.approx(expected.items[0].score, rel=1e-5) and not answer.degraded
