@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         found: dict[float, list[float]] = {share: [] for share in (LEAST, 1.0)}
         for number in range(options.rounds):
             for share, each in found.items():
-                each.append(click_ms(log, share))
+                each.append(click_ms(log, options.clicks, share))
             say(f"round {number + 1}: { ({share: round(each[-1], 4) for share, each in found.items()}) }")
     counted, answered = median(found[LEAST]), median(found[1.0])
     report.add("replay_event_cpu", counted, "ms")
@@ -75,20 +75,20 @@ def write(folder: Path, clicks: int, seed: int) -> Path:
     return folder
 
 
-def click_ms(log: Path, share: float) -> float:
+def click_ms(log: Path, clicks: int, share: float) -> float:
     """CPU of a click of a replay that answers this share of the positions."""
-    command = [sys.executable, "-c", "from load_tests.replay import child; child()", str(log), str(share)]
+    command = [sys.executable, "-c", "from load_tests.replay import child; child()", str(log), str(clicks), str(share)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     return float(done.stdout.split()[-1])
 
 
 def child() -> None:
-    """Replay a log; print what CPU its clicks used, after the first tenth."""
-    log, share = sys.argv[1:]
+    """Replay a log; print what CPU a click used: its reading, and its replay after the first tenth."""
+    log, clicks, share = sys.argv[1:]
     torch.set_num_threads(1)
-    events = list(merged(log))
-    clicks = sum(kind == "feedback" for _, kind, _ in events)
-    first = len(events) - clicks + clicks // 10
+    before = time.process_time()
+    events = list(merged([Path(log)]))
+    reading_s, first = time.process_time() - before, ITEMS + int(clicks) // 10
     with tempfile.TemporaryDirectory() as folder:
         replay = Replay(parse({}), Options(sample=float(share)), Path(folder))
         for event in events[:first]:
@@ -97,7 +97,8 @@ def child() -> None:
         for event in events[first:]:
             replay.step(*event)
         replay.finish()
-        print(1000 * (time.process_time() - before) / (len(events) - first))
+        spent_s = time.process_time() - before
+    print(1000 * (reading_s / len(events) + spent_s / (len(events) - first)))
 
 
 if __name__ == "__main__":
