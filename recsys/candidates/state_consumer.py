@@ -227,7 +227,7 @@ class StateConsumer:
         if offset >= batch.count_from and not late:
             history = batch.histories.get(user_id)
             if history is None:
-                history = self._store.get(user_id).history
+                history = self._store.history(user_id)
             kept = self._meaning.enters_history(feedback.type)
             batch.histories[user_id] = _with(history, event) if kept else history
             batch.counts.append(lambda: self._sources.events.feedback(feedback, history, event, now_ms))

@@ -44,7 +44,7 @@ class ClickLog:
         """Answer first if this is a session's next click; then history, counters, joiner."""
         loop, event = self._loop, event_of(feedback, now_ms)
         loop.advance(now_ms)
-        history = loop.store.get(feedback.user_id).history
+        history = loop.store.history(feedback.user_id)
         counted = learned = feedback
         if feedback.request_id is None and feedback.type in self._types:
             if self._wanted(feedback, now_ms) and self._goes_on(event, history):

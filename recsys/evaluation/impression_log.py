@@ -63,7 +63,7 @@ class ImpressionLog:
     def feedback(self, feedback: Feedback, now_ms: int) -> None:
         """What happened to an impression's item, or elsewhere."""
         self._loop.advance(now_ms)
-        history = self._loop.store.get(feedback.user_id).history
+        history = self._loop.store.history(feedback.user_id)
         self._loop.feedback(feedback, feedback, event_of(feedback, now_ms), history)
 
     def _score_waiting(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from recsys.errors import StateUnavailable
-from recsys.types import UserState, UserUpdate
+from recsys.types import HistoryEvent, UserState, UserUpdate
 
 
 def check_after(found: Mapping[str, int], after: Mapping[str, int]) -> None:
@@ -41,6 +41,10 @@ class StateStore(Protocol):
 
     def get(self, user_id: str) -> UserState:
         """The user's state; an empty one for an unknown user. It contains at least the positions that `positions` gave last."""
+        ...
+
+    def history(self, user_id: str) -> tuple[HistoryEvent, ...]:
+        """That of `get`, without the rest being made."""
         ...
 
     def positions(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from recsys.state.merge import UserEntry
-from recsys.types import UserState
+from recsys.types import HistoryEvent, UserState
 
 
 class UserCache:
@@ -60,6 +60,12 @@ class UserCache:
         if found.state is None:  # two threads may both make it: the same
             found.state = found.entry.state()
         return found.state
+
+    def history(self, user_id: str) -> tuple[HistoryEvent, ...] | None:
+        """None: it is not here."""
+        with self._lock:
+            found = self._users.get(user_id)
+            return None if found is None else tuple(found.entry.history)
 
     def read(self, user_id: str, entry: UserEntry, changes: int) -> UserState:
         """Keep what was read from the store when there had been so many `changes`; nobody changes the entry any more."""

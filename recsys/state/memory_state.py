@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from recsys.state.base import check_after
 from recsys.state.merge import UserEntry
-from recsys.types import UserState, UserUpdate
+from recsys.types import HistoryEvent, UserState, UserUpdate
 
 _NOBODY = UserState()
 
@@ -40,6 +40,11 @@ class MemoryState:
         with self._lock:
             entry = self._users.get(user_id)
             return _NOBODY if entry is None else entry.state()
+
+    def history(self, user_id: str) -> tuple[HistoryEvent, ...]:
+        with self._lock:
+            entry = self._users.get(user_id)
+            return () if entry is None else tuple(entry.history)
 
     def positions(self) -> dict[str, int]:
         return dict(self._positions)

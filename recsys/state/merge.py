@@ -38,7 +38,7 @@ _STATE_BYTES, _EVENT_BYTES, _SEEN_BYTES, _HIDDEN_BYTES = 1000, 200, 200, 100
 class UserEntry:
     """History by time, then arrival, with the number of events of each type, seen items, oldest first, and items to leave out."""
 
-    __slots__ = ("_packed", "acted", "counts", "hidden", "history", "items_changed", "seen")
+    __slots__ = ("_lent", "_packed", "acted", "counts", "hidden", "history", "items_changed", "seen")
 
     def __init__(self, history: bytes | None = None, seen: bytes | None = None, items: bytes | None = None) -> None:
         """From what a store keeps; None: nothing."""
@@ -51,14 +51,25 @@ class UserEntry:
             self.counts[event.type] = self.counts.get(event.type, 0) + 1
         self.seen = unpack_seen(seen)
         self._packed = len(history or b""), len(seen or b""), len(items or b"")
+        self._lent = False
 
     def copy(self) -> UserEntry:
-        """Another one that can be changed alone, of which nothing must be stored yet."""
+        """Another one that can be changed alone, of which nothing must be stored yet. This one must not be changed any more: they share
+        what no update touches."""
         other: UserEntry = UserEntry.__new__(UserEntry)
-        other.history, other.counts, other.seen = self.history.copy(), self.counts.copy(), self.seen.copy()
-        other.acted, other.hidden, other.items_changed = self.acted.copy(), self.hidden.copy(), False
-        other._packed = self._packed
+        other.history, other.counts, other.seen = self.history, self.counts, self.seen
+        other.acted, other.hidden, other.items_changed = self.acted, self.hidden, False
+        other._packed, other._lent = self._packed, True
         return other
+
+    def _own(self, update: UserUpdate) -> None:
+        """Copy what an update may change of a copy; a copy is changed by several, each of which copies what it touches."""
+        if update.events:
+            self.history, self.counts = self.history.copy(), self.counts.copy()
+        if update.events or update.acted or update.hidden:
+            self.acted, self.hidden = self.acted.copy(), self.hidden.copy()
+        if update.seen:
+            self.seen = self.seen.copy()
 
     @property
     def empty(self) -> bool:
@@ -92,6 +103,8 @@ class UserEntry:
 
     def apply(self, update: UserUpdate, history_len: int, seen_len: int) -> None:
         """Add what an update says; see `StateStore.apply`."""
+        if self._lent:
+            self._own(update)
         if update.forget:
             self.history, self.counts, self.seen = [], {}, {}
             self.acted, self.hidden, self.items_changed = {}, {}, True

@@ -13,7 +13,7 @@ from recsys.errors import ConfigError, StateUnavailable, masked
 from recsys.state.base import check_after
 from recsys.state.cache import UserCache
 from recsys.state.merge import UserEntry
-from recsys.types import UserState, UserUpdate
+from recsys.types import HistoryEvent, UserState, UserUpdate
 
 _TIMEOUT_S = 0.5
 """A request is worth 200 ms: twice this and one lost reply holds a worker for a second, half of it trips on a fork of Redis."""
@@ -102,6 +102,10 @@ class RedisState:
         with self._mapped():
             entry = UserEntry(*self._client.mget(self._keys(user_id)))
         return self._cache.read(user_id, entry, changes)
+
+    def history(self, user_id: str) -> tuple[HistoryEvent, ...]:
+        known = self._cache.history(user_id)
+        return self.get(user_id).history if known is None else known
 
     def positions(self) -> dict[str, int]:
         with self._mapped():

@@ -13,7 +13,7 @@ from recsys.errors import StateUnavailable
 from recsys.state.base import check_after
 from recsys.state.cache import UserCache
 from recsys.state.merge import UserEntry
-from recsys.types import UserState, UserUpdate
+from recsys.types import HistoryEvent, UserState, UserUpdate
 
 # History and seen lie apart because a click changes 5 KB of one and an impression 10 KB of the other.
 _SCHEMA = """
@@ -182,6 +182,10 @@ class SqliteState:
         with self._read_lock, self._mapped():
             entry = UserEntry(*self._reading.execute(_GET, (user_id,)).fetchone())
         return self._cache.read(user_id, entry, changes)
+
+    def history(self, user_id: str) -> tuple[HistoryEvent, ...]:
+        known = self._cache.history(user_id)
+        return self.get(user_id).history if known is None else known
 
     def positions(self) -> dict[str, int]:
         with self._read_lock, self._mapped():

@@ -106,7 +106,7 @@ class TrainedWorld:
             number = str(self._clicks)
             feedback = Feedback(event_id=number, user_id=name, item_id=item_id, type="click", time_ms=self.now_ms)
             event = HistoryEvent(time_ms=self.now_ms, event_id=number, item_id=item_id, type="click")
-            self.sources.events.feedback(feedback, self._store.get(name).history, event, self.now_ms)
+            self.sources.events.feedback(feedback, self._store.history(name), event, self.now_ms)
             self._learner.feedback(feedback, self.now_ms)
             self._store.apply([UserUpdate(user_id=name, events=(event,))], {})
 

@@ -80,7 +80,7 @@ def click(user: str, *times: int) -> UserUpdate:
 
 def test_unknown_user_has_an_empty_state_and_a_new_store_no_positions(open_new: Open) -> None:
     store = open_new()
-    assert store.get("nobody") == UserState()
+    assert store.get("nobody") == UserState() and store.history("nobody") == ()
     assert store.positions() == {}
 
 
@@ -89,7 +89,8 @@ def test_history_keeps_the_newest_of_each_type_in_time_order(open_new: Open) -> 
     for t in (9, 3, 7, 1, 8, 2, 6):
         store.apply([click("u", t)], {})
     store.apply([UserUpdate(user_id="u", events=(event(5, "like", "like"),))], {})
-    history = store.get("u").history
+    history = store.history("u")
+    assert store.get("u").history == history
     assert [e.time_ms for e in history if e.type == "click"] == [3, 6, 7, 8, 9]
     assert [e.time_ms for e in history] == [3, 5, 6, 7, 8, 9]
 

@@ -196,3 +196,32 @@ def test_readers_beside_the_writer_never_go_back(path: Path) -> None:
         reader.join()
     assert not went_back
     store.close()
+
+
+@given(st.lists(st.integers(0, 2**6 - 1), min_size=1, max_size=8))
+def test_a_copy_that_is_changed_leaves_the_entry_as_it_was(steps: list[int]) -> None:
+    """They share what no update touched."""
+
+    def update(number: int, bits: int) -> UserUpdate:
+        event = HistoryEvent(
+            time_ms=number, event_id=f"e{number}", item_id=f"i{number % 3}", type="click", arrival=number
+        )
+        return UserUpdate(
+            user_id="u",
+            events=(event,) if bits & 1 else (),
+            acted=(event,) if bits & 2 else (),
+            hidden=(f"i{number}",) if bits & 4 else (),
+            seen=(f"i{number}", "a") if bits & 8 else (),
+            seen_ms=number * 1000,
+            forget=bits & 48 == 48,
+        )
+
+    plain, entry = UserEntry(), UserEntry()
+    for number, bits in enumerate(steps):
+        before = entry.state()
+        changed = entry.copy()
+        for twice in range(2):
+            changed.apply(update(2 * number + twice, bits), 2, 3)
+            plain.apply(update(2 * number + twice, bits), 2, 3)
+        assert entry.state() == before and changed.state() == plain.state()
+        entry = changed
