@@ -6,7 +6,7 @@ A key is an int64 everywhere (numpy, torch, files, wire); only the functions bel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +34,10 @@ def key_of(public_id: str) -> int:
             return number
     digest = hashlib.blake2b(public_id.encode("utf-8", "surrogatepass"), digest_size=8, key=_HASH_KEY).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+key_of_once: Callable[[str], int] = key_of.__wrapped__
+"""The same of an id that hardly comes again, such as a request's: it is not remembered."""
 
 
 def mix(keys: Int64 | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -19,7 +19,7 @@ from recsys.candidates.waiting_counts import Count
 from recsys.capacity import bound_bytes
 from recsys.events.recent import recent_limit
 from recsys.events.seen_ids import Kind, SeenIds
-from recsys.keys import key_of
+from recsys.keys import key_of, key_of_once
 from recsys.types import Feedback, HistoryEvent, Impression
 
 _NO_ROW = -2
@@ -67,11 +67,11 @@ class Events:
                 metrics.NOT_COUNTED.labels("user_limit").inc()
                 return True
             before = self.sessions.before(history, event) if counted else None
-            count = Count(now_ms, weight, counting.positives(feedback, now_ms), self.contexts.of(feedback))
-            if count.values and self.contexts.wait(feedback, count):
-                count = count._replace(values=())
-            others = counting.others(feedback, bool(before))
-            self.items.count(feedback.item_id, count._replace(values=[*count.values, *others], before=before))
+            values, shared = counting.positives(feedback, now_ms), self.contexts.of(feedback)
+            if values and self.contexts.wait(feedback, Count(now_ms, weight, values, shared)):
+                values = []
+            values += counting.others(feedback, bool(before))
+            self.items.count(feedback.item_id, Count(now_ms, weight, values, shared, before))
             if counted:
                 self.quotas.acted(self.contexts.acted(feedback), now_ms)
         return True
@@ -80,7 +80,7 @@ class Events:
         """How much of a count this feedback is; 0 where its user had their say on the item."""
         item_id, new = feedback.item_id, is_newcomer(history, feedback.item_id)
         most = 1 if new else self._config.feedback.user_limit
-        if not self._acted.admit(key_of(f"{feedback.user_id}\n{item_id}"), most, now_ms):
+        if not self._acted.admit(key_of_once(f"{feedback.user_id}\n{item_id}"), most, now_ms):
             return 0.0
         return NEWCOMER if new else 1.0
 

@@ -26,9 +26,9 @@ class Sessions:
     def before(self, history: Sequence[HistoryEvent], event: HistoryEvent) -> list[str]:
         """Items of the same session's earlier counted events, newest first, without the event's own item."""
         item_ids: list[str] = []
-        last_ms = event.time_ms
+        last_ms, place = event.time_ms, event.place
         for past in reversed(history):
-            if past.place >= event.place:
+            if past.place >= place:
                 continue
             if event.session_id is not None and past.session_id is not None:
                 if past.session_id != event.session_id:

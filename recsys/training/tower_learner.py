@@ -15,7 +15,7 @@ from recsys.events.seen_ids import Kind, SeenIds
 from recsys.features.build import Index, history_columns, shared_columns
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
-from recsys.keys import key_of
+from recsys.keys import key_of, key_of_once
 from recsys.model import gather, networks
 from recsys.model.frequency import Frequency
 from recsys.model.learning_towers import TowerBatch, TowersLearning
@@ -61,7 +61,7 @@ class TowerLearner:
     def impression(self, message: Impression) -> None:
         """Keep what was shown, as long as it is not acted upon, and the request's context."""
         user = self._users.of(key_of(message.user_id))
-        user.request = key_of(message.request_id)
+        user.request = key_of_once(message.request_id)
         shared_keys, shared_mask = shared_columns(self._schema, message.user_id, message.context)
         user.shared_keys, user.shared_mask = array("q", shared_keys.tobytes()), shared_mask.tobytes()
         if self._hard and message.activation != "deferred":
@@ -92,7 +92,7 @@ class TowerLearner:
 
     def _positive(self, message: Feedback, user: TowerUser, row: int) -> Positive | None:
         """None: nothing is known of the user, neither past nor context."""
-        if not message.context and message.request_id is not None and key_of(message.request_id) == user.request:
+        if not message.context and message.request_id is not None and key_of_once(message.request_id) == user.request:
             shared_keys, shared_mask = user.shared()
         else:
             shared_keys, shared_mask = shared_columns(self._schema, message.user_id, message.context or {})
