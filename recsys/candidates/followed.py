@@ -6,7 +6,7 @@ import numpy as np
 
 from recsys.candidates.base import Asked, Counted, Listing, Parts, Reason, Source
 from recsys.features.build import UserFeatures
-from recsys.retrieval.shared_attributes import Followed
+from recsys.retrieval.shared_attributes import Followed, warm_up
 from recsys.types import Float32, Int32, Int64
 
 _NEWEST = 10
@@ -25,6 +25,7 @@ class FollowedSource(Source):
         fields = parts.schema.item_fields[1 : parts.schema.num_history_fields]
         self._columns = [parts.catalogue.columns(name) for name, _ in fields]
         self.index = Followed()
+        warm_up()
 
     def candidates(self, asked: Asked, quota: int) -> Listing:
         if asked.user is None:
@@ -34,10 +35,13 @@ class FollowedSource(Source):
     def _weights(self, user: UserFeatures) -> list[tuple[int, int, float]]:
         """(attribute, key, weight) of the newest history events, recent ones heavier."""
         weights: dict[tuple[int, int], float] = {}
-        for age, (keys, mask) in enumerate(zip(user.history_keys[:_NEWEST], user.history_mask[:_NEWEST], strict=True)):
+        newest = zip(user.history_keys[:_NEWEST].tolist(), user.history_mask[:_NEWEST].tolist(), strict=True)
+        for age, (keys, mask) in enumerate(newest):
+            share = self._decay**age
             for attribute, where in enumerate(self._columns):
-                for key in keys[where][mask[where]].tolist():
-                    weights[attribute, key] = weights.get((attribute, key), 0.0) + self._decay**age
+                for key, present in zip(keys[where], mask[where], strict=True):
+                    if present:
+                        weights[attribute, key] = weights.get((attribute, key), 0.0) + share
         return [(attribute, key, weight) for (attribute, key), weight in weights.items()]
 
     def reason(self, asked: Asked) -> Reason:

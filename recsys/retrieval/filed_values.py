@@ -23,13 +23,21 @@ Ranked: TypeAlias = tuple[Int32, npt.NDArray[np.float64]]
 class Value:
     """One attribute value: its items by popularity (the last 200 to 400 noted) and by age, newest first."""
 
-    __slots__ = ("cut", "deep", "deep_at", "gone", "name", "newest", "noted", "number", "popular", "ranked", "size")
+    __slots__ = (
+        *("added", "cut", "deep", "deep_at", "gone", "name", "newest", "noted"),
+        *("number", "order", "popular", "populars", "ranked", "size"),
+    )
 
     def __init__(self, name: tuple[int, int], number: int) -> None:
         self.name, self.number = name, number
         self.popular: dict[int, None] = {}
         self.newest: deque[int] = deque(maxlen=NEWEST)
-        self.ranked: Ranked | None = None
+        self.ranked: Int32 | None = None
+        """Its popular items in order, `populars` of them, and then the newest of the others; None since one came or left."""
+        self.populars = 0
+        self.order: Int32 | None = None
+        """Its popular items as they were ranked, without those that were `added` since; None since one left."""
+        self.added: list[int] = []
         self.gone = 0
         """Popular items that left since the last time that all items were looked at."""
         self.cut = False
@@ -76,8 +84,8 @@ class FiledValues:
         """What `row` is filed under."""
         if row >= len(self._filed):
             return []
-        found = (self._numbered[number] for number in self._filed[row].tolist())
-        return [value for value in found if value is not None]
+        numbered = self._numbered
+        return [value for number in self._filed[row].tolist() if (value := numbered[number]) is not None]
 
     def file(self, row: int, values: Sequence[Value]) -> None:
         """File `row` under these alone."""
@@ -110,6 +118,11 @@ class FiledValues:
         for value in self._values.values():
             yield value, every[order[ends[value.number - 1] : ends[value.number]]]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that there is room for."""
+        return len(self._filed)
+
     def every_row(self) -> Int32:
         """All rows that there is room for."""
         return np.arange(len(self._filed), dtype=np.int32)
@@ -124,7 +137,8 @@ class Popularity:
     """Decayed sums of notes by row. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros(1024)
+        self.sums = np.zeros(1024)
+        """By row, in units of the decay; rows beyond its end have none."""
         self._decay = ForwardDecay(_HALF_LIFE_NOTES / 1000)  # its clock counts notes
         self.notes = 0
 
@@ -132,26 +146,22 @@ class Popularity:
         """Add to what a row has."""
         self.notes += 1
         if (factor := self._decay.rescale(self.notes)) is not None:
-            self._sums *= factor
-        if row >= len(self._sums):
-            grown = np.zeros(max(row + 1, 2 * len(self._sums)))
-            grown[: len(self._sums)] = self._sums
-            self._sums = grown
-        self._sums[row] += amount * self._decay.weight(self.notes)
+            self.sums *= factor
+        if row >= len(self.sums):
+            grown = np.zeros(max(row + 1, 2 * len(self.sums)))
+            grown[: len(self.sums)] = self.sums
+            self.sums = grown
+        self.sums[row] += amount * self._decay.weight(self.notes)
 
     def has(self, row: int) -> bool:
         """Whether a row was ever noted."""
-        return row < len(self._sums) and bool(self._sums[row])
+        return row < len(self.sums) and bool(self.sums[row])
 
     def of(self, rows: Int32) -> npt.NDArray[np.float64]:
         """What rows have [n]."""
-        known = rows < len(self._sums)
-        return np.where(known, self._sums[np.where(known, rows, 0)], 0.0)
-
-    def ordered(self, rows: Int32) -> Int32:
-        """Noted rows, the most popular first, ties by row."""
-        return rows[np.lexsort((rows, -self._sums[rows]))]
+        known = rows < len(self.sums)
+        return np.where(known, self.sums[np.where(known, rows, 0)], 0.0)
 
     def forget(self, rows: Int32) -> None:
         """Take away what these have."""
-        self._sums[rows[rows < len(self._sums)]] = 0.0
+        self.sums[rows[rows < len(self.sums)]] = 0.0

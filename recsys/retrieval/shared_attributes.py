@@ -9,14 +9,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from recsys.retrieval import attribute_kernels as kernels
 from recsys.retrieval.filed_values import NEWEST, FiledValues, Popularity, Ranked, Value
-from recsys.retrieval.select import among, best, largest, tally
+from recsys.retrieval.select import NO_ROWS, among, best, best_first, largest, tally
 from recsys.types import Bool, Float32, Int32, Int64
 
 _POPULAR = 200
 """Items kept of a value by popularity: half hides good ones of broad values, double costs query time and memory."""
-_NEWEST_EVERY = 4
-"""Every fourth place of a value belongs to its newest items, so that new ones get a chance beside popular ones."""
 _SORTED_ANEW = 50
 """A value is sorted anew once a fiftieth of its items was noted: sorting after each note took a millisecond of each request."""
 
@@ -28,6 +27,7 @@ _DEEP_EVERY = 20_000
 
 _BEHIND = np.int64(2**32)
 """Behind every row."""
+_EVERY = np.zeros(0, np.bool_)
 
 
 class Followed:
@@ -41,6 +41,8 @@ class Followed:
     def __init__(self) -> None:
         self._filed, self._popularity = FiledValues(), Popularity()
         self._changes = 0
+        self._room = np.zeros(0, np.uint8), np.zeros(0)
+        """Zeros for every row, for a query to add in."""
         self._lock = threading.Lock()
 
     def upsert(self, row: int, keys: Sequence[Iterable[int]]) -> None:
@@ -90,6 +92,7 @@ class Followed:
         value.ranked = None
         value.gone += row in value.popular
         value.popular.pop(row, None)
+        value.order = None
         if row in value.newest:
             value.newest.remove(row)
         if not value.size:
@@ -103,7 +106,7 @@ class Followed:
         noted = rows[self._popular_first(rows)][:_POPULAR]
         value.popular = dict.fromkeys(noted[self._popularity.of(noted) > 0].tolist())
         value.newest = deque([*dict.fromkeys([*value.newest, *rows[::-1].tolist()])][:NEWEST], maxlen=NEWEST)
-        value.ranked, value.gone = None, 0
+        value.ranked, value.order, value.gone = None, None, 0
         value.cut = value.size > len({*value.popular, *value.newest})
 
     def _popular_first(self, rows: Int32) -> npt.NDArray[np.intp]:
@@ -117,31 +120,35 @@ class Followed:
                 self._note(value, row)
 
     def _note(self, value: Value, row: int) -> None:
-        value.popular[row] = None
         value.noted += 1
+        if row in value.popular:
+            return
+        value.popular[row] = None
+        value.added.append(row)
         if len(value.popular) > 2 * _POPULAR:
-            value.cut = True
+            value.cut, value.order = True, None
             value.popular = dict.fromkeys(self._by_popularity(value)[:_POPULAR].tolist())
 
     def _by_popularity(self, value: Value) -> Int32:
         rows = np.fromiter(value.popular, np.int32, len(value.popular))
-        return self._popularity.ordered(rows)
+        kernels.popular_first(rows, self._popularity.sums)
+        return rows
 
-    def _ranked(self, value: Value) -> Ranked:
-        """The value's rows and what each place is worth: popular ones in order, every fourth place one of the newest."""
+    def _ranked(self, value: Value) -> Int32:
+        """The value's list: its popular items in order, and then the newest of the others."""
         if value.ranked is None or value.noted * _SORTED_ANEW > len(value.popular):
-            value.noted = 0
-            popular = self._by_popularity(value)
-            newest = [row for row in value.newest if row not in value.popular]
-            places = np.arange(len(popular))
-            places += places // (_NEWEST_EVERY - 1)
-            new_places = np.arange(1, len(newest) + 1) * _NEWEST_EVERY - 1
-            rows = np.concatenate([popular, np.array(newest, np.int32)])
-            value.ranked = rows, 1.0 / np.sqrt(1.0 + np.concatenate([places, new_places]))
+            if (popular := value.order) is None:
+                popular = self._by_popularity(value)
+            elif value.added:
+                popular = np.concatenate([popular, np.array(value.added, np.int32)])
+            newest = np.fromiter(value.newest, np.int32, len(value.newest))
+            value.ranked = kernels.ranked(popular, self._popularity.sums, newest)
+            value.noted, value.populars, value.added = 0, len(popular), []
+            value.order = value.ranked[: len(popular)]
         return value.ranked
 
     def _deeper(self, value: Value, allowed: Bool | None) -> Ranked:
-        """Like `_ranked`, of what is allowed where that is little, else of the value's most popular."""
+        """A value's rows in order and what each place is worth: of what is allowed where that is little, else of its most popular."""
         if allowed is not None and np.count_nonzero(allowed) <= _DEEP:
             rows = self._filed.under(value, np.flatnonzero(allowed).astype(np.int32))
             rows = rows[self._popular_first(rows)]
@@ -165,19 +172,36 @@ class Followed:
         A row's score is Σ weight / √place over the values it has: heavy values give most, none takes everything, and who has
         several of them leads.
         """
+        missing = NO_ROWS if left_out is None else left_out
         with self._lock:
             values = [(value, weight) for a, key, weight in keys if (value := self._filed.get((a, key)))]
-            rows, scores = _blend([(*self._ranked(value), weight) for value, weight in values])
-            known, kept = len(rows), among(rows, allowed, left_out)
-            rows, scores = rows[kept], scores[kept]
-            order: Int32 | Int64 = rows
+            rows, scores, known = self._at_hand(values, allowed, missing)
             if len(rows) < min(k, known) and any(value.cut for value, _ in values):
                 more, theirs = _blend([(*self._deeper(value, allowed), weight) for value, weight in values])
                 new = among(np.where(np.isin(more, rows), -1, more), allowed, left_out)
                 order = np.concatenate([rows, more[new] + _BEHIND])  # of equals those at hand come first
                 rows, scores = np.concatenate([rows, more[new]]), np.concatenate([scores, theirs[new]])
-        first = best(order, scores, k)
-        return rows[first], scores[first].astype(np.float32)
+                first = best(order, scores, k)
+                return rows[first], scores[first].astype(np.float32)
+        count = best_first(rows, scores, k)
+        return rows[:count], scores[:count].astype(np.float32)
+
+    def _at_hand(
+        self, values: Sequence[tuple[Value, float]], allowed: Bool | None, missing: Int32
+    ) -> tuple[Int32, npt.NDArray[np.float64], int]:
+        """What the values' lists say of their rows, of those that may be shown; and how many rows they have."""
+        if len(self._room[0]) < self._filed.num_rows:
+            self._room = np.zeros(self._filed.num_rows, np.uint8), np.zeros(self._filed.num_rows)
+        lists = [self._ranked(value) for value, _ in values]
+        sizes = np.array(
+            [(len(rows), value.populars) for rows, (value, _) in zip(lists, values, strict=True)], np.int64
+        )
+        weights = np.array([weight for _, weight in values], np.float64)
+        mask, rows = _EVERY if allowed is None else allowed, np.concatenate([NO_ROWS, *lists])
+        found: tuple[Int32, npt.NDArray[np.float64], int] = kernels.blended(
+            (rows, sizes.reshape(-1, 2)), weights, self._room, mask, allowed is not None, missing
+        )
+        return found
 
 
 def _blend(found: Sequence[tuple[Int32, npt.NDArray[np.float64], float]]) -> Ranked:
@@ -185,3 +209,13 @@ def _blend(found: Sequence[tuple[Int32, npt.NDArray[np.float64], float]]) -> Ran
     if not found:
         return np.zeros(0, np.int32), np.zeros(0)
     return tally(np.concatenate([rows for rows, _, _ in found]), np.concatenate([weight * w for _, w, weight in found]))
+
+
+def warm_up() -> None:
+    """Compile, or load from the cache: not in the first request."""
+    some = Followed()
+    for row in (0, 1):
+        some.upsert(row, [[0]])
+    some.note(0)
+    some.query([(0, 0, 1.0)], 1)
+    kernels.popular_first(np.zeros(1, np.int32), np.zeros(1))

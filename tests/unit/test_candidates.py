@@ -22,7 +22,8 @@ from recsys.features.schema import Schema
 from recsys.ranking.pipeline import Pipeline
 from recsys.ranking.request import Request
 from recsys.ranking.scorer import Scorer
-from recsys.retrieval.select import NO_ROWS, among, best, looked_up, tally
+from recsys.retrieval.filed_values import Value
+from recsys.retrieval.select import among, best, looked_up, tally
 from recsys.retrieval.shared_attributes import Followed
 from recsys.state.memory_state import MemoryState
 from recsys.testing.world import World
@@ -182,27 +183,38 @@ def test_sums_by_row_and_the_best_of_them_are_the_plain_ones(pairs: list[tuple[i
     assert looked_up(found, totals, wanted).tolist() == [plain.get(row, 0.0) for row in wanted.tolist()]
 
 
-def plain_followed(followed: Followed, keys: list[tuple[int, int, float]], k: int, left_out: Int32) -> Listing:
-    """`Followed.query` by numpy's unique and bincount; nothing is cut, so that what is at hand is all there is."""
-    found = [(followed._ranked(value), w) for a, key, w in keys if (value := followed._filed.get((a, key)))]
-    if not found:
-        return NO_ROWS, np.zeros(0, np.float32)
-    rows, where = np.unique(np.concatenate([rows for (rows, _), _ in found]), return_inverse=True)
-    scores = np.bincount(where, np.concatenate([weight * worth for (_, worth), weight in found]))
-    kept = ~np.isin(rows, left_out)
-    rows, scores = rows[kept], scores[kept]
-    first = np.argsort(-scores, kind="stable")[:k]
-    return rows[first].astype(np.int32), scores[first].astype(np.float32)
+def plain_list(followed: Followed, value: Value) -> dict[int, float]:
+    """What a value's rows are worth to it: the popular ones in order, every fourth place one of the newest of the others."""
+    sums = followed._popularity.sums
+    popular = sorted(value.popular, key=lambda row: (-sums[row], row))
+    newest = [row for row in value.newest if row not in value.popular]
+    places = {row: place + place // 3 for place, row in enumerate(popular)}
+    places |= {row: 4 * place + 3 for place, row in enumerate(newest)}
+    return {row: 1.0 / float(np.sqrt(1.0 + place)) for row, place in places.items()}
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**31), st.integers(0, 40), LEFT_OUT)
-def test_followed_is_the_plain_blend_bit_by_bit(seed: int, k: int, left_out: Int32) -> None:
+@given(st.integers(0, 2**31), st.integers(0, 40), st.none() | MASKS, LEFT_OUT)
+def test_followed_is_the_plain_blend_bit_by_bit(seed: int, k: int, allowed: Bool | None, left_out: Int32) -> None:
     rng, followed = np.random.default_rng(seed), Followed()
+    lists: dict[tuple[int, int], dict[int, float]] = {}
     for row in range(NUM):
         followed.upsert(row, [rng.integers(3, size=1).tolist(), rng.integers(5, size=2).tolist()])
-    for row in rng.integers(NUM, size=40).tolist():
-        followed.note(row, float(rng.integers(1, 3)))
-    keys = [(int(rng.integers(2)), int(rng.integers(5)), 0.8 ** int(rng.integers(4))) for _ in range(6)]
-    ours, plain = followed.query(keys, k, None, left_out), plain_followed(followed, keys, k, left_out)
-    assert [one.tolist() for one in ours] == [one.tolist() for one in plain]
+    for turn in range(6):
+        for row in rng.integers(NUM, size=5 + 10 * (turn % 2)).tolist():
+            followed.note(row, float(rng.integers(1, 3)))
+        followed.delete(int(rng.integers(NUM)))
+        names = dict.fromkeys((int(a), int(key)) for a, key in rng.integers((2, 5), size=(6, 2)))
+        plain: dict[int, float] = {}
+        keys = [(a, key, 0.8**age) for age, (a, key) in enumerate(names)]
+        for a, key, weight in keys:
+            if value := followed._filed.get((a, key)):
+                if value.ranked is None or value.noted * 50 > len(value.popular):
+                    lists[a, key] = plain_list(followed, value)
+                for row, worth in lists[a, key].items():
+                    plain[row] = plain.get(row, 0.0) + weight * worth
+        shown = set(np.flatnonzero(allowed).tolist() if allowed is not None else range(NUM)) - set(left_out.tolist())
+        order = sorted(plain.keys() & shown, key=lambda row: (-plain[row], row))[:k]
+        rows, scores = followed.query(keys, k, allowed, left_out)
+        assert rows.tolist() == order
+        assert scores.tolist() == [float(np.float32(plain[row])) for row in order]
