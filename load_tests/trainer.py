@@ -104,7 +104,7 @@ def joined(report: Report, settings: Config, rng: np.random.Generator, turns: in
             if turn >= turns // 4:
                 rates.append(len(records) / (time.process_time() - started))
             assert emitted == (REQUESTS * ends(settings) if turn else 0)
-        joiner.close_files()
+        joiner.spill.close()
     report.add("joiner_records_per_s", median(rates), "records/s", "higher")
 
 

@@ -16,7 +16,6 @@ from tests.documents import DOCUMENTS, ROOT, options
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 7
 MAX_CLASS_LINES, MAX_METHODS = 200, 15
 LARGE_CLASSES = {
-    "recsys/training/joiner.py:Joiner",
     "recsys/training/runner.py:Runner",
     "recsys/training/trainer.py:Trainer",
 }

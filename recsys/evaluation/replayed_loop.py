@@ -161,7 +161,7 @@ class Loop:
         report = StepReport()
         self.trainer.train(report, now_ms)
         self._untrained = 0
-        self.trainer.joiner.sweep_spill(())
+        self.trainer.joiner.spill.sweep(())
         for emission in report.emissions:
             self.on_labels(emission)
         self.copy.learned(now_ms - 1)

@@ -127,7 +127,7 @@ class Checkpoints:
         """Delete what neither of the two checkpoints needs, nor an older one that is kept, nor what is in memory now."""
         self._journal.cut(self._before.step + 1)
         if (spilled := self.files.sweep()) is not None:
-            self.trainer.joiner.sweep_spill(spilled)
+            self.trainer.joiner.spill.sweep(spilled)
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)

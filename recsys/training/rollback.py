@@ -72,7 +72,7 @@ def stand(trainer: Trainer, intake: Intake, saved: Mapping[str, int], logs: Mapp
     if not skip:
         return
     trainer.breaker.close()
-    trainer.ledger.lost(trainer.joiner.waiting(), ledger.UNLEARNED)
+    trainer.ledger.lost(trainer.joiner.emitter.waiting(), ledger.UNLEARNED)
     trainer.joiner.drop_all()
     for key, end in intake.ends().items():
         if not key.startswith("item/"):

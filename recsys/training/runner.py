@@ -270,7 +270,7 @@ class Runner:
         self._send_letters()
         polled = self.intake.poll({} if resume else until)
         now_ms = log_time(self.trainer.covers_ms, polled)
-        moved = polled.records or resume or now_ms < self.trainer.covers_ms or self.trainer.joiner.due(now_ms)
+        moved = polled.records or resume or now_ms < self.trainer.covers_ms or self.trainer.joiner.emitter.due(now_ms)
         if not moved and not (learn and self.trainer.breaker.skipping):
             self.intake.passed(polled.ends)  # behind what is no record: nothing to run again
             return False

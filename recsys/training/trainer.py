@@ -99,7 +99,7 @@ class Trainer:
             self.breaker.resume(entry.resume)
         elif entry.learn and self.breaker.skipping:  # all of that is read: what it opened is left out, too
             self.breaker.close()
-            self.ledger.lost(self.joiner.waiting(), ledger.UNLEARNED)
+            self.ledger.lost(self.joiner.emitter.waiting(), ledger.UNLEARNED)
             self.joiner.drop_all()
         if entry.now_ms < self.covers_ms:
             self._set_back(entry.now_ms)
@@ -109,15 +109,15 @@ class Trainer:
         for unit, reason in entry.without.items():
             if not unit.startswith(REQUEST):
                 continue
-            self.ledger.lost(self.joiner.waiting([unit.removeprefix(REQUEST)]))
+            self.ledger.lost(self.joiner.emitter.waiting([unit.removeprefix(REQUEST)]))
             if (dropped := self.joiner.drop(unit.removeprefix(REQUEST))) is not None:
                 report.dead_letters.append(DeadLetter(record=dropped, reason=reason, kind="failed"))
         self.train(report, entry.now_ms, entry.learn)
 
     def units(self, records: Sequence[Record], now_ms: int) -> list[str]:
         """All that a step of these records is made of, and that can be left out of it."""
-        due = self.joiner.due_requests(now_ms)
-        held = self.joiner.held_requests()
+        due = self.joiner.emitter.due_requests(now_ms)
+        held = self.joiner.held.requests()
         return [
             *map(place_of, records),
             *(REQUEST + name for name in due),
@@ -128,7 +128,7 @@ class Trainer:
 
     def _leave_out(self, unit: str, reason: str, report: StepReport) -> None:
         if unit.startswith(HELD):
-            letters = self.joiner.let_go(unit.removeprefix(HELD))
+            letters = self.joiner.held.let_go(unit.removeprefix(HELD))
             self.ledger.settled[ledger.DEAD] += len(letters)
             report.dead_letters += [DeadLetter(record=r, reason=reason, kind="failed") for r in letters]
         elif unit == POSITIVES and self.towers:
@@ -164,14 +164,14 @@ class Trainer:
 
     def train(self, report: StepReport, now_ms: int, learn: bool = True) -> None:
         """The second half of a step: labels that are final at `now_ms`, then what is due by step number."""
-        with blaming(lambda: [REQUEST + self.joiner.closing] if self.joiner.closing else []):
+        with blaming(lambda: [REQUEST + closing] if (closing := self.joiner.emitter.closing) else []):
             report.emissions = list(self.joiner.close(now_ms))
         for emission in report.emissions:
             self.ledger.final(emission.labels, emission.final, emission.shown, learned=learn)
-        for outcome in self.joiner.take_settled():
+        for outcome in self.joiner.held.take_settled():
             report.count(outcome)
             self.ledger.settled[outcome] += 1
-        for feedback in self.joiner.take_never():
+        for feedback in self.joiner.held.take_never():
             if self.bandit:
                 self.bandit.never(feedback)
         report.learned = learn
@@ -236,7 +236,7 @@ class Trainer:
         if self.seen.too_late(Kind.REQUEST, impression.time_ms, now_ms):
             report.count("impression_too_late")
             return "impression_too_late"
-        held = [HELD + impression.request_id] if self.joiner.holds(impression.request_id) else []
+        held = [HELD + impression.request_id] if impression.request_id in self.joiner.held else []
         with blaming(lambda: held):
             outcome = self.joiner.impression(impression, now_ms)
         report.count("impression_" + outcome)
@@ -325,7 +325,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close its files; it is not used again."""
-        self.joiner.close_files()
+        self.joiner.spill.close()
 
     def small_state(self) -> dict[str, Any]:
         """Everything beside tables, networks, bandit and catalogue, as JSON-able values."""
@@ -338,7 +338,7 @@ class Trainer:
             **({"earlier": list(self.earlier)} if self.earlier else {}),
             "joiner": self.joiner.state(),
             "ledger": self.ledger.state(),
-            "waiting": {"labels": self.joiner.waiting(), "held": self.joiner.num_held},
+            "waiting": {"labels": self.joiner.emitter.waiting(), "held": len(self.joiner.held)},
             "towers": self.towers.state() if self.towers else None,
         }
 
@@ -357,6 +357,6 @@ class Trainer:
         if "ledger" in state:
             self.ledger.restore(state["ledger"])
         else:  # of before there was one
-            self.ledger.begin(self.joiner.waiting(), self.joiner.num_held)
+            self.ledger.begin(self.joiner.emitter.waiting(), len(self.joiner.held))
         if self.towers and state["towers"]:
             self.towers.restore(state["towers"])

@@ -238,7 +238,7 @@ class Loop:
     def _rest_s(self) -> float:
         """How long to wait for the next record: less where a label will be final meanwhile."""
         soon_ms = self._clock.now_ms() + int(NET_S * 1000)
-        return SLOWEST_S if self._runner.trainer.joiner.due(soon_ms) else NET_S
+        return SLOWEST_S if self._runner.trainer.joiner.emitter.due(soon_ms) else NET_S
 
     @property
     def _read(self) -> int:

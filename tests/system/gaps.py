@@ -39,7 +39,7 @@ _TRAINER = (
     Gap("journal: line not written", "trainer", ("recsys.training.journal:Journal.append",), "before"),
     _seam("journaled", "journal"),
     Gap("step: features spilled", "trainer", ("recsys.training.spill:Spill.append",), "after"),
-    Gap("step: first label closed", "trainer", ("recsys.training.joiner:Joiner._emission",), "after"),
+    Gap("step: first label closed", "trainer", ("recsys.training.emitter:Emitter._emission",), "after"),
     Gap(
         "step: between two batches",
         "trainer",

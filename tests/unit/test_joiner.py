@@ -54,7 +54,7 @@ def test_tasks_close_with_their_windows_and_have_disjoint_masks(tmp_path: Path) 
     assert second.labels[:, 1].tolist() == [True, False]
     assert all((e.mask == e.final).all() for e in (first, second))
     assert len(joiner) == 0
-    assert not joiner.due(10**9)
+    assert not joiner.emitter.due(10**9)
 
 
 def test_late_early_duplicate_and_foreign_feedback_are_told_apart(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_late_early_duplicate_and_foreign_feedback_are_told_apart(tmp_path: Path
     assert joiner.feedback(feedback("r"), 500) == "early"
     assert joiner.feedback(feedback("never"), 500) == "early"
     joiner.impression(impression("r"), 1000)
-    assert joiner.take_settled() == ["joined"]
+    assert joiner.held.take_settled() == ["joined"]
     assert joiner.impression(impression("r"), 1100) == "duplicate"
     assert joiner.feedback(feedback("r"), 1200) == "duplicate"
     assert joiner.feedback(feedback("r", "elsewhere"), 1200) == "unknown_item"
@@ -71,7 +71,7 @@ def test_late_early_duplicate_and_foreign_feedback_are_told_apart(tmp_path: Path
     (emission,) = joiner.close(11_001)
     assert emission.labels[:, 0].tolist() == [True, False]
     list(joiner.close(70_000))
-    assert joiner.take_settled() == ["no_impression"]
+    assert joiner.held.take_settled() == ["no_impression"]
     assert joiner.feedback(feedback("r"), 70_000) == "too_late"
 
 
@@ -82,7 +82,7 @@ def test_feedback_read_before_its_impression_is_judged_by_its_own_time_even_afte
     second.restore(orjson.loads(orjson.dumps(first.state())))
     for joiner in (first, second):
         joiner.impression(impression("r"), 1000)
-        assert joiner.take_settled() == ["joined", "too_late"]
+        assert joiner.held.take_settled() == ["joined", "too_late"]
         (emission,) = joiner.close(11_002)
         assert emission.labels[:, 0].tolist() == [True, False]
 
@@ -93,7 +93,7 @@ def test_impressions_out_of_time_order_keep_their_features(tmp_path: Path) -> No
     joiner.impression(impression("young"), 300_000)
     joiner.impression(impression("old"), 10_000)
     assert sorted(e.features for e in joiner.close(400_000)) == [b"old", b"old", b"young", b"young"]
-    joiner.sweep_spill(())
+    joiner.spill.sweep(())
     joiner.impression(impression("older"), 5_000)
     assert [e.features for e in joiner.close(400_000)] == [b"older"] * 2
 
@@ -119,10 +119,10 @@ def single(tmp_path: Path, **policy: object) -> Joiner:
 def test_early_positives_are_emitted_once_and_the_rest_at_the_windows_end(tmp_path: Path) -> None:
     joiner = single(tmp_path, labels="early_positive")
     assert joiner.feedback(feedback("r", "i0", "buy"), 5000) == "joined"
-    assert joiner.due(5000)
+    assert joiner.emitter.due(5000)
     assert emitted(joiner, 5000) == [({"buy": 1}, {"buy"}, True)]
     assert joiner.feedback(feedback("r", "i0", "buy"), 6000) == "duplicate"
-    assert not joiner.due(7000)
+    assert not joiner.emitter.due(7000)
     assert emitted(joiner, 60_001) == [({}, set(), False)]
     again = single(tmp_path / "other", labels="early_positive")
     assert again.feedback(feedback("r", "i0", "buy"), 5000) == "joined"
@@ -211,24 +211,28 @@ def test_feedback_that_names_invented_requests_is_held_in_bounded_memory_the_new
     joiner = Joiner(TASKS, tmp_path, BUDGET)
     for n in range(2000):
         assert joiner.feedback(feedback(f"r{n}", event_id=f"e{n}"), 1000 + n) == "early"
-    settled = joiner.take_settled()
-    assert set(settled) == {"not_held"} and 1980 < len(settled) < 2000 and len(joiner.take_never()) == len(settled)
+    settled = joiner.held.take_settled()
+    assert set(settled) == {"not_held"} and 1980 < len(settled) < 2000 and len(joiner.held.take_never()) == len(settled)
     assert 0.9 < joiner.full_ratios[1] <= 1
     again = Joiner(TASKS, tmp_path / "again", BUDGET)
     again.restore(orjson.loads(orjson.dumps(joiner.state())))
+    smaller = Joiner(TASKS, tmp_path / "smaller", BUDGET // 2)
+    smaller.restore(joiner.state())
+    given_up = smaller.held.take_settled()
+    assert set(given_up) == {"not_held"} and 0 < len(given_up) == len(joiner.held) - len(smaller.held)
     for one in (joiner, again):
         one.impression(impression("r1999"), 3000)
         one.impression(impression("r0"), 3000)
-        assert one.take_settled() == ["joined"] and [f.event_id for _, f in one.early] == []
+        assert one.held.take_settled() == ["joined"] and [f.event_id for _, f in one.early] == []
         assert len(list(one.close(10_000_000))) == 4
-        assert set(one.take_settled()) == {"no_impression"} and one.full_ratios == (0, 0)
+        assert set(one.held.take_settled()) == {"no_impression"} and one.full_ratios == (0, 0)
 
 
 def test_one_invented_request_cannot_take_more_than_all_the_room(tmp_path: Path) -> None:
     joiner = Joiner(TASKS, tmp_path, BUDGET)
     for n in range(100):
         joiner.feedback(feedback("r", event_id=f"e{n}", item=f"i{n}"), 1000)
-    assert joiner.full_ratios[1] <= 1 and set(joiner.take_settled()) == {"not_held"}
+    assert joiner.full_ratios[1] <= 1 and set(joiner.held.take_settled()) == {"not_held"}
 
 
 def test_beyond_the_room_new_impressions_are_not_opened_and_what_is_open_keeps_its_labels(tmp_path: Path) -> None:
@@ -248,7 +252,7 @@ def test_feedback_of_an_impression_without_features_is_not_held(tmp_path: Path) 
     joiner = Joiner(TASKS, tmp_path, BUDGET)
     assert joiner.feedback(feedback("r"), 900) == "early"
     assert joiner.impression(replace(impression("r"), features=b""), 1000) == "no_features"
-    assert joiner.take_settled() == ["not_opened"] and [at for at, _ in joiner.early] == [900]
+    assert joiner.held.take_settled() == ["not_opened"] and [at for at, _ in joiner.early] == [900]
     assert joiner.feedback(feedback("r"), 1100) == "not_opened" and joiner.full_ratios == (0, 0)
 
 
@@ -256,7 +260,7 @@ def test_a_window_of_many_minutes_keeps_few_files_open(tmp_path: Path) -> None:
     joiner = Joiner((TaskConfig(name="click", types=("click",), window_s=7200),), tmp_path)
     for minute in range(100):
         joiner.impression(impression(f"r{minute}"), 60_000 * minute)
-    assert len(joiner._spill._files) <= 16
+    assert len(joiner.spill._files) <= 16
     assert [e.features for e in joiner.close(10**8)] == [f"r{minute}".encode() for minute in range(100)]
 
 
@@ -267,7 +271,7 @@ def test_held_feedback_of_older_releases_is_read(tmp_path: Path) -> None:
     joiner = Joiner(TASKS, tmp_path)
     joiner.restore(orjson.loads(orjson.dumps(old)))
     joiner.impression(impression("r"), 600)
-    assert joiner.take_settled() == ["joined"]
+    assert joiner.held.take_settled() == ["joined"]
 
 
 def test_open_impressions_go_on_under_other_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,7 +32,7 @@ def moved_state(small: Mapping[str, Any], old: Config, new: Config, folder: Path
         **small,
         "guard": guard.state(),
         "joiner": joiner.state(),
-        "waiting": {"labels": joiner.waiting(), "held": joiner.num_held},
+        "waiting": {"labels": joiner.emitter.waiting(), "held": len(joiner.held)},
         "ledger": {**small["ledger"], "labels": {t.name: small["ledger"]["labels"].get(t.name, {}) for t in new.tasks}},
         "towers": _towers(small, new),
     }
@@ -40,7 +40,7 @@ def moved_state(small: Mapping[str, Any], old: Config, new: Config, folder: Path
         state["earlier"] = earlier
     if old.tasks[0].name != new.tasks[0].name:  # what it judges by was another task's
         state["breaker"] = {**small["breaker"], "labels": [], "seconds": []}
-    joiner.close_files()
+    joiner.spill.close()
     return state
 
 
