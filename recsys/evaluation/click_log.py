@@ -77,7 +77,7 @@ class ClickLog:
             self.next_item.add(shown, feedback.item_id, key_of(feedback.user_id), found)
         loop.shown(impression, now_ms)
         if loop.trainer:
-            loop.trainer.explored(impression, now_ms)
+            loop.trainer.traffic.explored(impression, now_ms)
         joined = replace(feedback, request_id=request.request_id)
         opened = self._learns and self._open_pool(ranked, impression, feedback.item_id, now_ms)
         return joined if feedback.item_id in shown else feedback, joined if opened else feedback

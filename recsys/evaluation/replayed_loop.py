@@ -136,14 +136,14 @@ class Loop:
             self._delayed.happened(counted, later, now_ms)
         self.timeline.when_visible(now_ms, lambda: events.feedback(counted, history, event, now_ms))
         if self.trainer:
-            self.trainer.feedback(learned, now_ms, self._unread)
+            self.trainer.traffic.feedback(learned, now_ms, self._unread)
             if self.config.ranking.scorer != "model":  # towers and bandit alone learn
                 self._learnable(1, now_ms)
 
     def open(self, impression: Impression, now_ms: int) -> None:
         """Let an impression's items, with their features, be learned once their labels are final."""
         assert self.trainer is not None
-        self.trainer.impression(impression, now_ms, self._unread)
+        self.trainer.traffic.impression(impression, now_ms, self._unread)
         self._learnable(len(impression.items), now_ms)
 
     def _learnable(self, examples: int, now_ms: int) -> None:

@@ -1,6 +1,6 @@
 """A step that failed: what made it fail is found, and the step is run again without it.
 
-Units of a step are its records and what it closes (`Trainer.units`). An attempt runs the step on the state of before it,
+Units of a step are its records and what it closes (`Units.of`). An attempt runs the step on the state of before it,
 without some of them; only the last attempt's state stays.
 """
 

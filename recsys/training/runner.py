@@ -219,7 +219,7 @@ class Runner:
 
     def _units(self, entry: Entry) -> list[str]:
         self._before(entry.step)
-        return self.trainer.units(self.intake.again(entry.ends), entry.now_ms)
+        return self.trainer.units.of(self.intake.again(entry.ends), entry.now_ms)
 
     def _before(self, step: int) -> None:
         """The state of before a step: the last checkpoint, and the journal's steps up to it."""

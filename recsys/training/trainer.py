@@ -10,14 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from recsys.capacity import bound_bytes
 from recsys.config import Config
 from recsys.errors import BadInput, LogError, StepFailed
 from recsys.events import messages
-from recsys.events.seen_ids import Kind, SeenIds
-from recsys.features.build import Index, decode
+from recsys.events.seen_ids import SeenIds
 from recsys.features.catalogue import Catalogue
 from recsys.features.convert import Conversions
 from recsys.features.schema import Schema
@@ -26,16 +23,14 @@ from recsys.table.tables import Tables
 from recsys.training import ledger
 from recsys.training.bandit_learner import BanditLearner
 from recsys.training.breaker import Breaker
+from recsys.training.emission_learner import EmissionLearner
 from recsys.training.guard import Guard
 from recsys.training.joiner import Joiner
 from recsys.training.journal import Entry, log_ms
-from recsys.training.learner import Batch, Learner
+from recsys.training.learner import Learner
 from recsys.training.migration.made_of import schemas
-from recsys.training.opened import Emission
 from recsys.training.steps import (
     EXPLORED,
-    HELD,
-    POSITIVES,
     REQUEST,
     DeadLetter,
     StepReport,
@@ -46,7 +41,9 @@ from recsys.training.steps import (
     said,
 )
 from recsys.training.tower_learner import TowerLearner
-from recsys.types import FORGET, Feedback, Impression, Item, Record
+from recsys.training.traffic import Traffic
+from recsys.training.units import Units
+from recsys.types import Item, Record
 
 
 class Trainer:
@@ -80,7 +77,11 @@ class Trainer:
         self.guard = Guard(config)
         self.earlier: list[Mapping[str, Any]] = []
         """Configurations of before (`describe`): impressions that were written under them are read by the names of their features."""
-        self._conversions = Conversions({}, self.schema)
+        self.traffic = Traffic(self.schema, self.seen, self.joiner, self.breaker, self.ledger, self.towers, self.bandit)
+        self._emission_learner = EmissionLearner(
+            self.schema, self.learner, self.guard, self.breaker, config.training.batch_size
+        )
+        self.units = Units(self.joiner, self.ledger, self.towers, self.bandit)
         self.buried: set[str] = set()
         """Contents of `item` records with which a step failed: a restart, which reads that topic again, leaves them out, too."""
 
@@ -103,38 +104,10 @@ class Trainer:
             self.joiner.drop_all()
         if entry.now_ms < self.covers_ms:
             self._set_back(entry.now_ms)
-        for unit, reason in entry.without.items():
-            self._leave_out(unit, reason, report)
+        self.units.leave_out(entry.without, report)
         self._take_all(records, entry, report)
-        for unit, reason in entry.without.items():
-            if not unit.startswith(REQUEST):
-                continue
-            self.ledger.lost(self.joiner.emitter.waiting([unit.removeprefix(REQUEST)]))
-            if (dropped := self.joiner.drop(unit.removeprefix(REQUEST))) is not None:
-                report.dead_letters.append(DeadLetter(record=dropped, reason=reason, kind="failed"))
+        self.units.leave_out_requests(entry.without, report)
         self.train(report, entry.now_ms, entry.learn)
-
-    def units(self, records: Sequence[Record], now_ms: int) -> list[str]:
-        """All that a step of these records is made of, and that can be left out of it."""
-        due = self.joiner.emitter.due_requests(now_ms)
-        held = self.joiner.held.requests()
-        return [
-            *map(place_of, records),
-            *(REQUEST + name for name in due),
-            *(HELD + name for name in held),
-            POSITIVES,
-            EXPLORED,
-        ]
-
-    def _leave_out(self, unit: str, reason: str, report: StepReport) -> None:
-        if unit.startswith(HELD):
-            letters = self.joiner.held.let_go(unit.removeprefix(HELD))
-            self.ledger.settled[ledger.DEAD] += len(letters)
-            report.dead_letters += [DeadLetter(record=r, reason=reason, kind="failed") for r in letters]
-        elif unit == POSITIVES and self.towers:
-            self.towers.drop_positives()
-        elif unit == EXPLORED and self.bandit:
-            self.bandit.drop_due()
 
     def _take_all(self, records: Sequence[Record], entry: Entry, report: StepReport) -> None:
         first: Exception | None = None
@@ -176,8 +149,7 @@ class Trainer:
                 self.bandit.never(feedback)
         report.learned = learn
         if learn:
-            self._learn(report, now_ms)
-            self._watch(report.emissions)
+            self._emission_learner.learn(report.emissions, report, now_ms)
         if self.bandit:
             with blaming(lambda: [EXPLORED]):
                 self.bandit.step(now_ms, learn)
@@ -204,8 +176,8 @@ class Trainer:
                 self.item(messages.parse_item(record.value, key=record.key))
                 return "item"
             if record.topic == "impression":
-                return self.impression(messages.parse_impression(record.value), time_ms, report)
-            return self.feedback(messages.parse_feedback(record.value, internal=True), time_ms, report)
+                return self.traffic.impression(messages.parse_impression(record.value), time_ms, report)
+            return self.traffic.feedback(messages.parse_feedback(record.value, internal=True), time_ms, report)
         except BadInput as error:
             report.dead_letters.append(DeadLetter(record=record, reason=str(error)))
             return ledger.DEAD
@@ -219,109 +191,6 @@ class Trainer:
     def item(self, item: Item) -> None:
         self.catalogue.apply(item)
         self.catalogue.free_rows()
-
-    def impression(self, impression: Impression, now_ms: int, report: StepReport) -> str:
-        """Open an impression, and say what became of it; BadInput when it was written with another schema."""
-        if impression.features and impression.schema != self.schema.hash:
-            impression = self._conversions.impression(impression)
-        if impression.features:
-            shown = len(decode(self.schema, impression.features).item_keys)
-            if shown != len(impression.items):
-                raise BadInput(
-                    f"features: of {shown} items, the impression shows {len(impression.items)}; write both of one answer",
-                    field="features",
-                )
-        served = self.bandit.served(impression) if self.bandit else None  # before anything is changed
-        self.ledger.items += len(impression.items)
-        if self.seen.too_late(Kind.REQUEST, impression.time_ms, now_ms):
-            report.count("impression_too_late")
-            return "impression_too_late"
-        held = [HELD + impression.request_id] if impression.request_id in self.joiner.held else []
-        with blaming(lambda: held):
-            outcome = self.joiner.impression(impression, now_ms)
-        report.count("impression_" + outcome)
-        if outcome == "opened":
-            self.breaker.shown(len(impression.items), now_ms)
-            self.ledger.opened(len(impression.items))
-        if self.towers and outcome != "duplicate":
-            self.towers.impression(impression)
-        if self.bandit and served:
-            self.bandit.impression(impression, served, now_ms, self.joiner.early)
-        elif self.bandit:
-            for _, feedback in self.joiner.early:
-                self.bandit.never(feedback)
-        return "impression_" + outcome
-
-    def explored(self, impression: Impression, now_ms: int) -> None:
-        """Let the bandit alone learn from an impression."""
-        if self.bandit and (served := self.bandit.served(impression)):
-            self.bandit.impression(impression, served, now_ms)
-
-    def feedback(self, feedback: Feedback, now_ms: int, report: StepReport) -> str:
-        """Join one feedback to what was shown, and say what became of it."""
-        if feedback.type == FORGET:
-            if self.towers:
-                self.towers.forget(feedback.user_id)
-            report.count("forget")
-            return "forget"
-        # A copy of what comes too late may have been learned: nobody remembers for so long.
-        if self.seen.too_late(Kind.EVENT, feedback.time_ms, now_ms):
-            report.count("too_late")
-            return "too_late"
-        self.breaker.arrived(feedback.type, now_ms)
-        outcome = self.joiner.feedback(feedback, now_ms)
-        if outcome != "early":  # counted once it is known what becomes of it
-            report.count(outcome)
-        if self.towers:
-            with blaming(lambda: [POSITIVES]):
-                learned = self.towers.feedback(feedback, now_ms)
-            if not learned:
-                report.skipped("two_tower")
-        if self.bandit and outcome != "early":
-            self.bandit.feedback(feedback, now_ms)
-        return ledger.HELD if outcome == "early" else outcome
-
-    def _learn(self, report: StepReport, now_ms: int) -> None:
-        """Train in batches of at most `batch_size` items, never mixing first and later emissions of an item."""
-        batch: list[tuple[Emission, Index]] = []
-        size, last = 0, True
-        for emission in report.emissions:
-            trained = emission.shown & emission.mask.any(1)
-            for first in (True, False):
-                rows = np.flatnonzero(trained & (emission.first == first))
-                if not len(rows):
-                    continue
-                if batch and (first != last or size + len(rows) > self.config.training.batch_size):
-                    self._learn_batch(batch, last, report, now_ms)
-                    batch, size = [], 0
-                batch.append((emission, rows))
-                size, last = size + len(rows), first
-        if batch:
-            self._learn_batch(batch, last, report, now_ms)
-
-    def _learn_batch(
-        self, batch: Sequence[tuple[Emission, Index]], first: bool, report: StepReport, now_ms: int
-    ) -> None:
-        labels = np.concatenate([e.labels[rows] for e, rows in batch])
-        mask = np.concatenate([e.mask[rows] for e, rows in batch])
-        with blaming(lambda: [REQUEST + emission.request_id for emission, _ in batch]):
-            features = [decode(self.schema, e.features).take(rows) for e, rows in batch]
-            culprits = self.learner.learn(Batch(features=features, labels=labels, mask=mask, first=first), now_ms)
-        if first and not culprits:
-            served = np.concatenate([e.predictions[rows] for e, rows in batch])
-            requests = [(len(rows), e.time_ms) for e, rows in batch]
-            self.guard.add(self.learner.losses, labels, mask, served, requests, now_ms)
-        self.guard.skipped(culprits, now_ms)
-        for task in culprits:
-            report.skipped(task)
-
-    def _watch(self, emissions: Sequence[Emission]) -> None:
-        known = [(emission, emission.shown & emission.final[:, 0]) for emission in emissions]
-        self.breaker.watch(
-            (int(final.sum()), int(emission.labels[final, 0].sum()), emission.time_ms)
-            for emission, final in known
-            if final.any()
-        )
 
     def close(self) -> None:
         """Close its files; it is not used again."""
@@ -352,7 +221,7 @@ class Trainer:
             self.guard.restore(state["guard"])
         self.buried = set(state.get("buried", ()))
         self.earlier = state.get("earlier", [])
-        self._conversions = Conversions(schemas(self.earlier, self.config), self.schema)
+        self.traffic.conversions = Conversions(schemas(self.earlier, self.config), self.schema)
         self.joiner.restore(state["joiner"])
         if "ledger" in state:
             self.ledger.restore(state["ledger"])

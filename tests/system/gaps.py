@@ -43,7 +43,7 @@ _TRAINER = (
     Gap(
         "step: between two batches",
         "trainer",
-        ("recsys.training.trainer:Trainer._learn_batch",),
+        ("recsys.training.emission_learner:EmissionLearner._learn_batch",),
         "before",
         number=2,
         inside=_STEP,

@@ -198,8 +198,8 @@ def test_seconds_since_are_those_of_the_moment_of_serving(tmp_path: Path) -> Non
     trainer = replay.loop.trainer
     assert trainer is not None
     opened: list[Impression] = []
-    open_one = trainer.impression
-    trainer.impression = lambda *given: (opened.append(given[0]), open_one(*given))[1]  # type: ignore[method-assign]
+    open_one = trainer.traffic.impression
+    trainer.traffic.impression = lambda *given: (opened.append(given[0]), open_one(*given))[1]  # type: ignore[method-assign]
     items = [
         Item(item_id="iso", attributes={"published": "1970-01-01T00:00:10Z"}),
         Item(item_id="ms", attributes={"published": 25_000, "born": "long ago"}),

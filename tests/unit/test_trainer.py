@@ -343,9 +343,9 @@ def test_feedback_that_came_too_late_is_learned_by_nobody(tmp_path: Path) -> Non
     report = StepReport()
     for late_ms in (0, HORIZON_MS, HORIZON_MS + 1):
         event = Feedback(event_id=str(late_ms), user_id="u", item_id="i", type="click", time_ms=5)
-        trainer.feedback(event, 5 + late_ms, report)
+        trainer.traffic.feedback(event, 5 + late_ms, report)
         items = (ShownItem(item_id="i", position=1),)
-        trainer.impression(
+        trainer.traffic.impression(
             Impression(request_id=str(late_ms), user_id="u", time_ms=5, items=items), 5 + late_ms, report
         )
     learned = {"no_request": 2, "impression_no_features": 2}
