@@ -92,7 +92,7 @@ def _spawned() -> subprocess.Popen[bytes]:
 
 
 def _serve() -> None:
-    from recsys.training import runner  # noqa: F401 - imported and compiled before anything is forked
+    from recsys.training import stepper  # noqa: F401 - imported and compiled before anything is forked
 
     learner.warm_up()
     while request := sys.stdin.buffer.readline():
@@ -106,15 +106,15 @@ def _serve() -> None:
 
 def _end_with(request: bytes) -> NoReturn:
     """In a forked process: run the step, and end."""
-    from recsys.training.runner import Runner
+    from recsys.training.stepper import Stepper
 
     code = _FAILED + 1
     try:
         raw = orjson.loads(request)
         config = parse(raw["config"])
         torch.set_num_threads(1)  # of all sums in one order a replay is bit-equal
-        runner = Runner(config, open_log(config, SystemClock(), "trial"), SystemClock())
-        code = _FAILED if runner.fails(of_json(raw["entry"])) else _RAN
+        stepper = Stepper(config, open_log(config, SystemClock(), "trial"), SystemClock())
+        code = _FAILED if stepper.fails(of_json(raw["entry"])) else _RAN
     except Exception:
         traceback.print_exc()
         raise

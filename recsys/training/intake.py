@@ -69,6 +69,11 @@ class Intake:
         """Records up to these ends were taken."""
         self.positions |= {key: max(end, self.positions.get(key, 0)) for key, end in ends.items()}
 
+    def commit(self, positions: Mapping[str, int]) -> None:
+        """Tell the log that what lies before these positions is not read again."""
+        for key, offset in positions.items():
+            self._log.commit(CONSUMER, *split(key), offset)
+
     def ends(self) -> dict[str, int]:
         """Where each partition ends now."""
         return ends_of(self._log, self.positions)

@@ -12,7 +12,7 @@ from recsys.parameters.deltas import WHOLE_BEGIN, WHOLE_END, Delta, RowDelta, Ve
 from recsys.streams.base import EventLog
 from recsys.table.base import Rows, Touched
 from recsys.table.segments import LayoutDelta
-from recsys.training.checkpoint import network_bytes
+from recsys.training.checkpoint import Checkpoints, network_bytes
 from recsys.training.trainer import Trainer
 from recsys.types import Int32, Int64
 
@@ -69,8 +69,9 @@ class NotFinite(Exception):
 class Publisher:
     """Row deltas and dense weights of one trainer epoch to topic `parameters`. Not thread-safe."""
 
-    def __init__(self, log: EventLog, trainer: Trainer, epoch: int = 0) -> None:
-        self._log, self.trainer, self.epoch = log, trainer, epoch
+    def __init__(self, log: EventLog, checkpoints: Checkpoints) -> None:
+        """What is published is the state of the trainer whose checkpoints these are; another may take its place."""
+        self._log, self._checkpoints, self.epoch = log, checkpoints, 0
         self.rows = 0
         self.tombstones = 0
         self._dense_step = -1
@@ -81,9 +82,10 @@ class Publisher:
         """Publish under a newer epoch from now on."""
         self.epoch, self._number = epoch, 0
 
-    def follow(self, trainer: Trainer) -> None:
-        """Publish another trainer's state from now on, all of it."""
-        self.trainer, self._dense_step = trainer, -1
+    @property
+    def trainer(self) -> Trainer:
+        """The one of now."""
+        return self._checkpoints.trainer
 
     def publish_rows(self) -> None:
         """Publish every row touched since the last acknowledged publish. Blocks until they are accepted. Raises NotFinite."""

@@ -13,7 +13,6 @@ from recsys.table import segments
 from recsys.training.checkpoint import Checkpoints
 from recsys.training.epochs import newest_taken, take_epoch
 from recsys.training.publish import NotFinite, Publisher
-from recsys.training.trainer import Trainer
 
 logger = logging.getLogger("recsys")
 
@@ -21,9 +20,9 @@ logger = logging.getLogger("recsys")
 class Release:
     """Publishes what a trainer learned, under the newest epoch of its folder. Not thread-safe."""
 
-    def __init__(self, folder: Path, log: EventLog, trainer: Trainer, checkpoints: Checkpoints) -> None:
+    def __init__(self, folder: Path, log: EventLog, checkpoints: Checkpoints) -> None:
         self._folder, self._log, self._checkpoints = folder, log, checkpoints
-        self.publisher = Publisher(log, trainer)
+        self.publisher = Publisher(log, checkpoints)
         self.held = ""
         """Why nothing that is learned is served; empty: it is."""
         self._unsound = ""

@@ -28,7 +28,7 @@ from recsys.table.base import Rows
 from recsys.table.segments import LayoutDelta
 from recsys.training.checkpoint import dense_state
 from recsys.training.journal import Journal
-from recsys.training.runner import Runner
+from recsys.training.stepper import Stepper
 from recsys.training.trainer import Trainer
 
 Progress = Callable[[int, int], None]
@@ -76,23 +76,23 @@ def rerun(config: Config, log: EventLog, clock: Clock, scratch: Path, progress: 
     folder = scratch / "trainer"
     newest = _copied(config.data_dir / "trainer", folder)
     served = _snapshot(config.data_dir / "parameter", parameters_name(config))
-    runner = Runner(config.model_copy(update={"data_dir": scratch}), cast(EventLog, _Unwritten(log)), clock)
-    runner.succession.may_lose = True  # somebody asked for it when the newest was made
+    stepper = Stepper(config.model_copy(update={"data_dir": scratch}), cast(EventLog, _Unwritten(log)), clock)
+    stepper.succession.may_lose = True  # somebody asked for it when the newest was made
     differences: list[str] = []
     served_step = -1
     begin: int | None = None
     wanted = {newest.step, served.step if served else newest.step}
-    for step in runner.rerun():
+    for step in stepper.rerun():
         begin = step if begin is None else begin
-        progress(step, runner.trainer.covers_ms)
+        progress(step, stepper.trainer.covers_ms)
         if step == newest.step:
-            differences += compare(runner.trainer, newest)
+            differences += compare(stepper.trainer, newest)
         if served is not None and step == served.step:
-            differences += [f"serving copy: {said}" for said in compare_served(runner.trainer, served)]
+            differences += [f"serving copy: {said}" for said in compare_served(stepper.trainer, served)]
             served_step = step
         if step >= max(wanted):
             break
-    runner.trainer.close()
+    stepper.trainer.close()
     assert begin is not None
     if step < newest.step:
         differences.append(f"the journal ends at step {step}, the checkpoint is of step {newest.step}")

@@ -33,17 +33,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _migrate(loaded: config.Config) -> Migrated | None:
-    from recsys.training.runner import Runner
+    from recsys.training.stepper import Stepper
 
     clock = SystemClock()
     lock = FolderLock(loaded.data_dir, "trainer")
     try:
         log = open_log(loaded, clock, "trainer")
         try:
-            runner = Runner(loaded, log, clock)
-            runner.succession.may_lose = True
-            runner.succession.load(runner.checkpoints)  # what was written is read back, too
-            return runner.succession.done
+            stepper = Stepper(loaded, log, clock)
+            stepper.succession.may_lose = True
+            stepper.succession.load(stepper.checkpoints)  # what was written is read back, too
+            return stepper.succession.done
         finally:
             log.close()
     finally:

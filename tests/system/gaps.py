@@ -99,7 +99,7 @@ _TRAINER = (
         (_STEP,),
         "after",
         number=1,
-        inside="recsys.training.runner:Runner.restore",
+        inside="recsys.training.stepper:Stepper.restore",
         how="start",
     ),
     _seam("replayed", "restart", "start"),

@@ -34,13 +34,13 @@ def test_checkpoint_asked_for_outlives_those_taken_before_the_trainer_looks(
 
     file, folder = tmp_path / "recsys.toml", loaded.data_dir / "trainer"
     file.write_text(f'data_dir = "{loaded.data_dir}"\n')
-    monkeypatch.setattr("recsys.training.runner.RESUME_S", 1e9)  # a trainer that is busy
+    monkeypatch.setattr("recsys.training.operator_commands.LOOK_S", 1e9)  # a trainer that is busy
     asked = [checkpoint() for _ in range(3)][-1]  # the first stays anyhow
     assert main(["rollback", "--config", str(file), "--to", str(asked), "--learn"]) == 0
     for _ in range(4):
         checkpoint()
     assert asked in [manifest["step"] for manifest in KeptManifests(folder).every()]
-    monkeypatch.setattr("recsys.training.runner.RESUME_S", 0.0)
+    monkeypatch.setattr("recsys.training.operator_commands.LOOK_S", 0.0)
     runner.turn()
     assert runner.checkpoints.rolled_back and not read_rollback(folder)
     assert not (folder / commands.ROLLBACK).exists()

@@ -37,7 +37,7 @@ logger = logging.getLogger("recsys")
 
 
 class Predecessor(Protocol):
-    """A runner of the old configuration."""
+    """A stepper of the old configuration."""
 
     trainer: Trainer
     intake: Intake
@@ -61,7 +61,7 @@ class Migrated:
 
 
 class Succession:
-    """How a runner comes to its checkpoint: what another configuration made is carried over first, said aloud."""
+    """How a stepper comes to its checkpoint: what another configuration made is carried over first, said aloud."""
 
     def __init__(self, predecessor: Callable[[Config], Predecessor], config: Config) -> None:
         self._predecessor, self._config = predecessor, config
