@@ -71,6 +71,10 @@ STOP_S = 8.0
 short for it and its supervisor."""
 
 
+AGAIN_S = 1.0
+"""So long after it was interrupted a call that goes on is interrupted again: half may hit what the first one's end has to do."""
+
+
 class Interrupted(BaseException):
     """SIGTERM or SIGINT came while `Stop.interrupts`."""
 
@@ -96,7 +100,13 @@ class Stop:
             with contextlib.suppress(TimeoutError):
                 if signals.recv(1)[0] in (signal.SIGTERM, signal.SIGINT):
                     self.set()
-        time.sleep(limit_s)
+        deadline = time.monotonic() + limit_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(AGAIN_S, left_s))
+            if self._interrupting:
+                os.kill(
+                    os.getpid(), signal.SIGTERM
+                )  # raised where nobody hears it, as in a compiler's callback: once more
         logger.error("not stopped after %.0f s: ends as if it were killed; nothing accepted is lost", limit_s)
         os._exit(1)
 

@@ -6,6 +6,8 @@ import contextlib
 import gc
 import io
 import logging
+import subprocess
+import sys
 
 from services.common.process import logger, settle_heap, setup_logging
 
@@ -39,3 +41,31 @@ def test_lines_go_to_what_stderr_is_now_not_to_what_an_earlier_command_closed() 
         logging.root.handlers[:] = kept
         logging.root.setLevel(level)
     assert second.getvalue().endswith("demo ERROR what is said\n") and "Traceback" not in second.getvalue()
+
+
+SWALLOWING = """
+import ctypes, os, signal, threading, time
+from services.common.process import Interrupted, Stop
+
+def compare(a, b):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    return 0
+
+stop = Stop().install(60.0)
+try:
+    with stop.interrupts():
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(compare)
+        ctypes.CDLL(None).qsort((ctypes.c_int * 2)(), 2, 4, callback)
+        print("swallowed", flush=True)
+        time.sleep(50)
+except Interrupted:
+    print("interrupted", flush=True)
+    os._exit(0)
+"""
+
+
+def test_what_a_signal_raises_where_nobody_hears_it_is_raised_again() -> None:
+    """A compiler calls Python back, and ignores what is raised there."""
+    done = subprocess.run([sys.executable, "-c", SWALLOWING], capture_output=True, text=True, timeout=55, check=True)
+    assert done.stdout.split() == ["swallowed", "interrupted"], done
