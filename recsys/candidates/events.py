@@ -144,6 +144,7 @@ class Events:
         """Load `state`; `times`: see `ForwardDecay.restore`. Then `items.release_known`."""
         for kind in COUNTED:
             self.seen.restore(kind, state[kind.value])
+        self.seen.set_back(times["latest_ms"])
         self.contexts.restore(state["contexts"], times["latest_ms"])
         self.counting.restore(dict(state), **times)
         for name, part in (("acted", self._acted), ("showed", self._showed), ("held", self.items.held)):

@@ -105,6 +105,12 @@ class Recent:
             "forgotten": np.array([self._forgotten_ms], np.int64),
         }
 
+    def set_back(self, now_ms: int) -> None:
+        """Log time was ahead: what was added ahead of `now_ms` was added then. The horizon must not begin in a time to come."""
+        for generation in self._generations:
+            generation.first_ms = min(generation.first_ms, now_ms)
+        self._forgotten_ms = min(self._forgotten_ms, now_ms)
+
     def restore(self, state: Mapping[str, Int64]) -> None:
         """Load `state`, also that of a version that forgot nothing early."""
         self._generations = tuple(

@@ -67,6 +67,11 @@ class SeenIds:
         for kind in kinds:
             self._of[kind].clear()
 
+    def set_back(self, now_ms: int) -> None:
+        """Log time was ahead: what was seen ahead of `now_ms` was seen then."""
+        for recent in self._of.values():
+            recent.set_back(now_ms)
+
     def state(self, kind: Kind) -> dict[str, Int64]:
         """One kind, as arrays."""
         return self._of[kind].state()

@@ -163,6 +163,7 @@ class Trainer:
     def _set_back(self, now_ms: int) -> None:
         """Log time was ahead of the clock by more than the bound: bring back what was opened ahead."""
         self.covers_ms = now_ms
+        self.seen.set_back(now_ms)
         self.joiner.set_back(now_ms)
         if self.bandit:
             self.bandit.set_back(now_ms)

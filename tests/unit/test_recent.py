@@ -40,6 +40,18 @@ def test_time_that_goes_back_forgets_nothing_early() -> None:
     assert recent.contains("behind") and recent.contains("ahead")
 
 
+def test_of_a_clock_that_was_ahead_and_too_many_ids_nothing_is_too_late_for_longer() -> None:
+    seen = SeenIds(memory_bytes=1)
+    for number in range(5000):
+        seen.first(Kind.EVENT, str(number), 24 * HORIZON_MS + number)
+    assert seen.too_late(Kind.EVENT, 2001, 2001), "the horizon begins tomorrow"
+    seen.set_back(2000)
+    assert seen.knows(Kind.EVENT, "4999") and seen.too_late(Kind.EVENT, 1999, 2001), "of what is forgotten nobody knows"
+    assert not seen.too_late(Kind.EVENT, 2000, 2001)
+    seen.first(Kind.EVENT, "later", 2000 + 2 * HORIZON_MS)
+    assert not seen.knows(Kind.EVENT, "4999"), "ids are forgotten by the time that is"
+
+
 def test_one_store_keeps_each_kind_apart_and_says_what_is_too_late() -> None:
     seen, again = SeenIds(), SeenIds()
     for kind in Kind:

@@ -18,6 +18,7 @@ from recsys.config import Config, parse
 from recsys.errors import Fenced, LogTruncated, SchemaMismatch
 from recsys.events import messages
 from recsys.events.recent import HORIZON_MS
+from recsys.events.seen_ids import Kind
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.files import seal, unseal
@@ -350,6 +351,17 @@ def test_feedback_that_came_too_late_is_learned_by_nobody(tmp_path: Path) -> Non
         )
     learned = {"no_request": 2, "impression_no_features": 2}
     assert report.outcomes == {**learned, "too_late": 1, "impression_too_late": 1}
+
+
+def test_ids_of_a_clock_that_was_ahead_make_nothing_too_late_once_time_is_set_back(tmp_path: Path) -> None:
+    trainer = Trainer(configuration(tmp_path, {"capacity": {"memory_bytes": 2**28}}), tmp_path)
+    number, now_ms, ahead_ms = 0, 100 * HORIZON_MS, 200 * HORIZON_MS
+    while not trainer.seen.too_late(Kind.REQUEST, now_ms, now_ms):
+        trainer.seen.first(Kind.REQUEST, number, ahead_ms)
+        number += 1
+    trainer.step([], Entry(step=1, now_ms=ahead_ms, ends={}))
+    trainer.step([], Entry(step=2, now_ms=now_ms, ends={}))
+    assert not trainer.seen.too_late(Kind.REQUEST, now_ms, now_ms)
 
 
 def test_an_open_impression_that_cannot_be_learned_is_buried_and_the_rest_is_learned(
