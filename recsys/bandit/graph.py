@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.bandit.clusters import MEMBERS
+from recsys.errors import SchemaMismatch
 from recsys.types import Float32, Int32, Int64
 
 Search = Callable[[Float32, int], tuple[Int32, Float32]]
@@ -42,13 +43,24 @@ class Published:
 
     @classmethod
     def of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Published:
-        """From `BanditLearner.published`."""
-        names = ("ids", "places", "centroids", "weights")
+        """From `BanditLearner.published`. SchemaMismatch where it cannot have told this."""
+        centroids, half_life_s = arrays.get("centroids", np.zeros(0)), arrays.get("half_life_s", np.zeros(1))
+        count, width = centroids.shape if centroids.ndim == 2 else (0, 0)
+        shapes = {"ids": (count,), "places": (count,), "centroids": (count, width), "weights": (count,)}
+        kinds = {"ids": np.int64, "places": np.int32, "centroids": np.float32, "weights": np.float32}
+        for name, kind in (kinds | {"generation": np.uint8, "decay": np.int64}).items():
+            found = arrays.get(name)
+            if found is None or found.dtype != kind or found.shape != shapes.get(name, found.shape[:1]):
+                raise SchemaMismatch(f"{name!r} of the bandit's clusters is not what a trainer tells")
+        if not count or len(arrays["decay"]) not in (2, 3):
+            raise SchemaMismatch("the bandit's clusters are none, or their decay is not what a trainer tells")
+        if half_life_s.shape != (1,) or not 0 <= half_life_s[0] < np.inf:
+            raise SchemaMismatch("the half-life of the bandit's edges is not what a trainer tells")
         return cls(
-            **{name: arrays[name] for name in names},
-            generation=arrays["generation"].tobytes().decode(),
+            **{name: arrays[name] for name in shapes},
+            generation=arrays["generation"].tobytes().decode(errors="replace"),
             clock=tuple(arrays["decay"].tolist()),
-            half_life_s=float(arrays["half_life_s"][0]) if "half_life_s" in arrays else None,
+            half_life_s=float(half_life_s[0]) if "half_life_s" in arrays else None,
         )
 
 

@@ -25,8 +25,11 @@ PROJECTIONS = "memory.projections"
 
 
 def read(payload: bytes) -> dict[str, Array]:
-    """What a trainer sent. Raises SafetensorError."""
-    return safetensors.numpy.load(payload)
+    """What a trainer sent. Raises SafetensorError, and SchemaMismatch for numbers that no weight is made of."""
+    try:
+        return safetensors.numpy.load(payload)
+    except KeyError as error:
+        raise SchemaMismatch(f"weights of type {error}") from None
 
 
 def part(weights: Weights, prefix: str) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from recsys.features.schema import Schema
 from recsys.model import scoring, specs, weights
 from recsys.model.scoring import Scores
 from recsys.model.tower_scoring import Towers
-from recsys.model.weights import part
+from recsys.model.weights import Weights, part
 from recsys.parameters.row_source import RowSource
 
 logger = logging.getLogger("recsys")
@@ -86,10 +86,19 @@ class DenseWeights:
             scores = scoring.scores_of(self._config, self._schema, ranker)
             if self._config.training.two_tower:
                 towers = Towers(towers.spec, weights.fitted(part(given, "towers.model."), towers.weights))
-            told = part(given, "clusters.")
-            clusters = Published.of(told) if told else None
+            clusters = self._clusters(part(given, "clusters."))
         except (SafetensorError, SchemaMismatch) as error:
             raise SchemaMismatch(
                 f"dense weights {version} do not fit the configured model ({error}): restart all with one configuration"
             ) from None
         return Networks(scores=scores, towers=towers, clusters=clusters, version=version)
+
+    def _clusters(self, told: Weights) -> Published | None:
+        """What a trainer told of the bandit's; nobody asks for them where nothing explores."""
+        if not told or not self._config.explores:
+            return None
+        clusters = Published.of(told)
+        width, places = self._config.model.tower_dim, range(self._config.bandit.clusters)
+        if clusters.centroids.shape[1] != width or not set(clusters.places.tolist()) <= set(places):
+            raise SchemaMismatch(f"the bandit's clusters are not in {width} dimensions and {len(places)} places")
+        return clusters

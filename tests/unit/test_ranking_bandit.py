@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from recsys.bandit.graph import Published
 from recsys.bandit.served import decode
@@ -16,21 +17,25 @@ from recsys.candidates import recent_users
 from recsys.candidates.explorer import Active, Bandit
 from recsys.candidates.generation import Generations
 from recsys.config import Config, parse
-from recsys.errors import ParametersUnavailable
+from recsys.errors import ParametersUnavailable, SchemaMismatch
 from recsys.features.build import UserFeatures, user_features
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of
-from recsys.model import networks
+from recsys.model import networks, specs, weights
 from recsys.model.layouts import layouts
 from recsys.model.plan import Block
 from recsys.parameters.base import Reply
+from recsys.parameters.dense_weights import DenseWeights
 from recsys.parameters.in_process import OwnNetworks
+from recsys.parameters.row_source import RowSource
 from recsys.parameters.store import ParameterStore
 from recsys.ranking.scorer import Scorer
 from recsys.retrieval.item_index import ItemIndex
 from recsys.retrieval.searcher import Searcher
 from recsys.retrieval.select import NO_ROWS
+from recsys.table.tables import Tables
+from recsys.training.bandit_learner import BanditLearner
 from recsys.types import Float32, HistoryEvent, Item
 
 DIM, NUM = 8, 60
@@ -392,3 +397,47 @@ def test_a_row_that_becomes_another_items_leaves_the_graphs() -> None:
     for graph in (world.active(CENTROIDS[0]).graph, world.bandit._spaces["g"].graph):
         assert graph is not None and not np.isin(graph.rows, gone).any() and (graph.rows >= 0).any()
     assert np.isin(before.graph.rows, gone).any()  # a request under way keeps what it saw
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"ids": None},
+        {"half_life_s": np.full(1, -1.0)},
+        {"half_life_s": np.zeros(0)},
+        {"decay": np.zeros(1, np.int64)},
+        {"generation": np.zeros(1, np.float32)},
+        {"places": np.zeros(2, np.int32)},
+        {"places": np.full(1, 4, np.int32)},
+        {"places": np.full(1, -1, np.int32)},
+        {"ids": np.zeros(1, np.float32)},
+        {"centroids": np.zeros((1, DIM + 1), np.float32)},
+        {"centroids": np.zeros(DIM, np.float32)},
+        {
+            "ids": np.zeros(0, np.int64),
+            "places": np.zeros(0, np.int32),
+            "centroids": np.zeros((0, DIM), np.float32),
+            "weights": np.zeros(0, np.float32),
+        },
+    ],
+)
+def test_clusters_that_no_trainer_tells_are_refused_and_the_weights_in_use_stay(forged: dict[str, Any]) -> None:
+    world = World()
+    config, schema = world.config, world.schema
+    sent = {
+        **{f"ranker.model.{n}": a for n, a in weights.of_ranker(specs.ranker(config, schema), seed=0).items()},
+        **{f"towers.model.{n}": a for n, a in weights.of_towers(specs.two_tower(config, schema), seed=0).items()},
+    }
+    told = BanditLearner(config, Tables(layouts(config, schema))).published()
+    source = DenseWeights(config, schema, RowSource(layouts(config, schema), world.store))
+    source.load(payload(sent, told), 1)
+    assert source.current.version == 1 and source.current.clusters is not None
+    with pytest.raises(SchemaMismatch, match="dense weights 2 do not fit the configured model"):
+        source.load(payload(sent, told | forged), 2)
+    assert source.current.version == 1
+
+
+def payload(sent: Mapping[str, Any], clusters: Mapping[str, Any]) -> bytes:
+    """Dense weights, and what is told of the clusters, those that are None left out."""
+    told = {f"clusters.{name}": array for name, array in clusters.items() if array is not None}
+    return safetensors.numpy.save(sent | told)
