@@ -53,7 +53,8 @@ class TowerUsers:
         self.types, self._limit, self._length = sorted(types), limit, schema.history_len
         self._number = {name: number for number, name in enumerate(self.types)}
         sequences = () if schema.sequences == ((),) else schema.sequences
-        self._sequences = np.array([[name in kinds for kinds in sequences] for name in self.types], np.bool_)
+        members = [[name in kinds for kinds in sequences] for name in self.types]
+        self._sequences = np.array(members, np.bool_).reshape(len(members), len(sequences))
         """[types, S]: which events are of which sequence; without sequences all are of one."""
         self._users: OrderedDict[int, TowerUser] = OrderedDict()
 

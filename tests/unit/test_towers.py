@@ -1,6 +1,7 @@
 """Learning retrieval: what makes a positive, what it is told from, and that a restart goes on where it was."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,8 @@ NUMBERS = itertools.count()
 KINDS = ("click", "like", "share")
 
 
-def learner(**model: Any) -> TowerLearner:
-    features = {"context": ["place"], "history_types": ["click", "like"]}
+def learner(features: Mapping[str, Any] = {}, **model: Any) -> TowerLearner:
+    features = {"context": ["place"], "history_types": ["click", "like"], **features}
     retrieval = {"count_types": ["click", "purchase"]}
     config = parse({"model": {"dim": 4, "tower_dim": 4, **model}, "features": features, "retrieval": retrieval})
     schema = Schema.of(config)
@@ -75,6 +76,13 @@ def test_a_user_without_past_is_a_positive_only_with_context() -> None:
     model.feedback(click("new", 2), 0)
     assert items(model) == [["i1"], ["i2"]]
     assert model._positives[0].shared_mask.tolist() == [True, True]
+
+
+def test_without_a_history_positives_have_context_alone() -> None:
+    model = learner(features={"history_types": []})
+    model.feedback(click("u", 1, context={"place": "home"}), 0)
+    model.feedback(click("u", 2, context={"place": "home"}), 0)
+    assert [len(positive.history_keys) for positive in model._positives] == [0, 0]
 
 
 def test_a_context_value_of_0_is_learned_from_as_it_is_served() -> None:
