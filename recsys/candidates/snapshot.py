@@ -67,7 +67,7 @@ def load(folder: Path, sources: Sources, consumer: StateConsumer, schema: Schema
         except SchemaMismatch as error:
             logger.error("counters not restored: %s; reading the log from its beginning", error)
             return False
-        except (SnapshotCorrupt, KeyError, ValueError) as error:
+        except (SnapshotCorrupt, LookupError, TypeError, ValueError) as error:
             logger.error("counters not restored: %s", error)
             sources.clear()
             continue

@@ -105,7 +105,6 @@ class StateConsumer:
         for parts in _in_order(read[::-1], self._most):  # impressions first
             self._apply(parts, stored)
             for key, _, part in parts:
-                self.counter_positions[key] = max(self.counter_positions[key], part.next)
                 stored[key] = max(stored[key], part.next)
                 count += len(part)
         if count:
@@ -136,10 +135,11 @@ class StateConsumer:
     def _apply(self, parts: Sequence[_Read], stored: Mapping[str, int]) -> None:
         """Records of partitions, each to the store from where that stands on, and to the counters from where those do.
 
-        1. Judge each: what it is, and whether it is a copy. 2. Write to the store, all in one transaction. 3. Count. The store may fail,
-        and then the same records come again: nothing is remembered before it has them.
+        1. Judge each: what it is, and whether it is a copy. 2. Write to the store, all in one transaction. 3. Count, and move on: one cut
+        for snapshots. The store may fail, and then the same records come again: nothing is remembered before it has them.
         """
         batch, moved = _Batch(), dict[str, int]()
+        counted_to = dict(self.counter_positions)
         for key, begin, records in parts:
             batch.store_from, batch.count_from = begin, self.counter_positions[key]
             for record in records:
@@ -154,10 +154,12 @@ class StateConsumer:
         with self._sources.writing:
             for count in batch.counts:
                 count()
-        self._tell_age(parts)
+            for key, _, records in parts:
+                self.counter_positions[key] = max(self.counter_positions[key], records.next)
+        self._tell_age(parts, counted_to)
 
-    def _tell_age(self, parts: Sequence[_Read]) -> None:
-        """How old feedback is now that it was applied."""
+    def _tell_age(self, parts: Sequence[_Read], counted_to: Mapping[str, int]) -> None:
+        """How old feedback is now that it was applied; `counted_to`: where the counters stood before."""
         now_ms = self._clock.now_ms()
         for key, begin, records in parts:
             for record in records:
@@ -165,7 +167,7 @@ class StateConsumer:
                     age_s = max(0, now_ms - record.time_ms) / 1000
                     if record.offset >= begin:
                         _STATE_AGE.observe(age_s)
-                    if record.offset >= self.counter_positions[key]:
+                    if record.offset >= counted_to[key]:
                         _COUNTERS_AGE.observe(age_s)
 
     def _judge(self, record: Record, batch: _Batch) -> None:

@@ -1,5 +1,6 @@
 """The state consumer: user state and counters from the log, whatever arrives twice, late or after a loss."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +296,64 @@ def test_a_torn_snapshot_is_not_used(ranking: Ranking, clock: ManualClock, tmp_p
     assert not snapshot.load(tmp_path, again.sources, again.consumer, again.schema, clock.now_ms())
     again.catch_up()
     assert again.popularity() == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "forged"),
+    [
+        ("covisits", "sizes", lambda sizes: -sizes),
+        ("covisits", "sizes", lambda sizes: sizes.astype(np.float64)),
+        ("covisits", "sizes", lambda sizes: np.ones(1, np.int64)),
+        ("covisits", "lost", lambda lost: lost[:0]),
+        ("covisits", "targets", lambda targets: targets[:0]),
+        ("seen", "digest", lambda digests: digests[:0]),
+    ],
+)
+def test_a_forged_snapshot_is_not_used(
+    part: str, field: str, forged: Callable[[Any], Any], ranking: Ranking, clock: ManualClock, tmp_path: Path
+) -> None:
+    class Forger(Sources):
+        def state(self) -> dict[str, Any]:
+            state = super().state()
+            return state | {part: {**state[part], field: forged(state[part][field])}}
+
+    for item in ("i1", "i2", "i3"):
+        click(ranking, "u", item, session_id="s")
+    ranking.catch_up()
+    forger = Forger(Config(), ranking.schema, ranking.sources.catalogue)
+    forger.restore(ranking.sources.state(), np.arange(4, dtype=np.int32), clock.now_ms())
+    snapshot.save(tmp_path, forger, ranking.consumer, ranking.schema)
+    again = Ranking(ranking.log, clock)
+    assert not snapshot.load(tmp_path, again.sources, again.consumer, again.schema, clock.now_ms())
+    again.catch_up()
+    assert again.popularity() == ranking.popularity()
+
+
+class Letting:
+    """A lock, and what was to be seen each time that it was let go."""
+
+    def __init__(self, look: Callable[[], Any]) -> None:
+        self._lock, self._look = threading.RLock(), look
+        self.seen: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.seen.append(self._look())
+        self._lock.release()
+
+
+def test_whenever_nobody_counts_what_is_counted_is_what_the_positions_say(ranking: Ranking) -> None:
+    def look() -> tuple[list[float], int]:
+        return ranking.popularity(), ranking.consumer.counter_positions["feedback/0"]
+
+    letting = Letting(look)
+    ranking.sources.writing = letting  # type: ignore[assignment]
+    for number in (1, 2):
+        click(ranking, f"u{number}", "i1")
+        ranking.catch_up()
+        assert letting.seen[-1] == look() == ([0.0, float(number), 0.0, 0.0], number)
 
 
 class Racing(MemoryLog):
