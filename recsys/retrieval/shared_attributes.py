@@ -124,7 +124,8 @@ class Followed:
         if row in value.popular:
             return
         value.popular[row] = None
-        value.added.append(row)
+        if value.order is not None:  # else nobody asks for what was added
+            value.added.append(row)
         if len(value.popular) > 2 * _POPULAR:
             value.cut, value.order = True, None
             value.popular = dict.fromkeys(self._by_popularity(value)[:_POPULAR].tolist())

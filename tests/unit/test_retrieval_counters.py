@@ -304,3 +304,14 @@ def test_followed_sorts_anew_once_a_fiftieth_of_its_items_was_noted() -> None:
 def test_largest_is_a_stable_sort_cut_short(values: list[int], k: int) -> None:
     given_values = np.array(values, np.float32)
     np.testing.assert_array_equal(largest(given_values, k), np.argsort(-given_values, kind="stable")[:k])
+
+
+def test_of_a_value_that_nobody_asks_for_no_notes_pile_up() -> None:
+    followed = Followed()
+    for row in range(900):
+        followed.upsert(row, [[7]])
+    for row in [*range(900), *range(900)]:
+        followed.note(row)
+    value = followed._filed.get((0, 7))
+    assert value is not None and len(value.popular) <= 400 and len(value.added) <= 400
+    assert len(followed.query([(0, 7, 1.0)], 5)[0]) == 5 and not value.added
