@@ -191,19 +191,27 @@ def test_no_row_is_torn_and_nobody_waits_beside_a_writer_that_is_stopped_anywher
 def test_rows_of_a_dead_writer_stay_and_are_said_to_be_old_until_the_next_one_is_there(
     writer: Writer, tmp_path: Path
 ) -> None:
-    assert writer.parameters.lookup([writer.asked[0]]).current
+    _until_current(writer.parameters, writer.asked[0])
     writer.close()
     for number in range(10):
         with suppress(ParametersUnavailable):  # it died amid moving entries
             assert not writer.parameters.lookup([writer.asked[number]]).current
     following = Writer(tmp_path)
     try:
-        deadline = time.monotonic() + 60
-        while not writer.parameters.lookup([block(1)]).current:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        _until_current(writer.parameters, block(1))
     finally:
         following.close()
+
+
+def _until_current(parameters: Parameters, asked: Block) -> None:
+    """A writer may lose its core amid a change, for longer than a reader waits."""
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(ParametersUnavailable):
+            if parameters.lookup([asked]).current:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_writer_that_stands_still_is_told_of(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,9 +223,4 @@ def test_a_writer_that_stands_still_is_told_of(writer: Writer, monkeypatch: pyte
     except ParametersUnavailable as error:
         assert "stands still amid a change" in str(error)
     writer.process.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + 60
-    while True:
-        with suppress(ParametersUnavailable):
-            if writer.parameters.lookup([block(1)]).current:
-                return
-        assert time.monotonic() < deadline
+    _until_current(writer.parameters, block(1))
