@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recsys.features.schema import Schema
-from recsys.model import eager, fused
+from recsys.model import eager
 from recsys.model.plan import Plan
 from recsys.model.ranker import RankerInputs
 from recsys.model.row_fields import starts
@@ -23,21 +23,12 @@ def ranker_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, wide: torch.Te
 def deep_inputs(schema: Schema, plan: Plan, deep: torch.Tensor, sums: torch.Tensor, dim: int) -> RankerInputs:
     """The same with the sums of wide weights given [M, tasks]."""
     fields = schema.item_fields
-    shared, history, item = fused.take_fields(
-        deep,
-        dim,
-        [
-            (plan.shared, np.arange(plan.shared.shape[1] + 1)),
-            (plan.history, starts(fields[: schema.num_history_fields])),
-            (plan.item, starts(fields)),
-        ],
-    )
     return RankerInputs(
-        shared=shared,
-        history=history,
+        shared=eager.take_fields(deep, dim, plan.shared, np.arange(plan.shared.shape[1] + 1)),
+        history=eager.take_fields(deep, dim, plan.history, starts(fields[: schema.num_history_fields])),
         history_masks=torch.from_numpy(plan.history_masks),
         history_gaps=torch.from_numpy(plan.history_gaps.astype(np.int64)),
-        item=item,
+        item=eager.take_fields(deep, dim, plan.item, starts(fields)),
         numbers=torch.from_numpy(np.ascontiguousarray(plan.numbers)),
         wide=sums,
         request=torch.from_numpy(plan.request),

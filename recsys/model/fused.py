@@ -1,15 +1,14 @@
-"""Operations whose gradient is not that of their value, and the towers' rows, as autograd functions: by hand, checked against
-float64 differences in tests. The ranker learns without them (`learning.py`); they are part of its definition.
+"""Operations whose gradient is not that of their value, as autograd functions: by hand, checked against float64 differences in tests.
+The ranker learns without them (`learning.py`); they are part of its definition.
 
 The functions at the end choose: until `warm_up` was called, what needs no gradient runs op by op (`eager.py`), so that no
-request waits for a compiler. Tensors are on the CPU, one dtype a call. Legend: as in `fused_kernels.py` and `gather.py`.
+request waits for a compiler. Tensors are on the CPU, one dtype a call. Legend: as in `fused_kernels.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,32 +99,6 @@ class Dice(Function):
         return out[:-1], out[-1], None, None
 
 
-class TakeFields(Function):
-    """Fields of looked-up rows: rows [U, W] (their first d values), and for each index [..., C] the means of its present
-    columns by field, starts [F + 1] -> one [..., F, d] for each index."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, dim: int, parts: Any) -> Any:
-        rows = rows.contiguous()
-        ctx.shape, ctx.parts = rows.shape, parts
-        out = []
-        for index, starts in parts:
-            fields = rows.new_empty(*index.shape[:-1], len(starts) - 1, dim)
-            flat = fields.view(-1, *fields.shape[-2:])
-            gather.take_fields(array(rows), index.reshape(-1, index.shape[-1]), starts, array(flat))
-            out.append(fields)
-        return tuple(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        grows = gradients[0].new_zeros(ctx.shape)
-        for g, (index, starts) in zip(gradients, ctx.parts, strict=True):
-            flat = array(g).reshape(-1, *g.shape[-2:])
-            gather.take_fields_back(flat, index.reshape(-1, index.shape[-1]), starts, array(grows))
-        return grows, None, None
-
-
 def ready() -> bool:
     """Whether the kernels are compiled."""
     return fused_kernels.compiled.is_set()
@@ -147,11 +120,6 @@ def dice(x: torch.Tensor, alpha: torch.Tensor, running: torch.Tensor, batch: tor
     return Dice.apply(x, alpha, running, batch) if _fused() else eager.dice(x, alpha, running)
 
 
-def take_fields(rows: torch.Tensor, dim: int, parts: Sequence[tuple[Any, Any]]) -> Sequence[torch.Tensor]:
-    """As `TakeFields`."""
-    return TakeFields.apply(rows, dim, parts) if _fused() else [eager.take_fields(rows, dim, *part) for part in parts]
-
-
 def warm_up() -> float:
     """Compile every kernel for float32, or read it from the on-disk cache; the seconds it took, which are logged and exported."""
     started = time.perf_counter()
@@ -169,12 +137,10 @@ def _run_each_kernel() -> None:
     def ones(*shape: int) -> torch.Tensor:
         return torch.ones(*shape, requires_grad=True)
 
-    running, index = torch.ones(2, 1, 1), np.zeros((1, 1), np.intp)
-    (taken,) = TakeFields.apply(ones(1, 1), 1, [(index, np.arange(2))])
+    running = torch.ones(2, 1, 1)
     outputs = [
         NormSilu.apply(ones(1, 1, 1), ones(1, 1, 1), ones(1, 1, 1), running, None),
         Dice.apply(ones(1, 1), ones(1), running[:, 0], None),
-        taken,
     ]
     torch.autograd.backward([output.sum() for output in outputs])
     fused_kernels.moments(np.ones((1, 1, 1), np.float32), np.ones((2, 1, 1)))

@@ -18,7 +18,7 @@ from recsys.model.learning_home import HomeLearning
 from recsys.model.learning_parts import AttentionLearning, Norm, Weight, empty, zeros
 from recsys.model.plan import Plan
 from recsys.model.ranker import Ranker
-from recsys.model.row_fields import fields_of, starts, summed
+from recsys.model.row_fields import fields_back, fields_of, starts, summed
 from recsys.model.specs import NUMBER_LIMIT
 from recsys.types import Float32
 
@@ -122,13 +122,10 @@ class Learning:
         for attention in self._attention:
             gitems[:, :entry] += attention.gradients(np.ascontiguousarray(gx[:, at : at + entry]), ghistory)
             at += entry
-        self._take_back(np.ascontiguousarray(guser[:, :shared]), lay.shared, np.arange(lay.shared.shape[1] + 1), gdeep)
-        self._take_back(ghistory, lay.history, self._past, gdeep)
-        self._take_back(gitems, lay.item, self._fields, gdeep)
-
-    def _take_back(self, g: Float32, index: Array, fields: Array, grows: Float32) -> None:
-        flat = index.reshape(-1, index.shape[-1])
-        gather.take_fields_back(g.reshape(len(flat), len(fields) - 1, self._dim), flat, fields, grows)
+        gshared, own_fields = np.ascontiguousarray(guser[:, :shared]), np.arange(lay.shared.shape[1] + 1)
+        fields_back(gshared, lay.shared, own_fields, self._dim, gdeep)
+        fields_back(ghistory, lay.history, self._past, self._dim, gdeep)
+        fields_back(gitems, lay.item, self._fields, self._dim, gdeep)
 
     def _normed(self, numbers: Float32, learning: bool) -> Float32:
         """By running statistics, clipped; what is learned from goes no further than its reach."""

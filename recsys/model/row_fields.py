@@ -25,6 +25,12 @@ def fields_of(rows: Float32, index: Index, fields: Index, dim: int, by: Any = ga
     return out.reshape(*index.shape[:-1], -1)
 
 
+def fields_back(g: Float32, index: Index, fields: Index, dim: int, out: Float32) -> None:
+    """Add the gradient of `fields_of`, given that of the fields [..., F d], to that of the rows [U, W]."""
+    flat = index.reshape(-1, index.shape[-1])
+    gather.take_fields_back(g.reshape(len(flat), len(fields) - 1, dim), flat, fields, out)
+
+
 def summed(plan: Plan, deep: Float32, wide: Float32, dim: int, by: Any = gather) -> Float32:
     """Each item's sum of the wide weights of all its keys [M, T]."""
     every, tasks = np.arange(len(plan.item)), wide.shape[1]

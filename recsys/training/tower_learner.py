@@ -16,11 +16,11 @@ from recsys.features.build import Index, history_columns, shared_columns
 from recsys.features.catalogue import Catalogue
 from recsys.features.schema import Schema
 from recsys.keys import key_of, key_of_once
-from recsys.model import gather, networks
+from recsys.model import networks
 from recsys.model.frequency import Frequency
 from recsys.model.learning_towers import TowerBatch, TowersLearning
 from recsys.model.plan import Block, unique_rows
-from recsys.model.row_fields import fields_of, starts
+from recsys.model.row_fields import fields_back, fields_of, starts
 from recsys.table.tables import Tables
 from recsys.training import old_towers
 from recsys.training.dense import DenseOptimizer
@@ -143,10 +143,8 @@ class TowerLearner:
         log_q = np.log(self.frequency.probability(positives)).astype(np.float32)
         of_parts = self._learning.gradients(TowerBatch(mine, history, present, items, positives, log_q, passed))
         gradient = np.zeros(values.shape, np.float32)
-        for g, (places, of_fields) in zip(of_parts, parts, strict=True):
-            flat = places.reshape(-1, places.shape[-1])
-            of_rows = g.reshape(len(flat), len(of_fields) - 1, values.shape[1])
-            gather.take_fields_back(of_rows, flat, of_fields, gradient)
+        for g, part in zip(of_parts, parts, strict=True):
+            fields_back(g, *part, values.shape[1], gradient)
         gradient *= len(batch)  # a row learns of the sum, the weights of the mean
         norm = self.optimizer.norm()
         if not (math.isfinite(norm) and np.isfinite(gradient).all()):

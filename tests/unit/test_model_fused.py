@@ -21,8 +21,6 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 RUNNING = torch.stack([normal(3, 4), normal(3, 4).abs() + 0.5])
-INDEX = np.array([[0, 1, 5], [1, 1, 4], [5, 5, 5]])
-STARTS = np.array([0, 1, 3])
 Case = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
 CASES: dict[str, Case] = {
     "norm and Swish": (
@@ -34,14 +32,6 @@ CASES: dict[str, Case] = {
         lambda *tensors: fused.Dice.apply(*tensors, RUNNING[:, 0], None),
         lambda *tensors: eager.dice(*tensors, RUNNING[:, 0]),
         (normal(6, 4), normal(4)),
-    ),
-    "fields": (
-        lambda rows: fused.TakeFields.apply(rows, 2, [(INDEX, STARTS), (INDEX[None, :, :1], np.arange(2))]),
-        lambda rows: (
-            eager.take_fields(rows, 2, INDEX, STARTS),
-            eager.take_fields(rows, 2, INDEX[None, :, :1], np.arange(2)),
-        ),
-        (normal(5, 3),),
     ),
 }
 
