@@ -103,10 +103,8 @@ class Stop:
         deadline = time.monotonic() + limit_s
         while (left_s := deadline - time.monotonic()) > 0:
             time.sleep(min(AGAIN_S, left_s))
-            if self._interrupting:
-                os.kill(
-                    os.getpid(), signal.SIGTERM
-                )  # raised where nobody hears it, as in a compiler's callback: once more
+            if self._interrupting:  # raised where nobody hears it, as in a compiler's callback: once more
+                os.kill(os.getpid(), signal.SIGTERM)
         logger.error("not stopped after %.0f s: ends as if it were killed; nothing accepted is lost", limit_s)
         os._exit(1)
 
